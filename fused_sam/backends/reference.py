@@ -1,0 +1,409 @@
+"""The reference backend: plain PyTorch on whole buffers. It runs anywhere, and defines what is right.
+
+Two ways lead through it. Where torch has a fused kernel that is right, one call serves a whole run
+of parameters. Elsewhere the gradients of a run are gathered into a flat scratch buffer of the
+compute dtype, and the rule's mathematics run on the flat buffers, rounding once on the way back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+from ..layout import Bucket, Slot, as_real
+from ..rules import STEP, Group, Rule
+from . import Gradients, Groups
+
+_RUN_ELEMENTS = 1 << 20
+"""Runs end here, so that what one operation writes is still in cache when the next one reads it."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Neighbouring slots of one group that are treated alike, and their memory."""
+
+    kind: Any
+    row: int
+    slots: range
+    start: int
+    stop: int
+    weights: Tensor
+    """(stop - start,): the weights in memory order, padding included."""
+    params: list[Tensor]
+    """The weights parameter by parameter, in their shapes; complex as (..., 2) reals."""
+    padding: Tensor | None
+    """Indices of padding within the run."""
+
+    def of(self, flat: Tensor) -> Tensor:
+        return flat[self.start : self.stop]
+
+    def pick(self, items: Sequence[Any]) -> list[Any]:
+        return list(items[self.slots.start : self.slots.stop])
+
+
+def _runs(bucket: Bucket, kinds: tuple[Hashable, ...]) -> list[_Run]:
+    """The slots cut into runs of equal kind; a slot of kind None is left out."""
+    key = (_runs, kinds)
+    if key not in bucket.cache:
+        bucket.cache[key] = [
+            _make_run(bucket, kinds[span.start], span) for span in _spans(bucket.slots, kinds)
+        ]
+    runs: list[_Run] = bucket.cache[key]
+    return runs
+
+
+def _spans(slots: Sequence[Slot], kinds: Sequence[Hashable]) -> Iterator[range]:
+    start = elements = 0
+    for i, slot in enumerate(slots):
+        first = slots[start]
+        together = (
+            kinds[i] == kinds[start]
+            and slot.row == first.row
+            and not slot.pinned
+            and not first.pinned
+            and elements + slot.numel <= _RUN_ELEMENTS
+        )
+        if i and not together:
+            if kinds[start] is not None:
+                yield range(start, i)
+            start, elements = i, 0
+        elements += slot.numel
+    if slots and kinds[start] is not None:
+        yield range(start, len(slots))
+
+
+def _make_run(bucket: Bucket, kind: Any, span: range) -> _Run:
+    slots = bucket.slots[span.start : span.stop]
+    first, last = slots[0], slots[-1]
+    stop = last.start + last.numel
+    if first.pinned:
+        weights = bucket.memory(first)
+    else:
+        weights = bucket.weights[first.start : stop]
+    gaps = [
+        torch.arange(a.start + a.numel - first.start, b.start - first.start)
+        for a, b in zip(slots, slots[1:], strict=False)
+    ]
+    padding = torch.cat(gaps) if gaps else torch.empty(0)
+    return _Run(
+        kind,
+        first.row,
+        span,
+        first.start,
+        stop,
+        weights,
+        # Through detach(), which shares the version counter: autograd notices what is written.
+        [as_real(slot.param.detach()) for slot in slots],
+        padding.to(bucket.device) if padding.numel() else None,
+    )
+
+
+def _state_list(bucket: Bucket, run: _Run, name: str) -> list[Tensor]:
+    """One state of a run, parameter by parameter."""
+    key = (_state_list, name, run.slots)
+    if key not in bucket.cache:
+        flat = bucket.state(name).flat
+        if name == STEP:
+            views = [flat[i] for i in run.slots]
+        else:
+            views = [slot.real(slot.of(flat)) for slot in run.pick(bucket.slots)]
+        bucket.cache[key] = views
+    views = bucket.cache[key]
+    return views
+
+
+def _gather(bucket: Bucket, run: _Run, grads: Gradients) -> Tensor:
+    """The run's gradients in a flat buffer of the compute dtype, with zeros for padding."""
+    if _gather not in bucket.cache:
+        bucket.cache[_gather] = torch.zeros(
+            bucket.size, dtype=bucket.compute_dtype, device=bucket.device
+        )
+    scratch: Tensor = bucket.cache[_gather]
+    key = (_gather, run.slots)
+    if key not in bucket.cache:
+        bucket.cache[key] = [slot.real(slot.of(scratch)) for slot in run.pick(bucket.slots)]
+    torch._foreach_copy_(bucket.cache[key], run.pick(grads))
+    return run.of(scratch)
+
+
+# ------------------------------------------------------------------------------- torch's own kernels
+
+
+def _has_fused(bucket: Bucket) -> bool:
+    """Whether torch's fused optimizer kernels serve this bucket.
+
+    Not for reduced precision: on a CPU ``_fused_sgd_`` gives wrong numbers there (torch 2.13), and
+    elsewhere it rounds as it likes. Not for float64 on accelerators: lr as a tensor must be float32.
+    """
+    if bucket.device.type not in _get_fused_kernels_supported_devices():
+        return False
+    return bucket.dtype == torch.float32 or (
+        bucket.dtype == torch.float64 and bucket.device.type == "cpu"
+    )
+
+
+def _fused_sgd(
+    params: list[Tensor],
+    grads: list[Tensor],
+    state: Callable[[str], list[Tensor]],
+    group: Group,
+    fresh: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    torch._fused_sgd_(
+        params,
+        grads,
+        state("momentum_buffer") if group["momentum"] else [],
+        weight_decay=group["weight_decay"],
+        momentum=group["momentum"],
+        lr=group["lr"],
+        dampening=group["dampening"],
+        nesterov=group["nesterov"],
+        maximize=group["maximize"],
+        is_first_step=fresh,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+    )
+
+
+def _fused_adam(
+    params: list[Tensor],
+    grads: list[Tensor],
+    state: Callable[[str], list[Tensor]],
+    group: Group,
+    fresh: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+    beta1, beta2 = map(float, group["betas"])
+    kernel(
+        params,
+        grads,
+        state("exp_avg"),
+        state("exp_avg_sq"),
+        state("max_exp_avg_sq") if group["amsgrad"] else [],
+        state(STEP),
+        lr=group["lr"],
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=group["amsgrad"],
+        maximize=group["maximize"],
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+    )
+
+
+_FUSED = {"sgd": _fused_sgd, "adam": _fused_adam}
+
+
+# ------------------------------------------------------------------------------------------- backend
+
+
+def _ascent_weight(weights: Tensor, group: Group) -> Tensor:
+    """ASAM's ``T = |w| + eta`` (Kwon et al. 2021, eq. 4), in the dtype of ``weights``."""
+    return weights.abs().add_(group["eta"])
+
+
+def _present(grads: Gradients) -> tuple[Hashable, ...]:
+    return tuple([None if grad is None else True for grad in grads])
+
+
+class ReferenceBackend:
+    """See the module's docstring; the methods are those of ``Backend``."""
+
+    name = "reference"
+
+    def sq_norm(self, bucket: Bucket, grads: Gradients, groups: Groups | None) -> Tensor:
+        """Partial sums of the squared norm, one for each parameter or run."""
+        dtype = bucket.compute_dtype
+        norms: list[Tensor] = []
+        for run in _runs(bucket, _present(grads)):
+            group = groups[run.row] if groups else None
+            if group and group["adaptive"]:
+                scaled = _gather(bucket, run, grads)
+                scaled.mul_(_ascent_weight(run.weights.to(dtype), group))
+                norms.append(torch.linalg.vector_norm(scaled))
+            else:
+                norms += torch._foreach_norm(run.pick(grads), 2, dtype=dtype)
+        if not norms:
+            return torch.zeros(1, dtype=dtype, device=bucket.device)
+        return torch.stack(norms).square_()
+
+    def perturb_(self, bucket: Bucket, grads: Gradients, groups: Groups, sq_norm: Tensor) -> None:
+        """Save w, then climb."""
+        norm = sq_norm.sum().sqrt_()
+        finite = norm.isfinite()
+        skip = (~finite).float()
+        for run in _runs(bucket, _present(grads)):
+            group = groups[run.row]
+            rho = -group["rho"] if group["maximize"] else group["rho"]
+            scale = torch.where(finite & (norm > 0), rho / norm, 0)
+            run.of(bucket.saved).copy_(run.weights)
+            if _has_fused(bucket) and not group["adaptive"]:
+                # Stochastic gradient ascent with a learning rate on the device, in one pass.
+                torch._fused_sgd_(
+                    run.params,
+                    run.pick(grads),
+                    [],
+                    weight_decay=0.0,
+                    momentum=0.0,
+                    lr=-scale,
+                    dampening=0.0,
+                    nesterov=False,
+                    maximize=False,
+                    is_first_step=False,
+                    found_inf=skip,
+                )
+                continue
+            climb = _gather(bucket, run, grads)
+            weights = run.weights.to(climb.dtype)
+            if group["adaptive"]:
+                climb.mul_(_ascent_weight(weights, group).square_())
+            run.weights.copy_(torch.where(scale == 0, weights, weights + climb.mul_(scale)))
+
+    def update_(
+        self,
+        bucket: Bucket,
+        grads: Gradients,
+        groups: Groups,
+        rule: Rule,
+        *,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Return the perturbed slots to w, and step those that have a gradient by the rule."""
+        names = [rule.state(group) for group in groups]
+        self._count_steps(bucket, grads, names, found_inf)
+        for run in _runs(bucket, self._kinds(bucket, grads, names)):
+            has_grad, perturbed, fresh = run.kind
+            group, saved = groups[run.row], run.of(bucket.saved)
+            frozen = _is_zero(group["lr"])
+            if perturbed:
+                run.weights.copy_(saved)
+            if not has_grad:
+                continue
+            if frozen is not False and not perturbed:
+                saved.copy_(run.weights)
+            if _has_fused(bucket) and rule.name in _FUSED:
+                _FUSED[rule.name](
+                    run.params,
+                    run.pick(grads),
+                    lambda name, run=run: _state_list(bucket, run, name),  # type: ignore[misc]
+                    group,
+                    fresh,
+                    grad_scale,
+                    found_inf,
+                )
+            else:
+                self._update_flat(
+                    bucket, run, grads, group, rule, names[run.row], fresh, grad_scale, found_inf
+                )
+            # 0 * inf is NaN and -0.0 - -0.0 is 0.0: with lr 0 only a copy gives the bits back.
+            if frozen is True:
+                run.weights.copy_(saved)
+            elif frozen is not False:
+                run.weights.copy_(torch.where(frozen, saved, run.weights))
+
+    def restore_(self, bucket: Bucket) -> None:
+        """Return the perturbed slots to w."""
+        for run in _runs(bucket, tuple(flag or None for flag in bucket.perturbed)):
+            run.weights.copy_(run.of(bucket.saved))
+
+    @staticmethod
+    def _kinds(
+        bucket: Bucket, grads: Gradients, names: Sequence[tuple[str, ...]]
+    ) -> tuple[Hashable, ...]:
+        """For each slot (has a gradient, is perturbed, has no state yet), or None if untouched."""
+        fresh = [False] * len(bucket.slots)
+        for name in {name for row in names for name in row}:
+            for i, present in enumerate(bucket.state(name).present):
+                fresh[i] = fresh[i] or not present
+        return tuple(
+            [
+                (grad is not None, perturbed, new) if grad is not None or perturbed else None
+                for grad, perturbed, new in zip(grads, bucket.perturbed, fresh, strict=True)
+            ]
+        )
+
+    @staticmethod
+    def _count_steps(
+        bucket: Bucket,
+        grads: Gradients,
+        names: Sequence[tuple[str, ...]],
+        found_inf: Tensor | None,
+    ) -> None:
+        """Add 1 to the step counts of the slots that step now."""
+        if not any(STEP in row for row in names):
+            return
+        present = _present(grads)
+        key = (STEP, present)
+        if key not in bucket.cache:
+            bucket.cache[key] = torch.tensor(
+                [float(p is not None) for p in present], device=bucket.device
+            )
+        stepping: Tensor = bucket.cache[key]
+        bucket.state(STEP).flat.add_(stepping if found_inf is None else stepping * (found_inf == 0))
+
+    @staticmethod
+    def _update_flat(
+        bucket: Bucket,
+        run: _Run,
+        grads: Gradients,
+        group: Group,
+        rule: Rule,
+        names: tuple[str, ...],
+        fresh: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """The rule's own mathematics on the flat buffers of a run."""
+        grad = _gather(bucket, run, grads)
+        if grad_scale is not None:
+            grad.div_(grad_scale)
+        buffers = {name: run.of(bucket.state(name).flat) for name in names if name != STEP}
+        # Rules write to their state: where it must be rounded, or may have to be taken back, to copies.
+        exact = bucket.dtype == grad.dtype and found_inf is None
+        state = {k: v if exact else v.to(grad.dtype, copy=True) for k, v in buffers.items()}
+        if STEP in names:
+            state[STEP] = _steps_by_element(bucket, run)
+        weights = run.weights.to(grad.dtype)
+        updated = rule.update(weights, grad, state, group, fresh)
+        written = [(run.weights, updated)]
+        if not exact:
+            written += [(buffers[name], state[name]) for name in buffers]
+        for target, value in written:
+            if found_inf is not None:
+                value = torch.where(found_inf != 0, target.to(value.dtype), value)
+            target.copy_(value)
+            # With eps = 0 the padding has become 0 / 0.
+            if run.padding is not None and not group.get("eps", True):
+                target[run.padding] = 0
+
+
+def _steps_by_element(bucket: Bucket, run: _Run) -> Tensor:
+    """The step counts of a run as one number for each element of its flat buffers."""
+    key = (_steps_by_element, run.slots)
+    if key not in bucket.cache:
+        starts = [slot.start for slot in run.pick(bucket.slots)]
+        bucket.cache[key] = torch.tensor(
+            [stop - start for start, stop in zip(starts, [*starts[1:], run.stop], strict=True)],
+            device=bucket.device,
+        )
+    steps = bucket.state(STEP).flat[run.slots.start : run.slots.stop]
+    return steps.repeat_interleave(bucket.cache[key], output_size=run.stop - run.start)
+
+
+def _is_zero(lr: float | Tensor) -> bool | Tensor:
+    """Whether lr is 0: a bool where it can be read without waiting, else a tensor ()."""
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        return lr == 0
+    return float(lr) == 0

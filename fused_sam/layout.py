@@ -1,0 +1,389 @@
+"""Memory: buckets of flat buffers, and the windows through which the model sees its parameters.
+
+Parameters of one device and dtype form a bucket. The bucket owns one flat buffer of weights, one
+of saved weights and one for each optimizer state, all with the same element offsets; complex
+numbers are pairs of reals. A parameter becomes a window of the flat weights with a storage of its
+own, so that saving one layer writes one layer. Parameters that must not move are pinned: they stay
+where they are, and only their saved weights and state live in the bucket.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from .rules import STEP, Rule
+
+ALIGNMENT = 64
+"""Elements; a parameter's offset is a multiple, so every window is 128-byte aligned or better."""
+
+State = MutableMapping[Tensor, dict[str, Any]]
+
+
+class Stale(Exception):
+    """A parameter changed its shape or strides in place: the layout must be built anew."""
+
+
+# ---------------------------------------------------------------------------- memory of one tensor
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one block of memory, in any order of dimensions, once each."""
+    if tensor.numel() == 0:
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Whether anything but this parameter holds its memory, which must then stay where it is."""
+    storage = tensor.untyped_storage()
+    if hasattr(storage, "_fused_sam_window"):
+        external = False  # a window of an earlier layout: ours to move
+    else:
+        external = not storage.resizable() or (storage.device.type == "cpu" and storage.is_shared())
+    # Two holders are the parameter and the Python object `storage`; more are aliases of it.
+    return external or torch._C._storage_Use_Count(storage._cdata) > 2
+
+
+@functools.cache
+def _has_windows(device: torch.device) -> bool:
+    """Whether tensors of this device can be exchanged through DLPack."""
+    try:
+        from_dlpack(torch.empty(1, device=device))
+    except (RuntimeError, BufferError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _window(memory: Tensor) -> Tensor:
+    """``memory`` (n,) as a tensor whose storage is exactly its n elements.
+
+    A plain view would share the whole buffer's storage: then ``torch.save`` of one layer writes
+    the whole model, and ``safetensors`` refuses it.
+    """
+    window = from_dlpack(memory)
+    window.untyped_storage()._fused_sam_window = True  # type: ignore[attr-defined]
+    return window
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """The place of one parameter in its bucket; ``start`` and ``numel`` count real elements."""
+
+    param: Tensor
+    row: int
+    """Index of the parameter's group."""
+    start: int
+    numel: int
+    pinned: bool
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The slot's part of a flat buffer: (numel,), real."""
+        return flat[self.start : self.start + self.numel]
+
+    def real(self, memory: Tensor) -> Tensor:
+        """``memory`` (numel,) in the parameter's shape; complex as (..., 2) reals."""
+        if self.param.is_complex():
+            stride = (*(2 * s for s in self.stride), 1)
+            return memory.as_strided((*self.shape, 2), stride)
+        return memory.as_strided(self.shape, self.stride)
+
+    def shaped(self, memory: Tensor) -> Tensor:
+        """``memory`` (numel,) in the parameter's shape, strides and dtype."""
+        real = self.real(memory)
+        return torch.view_as_complex(real) if self.param.is_complex() else real
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A view of a complex tensor as (..., 2) reals; others as they are."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _contiguous_stride(shape: torch.Size) -> tuple[int, ...]:
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
+# ------------------------------------------------------------------------------------------ bucket
+
+
+class StateBuffer:
+    """One optimizer state of a bucket.
+
+    Attributes:
+        flat: (bucket.size,) in the bucket's dtype; ``step``: (len(slots),) float32. Zero at first.
+        windows: what ``optimizer.state[p][name]`` shows, one for each slot, with its own storage.
+        present: whether the parameter has this state already, one for each slot.
+    """
+
+    def __init__(self, name: str, bucket: Bucket) -> None:
+        slots, device = bucket.slots, bucket.device
+        if name == STEP:
+            self.flat = torch.zeros(len(slots), dtype=torch.float32, device=device)
+            pieces = list(self.flat.unbind())
+        else:
+            self.flat = torch.zeros(bucket.size, dtype=bucket.dtype, device=device)
+            pieces = [slot.of(self.flat) for slot in slots]
+        if _has_windows(device):
+            pieces = [_window(piece) if piece.numel() else piece for piece in pieces]
+        self.windows = [
+            piece.view(()) if name == STEP else slot.shaped(piece)
+            for slot, piece in zip(slots, pieces, strict=True)
+        ]
+        self.present = [False] * len(slots)
+
+
+class Bucket:
+    """The parameters of one device and dtype, with their flat buffers.
+
+    Attributes:
+        device, dtype: of all buffers; the dtype is real (complex64 parameters: float32).
+        slots: one for each parameter; those that moved first, pinned ones last.
+        size: elements of a flat buffer, padding included. Padding is zero and stays zero.
+        weights: (size of the moved slots,), the flat buffer whose windows the parameters are.
+        saved: (size,), the weights w while the parameters hold w + epsilon.
+        perturbed: for each slot, whether it has been saved and perturbed and awaits its return.
+        cache: what the backend derives from this bucket; it dies with the bucket.
+    """
+
+    def __init__(self, members: Sequence[tuple[Tensor, int]], pinned: set[Tensor]) -> None:
+        first = members[0][0]
+        self.device = first.device
+        self.dtype = first.dtype.to_real()
+        self.slots: list[Slot] = []
+        start = moved = 0
+        for param, row in sorted(members, key=lambda member: member[0] in pinned):
+            numel = param.numel() * (2 if param.is_complex() else 1)
+            stride = param.stride() if is_dense(param) else _contiguous_stride(param.shape)
+            self.slots.append(Slot(param, row, start, numel, param in pinned, param.shape, stride))
+            start += -(-numel // ALIGNMENT) * ALIGNMENT
+            moved = moved if param in pinned else start
+        self.size = start
+        self.weights = torch.zeros(moved, dtype=self.dtype, device=self.device)
+        self.saved = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        self.states: dict[str, StateBuffer] = {}
+        self.perturbed = [False] * len(self.slots)
+        self.cache: dict[Any, Any] = {}
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of all arithmetic and of norms: float64 for float64, else float32."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def move_in(self) -> None:
+        """Copy the weights into the flat buffer and make the parameters windows of it."""
+        for slot in self.slots:
+            if not slot.pinned:
+                window = slot.shaped(_window(slot.of(self.weights)))
+                window.copy_(slot.param.detach())
+                slot.param.data = window
+
+    def memory(self, slot: Slot) -> Tensor:
+        """The weights of a slot in memory order, (numel,), real, wherever they are."""
+        if slot.pinned:
+            return as_real(slot.param.detach()).as_strided((slot.numel,), (1,))
+        return slot.of(self.weights)
+
+    def state(self, name: str) -> StateBuffer:
+        """The buffer of one optimizer state, allocated when first asked for."""
+        if name not in self.states:
+            self.states[name] = StateBuffer(name, self)
+        return self.states[name]
+
+    def gradients(self) -> list[Tensor | None]:
+        """Each slot's gradient as the kernels need it, or None.
+
+        A gradient is in the parameter's shape, dtype and strides, complex as (..., 2) reals: the
+        very tensor that autograd put there, or a copy where that does not fit.
+
+        Raises:
+            Stale: a parameter's shape or strides changed.
+            RuntimeError: a gradient is sparse.
+        """
+        grads: list[Tensor | None] = []
+        for slot in self.slots:
+            grad = slot.param.grad
+            if grad is not None:
+                if grad.layout is not torch.strided:
+                    raise RuntimeError(
+                        f"a parameter of shape {tuple(slot.shape)} has a gradient of layout "
+                        f"{grad.layout}; FusedSAM needs dense gradients: build the layer with "
+                        f"sparse=False, or keep its parameters in another optimizer"
+                    )
+                if (
+                    grad.stride() != slot.stride
+                    or grad.dtype is not slot.param.dtype
+                    or grad.is_neg()
+                ):
+                    grad = _match(grad, slot)
+                if grad.is_complex():
+                    grad = as_real(grad)
+            grads.append(grad)
+        return grads
+
+
+def _match(grad: Tensor, slot: Slot) -> Tensor:
+    """A copy of a gradient in its parameter's dtype and strides."""
+    if slot.param.shape != slot.shape or slot.param.stride() != slot.stride:
+        raise Stale
+    matched = torch.empty_strided(
+        slot.shape, slot.stride, dtype=slot.param.dtype, device=slot.param.device
+    )
+    return matched.copy_(grad.detach())
+
+
+# ------------------------------------------------------------------------------------------ layout
+
+
+class Layout:
+    """All buckets of an optimizer, for its parameter groups as they are now.
+
+    Args:
+        groups: the parameter groups; their parameters move into flat buffers.
+        rule: whose state the buckets hold, or None if the base optimizer keeps its own.
+        state: the optimizer's state; what the rule knows of it moves into flat buffers too.
+        old: the layout that this one replaces; saved weights of perturbed parameters pass over.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Mapping[str, Any]] = (),
+        rule: Rule | None = None,
+        state: State | None = None,
+        old: Layout | None = None,
+    ) -> None:
+        members = [(p, row) for row, group in enumerate(groups) for p in group["params"]]
+        carried = old.release() if old is not None else {}
+        pinned = {p for p, _ in members if _must_stay(p)}
+        by_kind: dict[Any, list[tuple[Tensor, int]]] = {}
+        for param, row in members:
+            by_kind.setdefault((param.device, param.dtype.to_real()), []).append((param, row))
+        self.rule = rule
+        self.buckets = [Bucket(bucket, pinned) for bucket in by_kind.values()]
+        for bucket in self.buckets:
+            bucket.move_in()
+            for i, slot in enumerate(bucket.slots):
+                if slot.param in carried:
+                    slot.shaped(slot.of(bucket.saved)).copy_(carried[slot.param])
+                    bucket.perturbed[i] = True
+        self._addresses = _addresses(groups)
+        self.adopt({} if state is None else state)
+
+    def is_current(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether every parameter is still the object and at the address that the layout knows."""
+        return self._addresses == _addresses(groups)
+
+    def release(self) -> dict[Tensor, Tensor]:
+        """Let go of the parameters' memory; return the saved weights of the perturbed ones."""
+        carried = {}
+        for bucket in self.buckets:
+            bucket.cache.clear()
+            for slot, perturbed in zip(bucket.slots, bucket.perturbed, strict=True):
+                if perturbed:
+                    carried[slot.param] = slot.shaped(slot.of(bucket.saved))
+        return carried
+
+    # ---- optimizer state: the flat buffers hold it, optimizer.state[p] shows it
+
+    def adopt(self, state: State) -> None:
+        """Bring the rule's state into the flat buffers; ``state[p]`` then shows windows of them."""
+        rule = self.rule
+        for bucket in self.buckets if rule else ():
+            assert rule is not None
+            names = {
+                name
+                for slot in bucket.slots
+                for name in state.get(slot.param, ())
+                if name in rule.all_state
+            }
+            for name in names | bucket.states.keys():
+                buffer = bucket.state(name)
+                for i, slot in enumerate(bucket.slots):
+                    value = state.get(slot.param, {}).get(name)
+                    buffer.present[i] = value is not None
+                    if value is None:
+                        buffer.windows[i].zero_()
+                    elif value is not buffer.windows[i]:
+                        buffer.windows[i].copy_(torch.as_tensor(value))
+                        state[slot.param][name] = buffer.windows[i]
+        self._record_state(state)
+
+    def expose(
+        self,
+        bucket: Bucket,
+        grads: Sequence[Tensor | None],
+        groups: Sequence[Mapping[str, Any]],
+        state: State,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Show in ``state`` what an update with these gradients has written for the first time."""
+        assert self.rule is not None
+        names = [self.rule.state(group) for group in groups]
+        new = [
+            (slot, i, name)
+            for i, (slot, grad) in enumerate(zip(bucket.slots, grads, strict=True))
+            if grad is not None
+            for name in names[slot.row]
+            if not bucket.states[name].present[i]
+        ]
+        if not new:
+            return
+        # A skipped first step must stay a first step where the rule treats that one differently.
+        # This waits for the device: once, and only for SGD with dampening under a GradScaler.
+        if found_inf is not None and groups[new[0][0].row].get("dampening") and found_inf.item():
+            return
+        for slot, i, name in new:
+            bucket.states[name].present[i] = True
+            state[slot.param][name] = bucket.states[name].windows[i]
+        self._record_state(state)
+
+    def state_is_current(self, state: State) -> bool:
+        """Whether ``state`` still shows the windows (load_state_dict and users replace tensors)."""
+        return (
+            state is self._state
+            and len(state) == len(self._entries)
+            and all(a is b for a, b in zip(state.values(), self._entries, strict=True))
+            and all(entry.get(name) is window for entry, name, window in self._shown)
+        )
+
+    def _record_state(self, state: State) -> None:
+        self._state = state
+        self._entries = list(state.values())
+        self._shown = [
+            (state[slot.param], name, window)
+            for bucket in self.buckets
+            for name, buffer in bucket.states.items()
+            for slot, window, present in zip(
+                bucket.slots, buffer.windows, buffer.present, strict=True
+            )
+            if present
+        ]
+
+
+def _must_stay(param: Tensor) -> bool:
+    if param.numel() == 0 or not _has_windows(param.device):
+        return True
+    return not (param.is_conj() or param.is_neg()) and is_shared(param)
+
+
+def _addresses(groups: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
+    params = [p for group in groups for p in group["params"]]
+    return list(map(id, params)), [p.data_ptr() for p in params]

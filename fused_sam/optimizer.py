@@ -1,0 +1,541 @@
+"""FusedSAM: the two steps of Sharpness-Aware Minimization around any ``torch.optim`` optimizer."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.optim import Optimizer
+
+from . import backends
+from .backends import Backend, Gradients
+from .checks import (
+    ASCENT_OPTIONS,
+    as_groups,
+    check_ascent,
+    check_base,
+    check_groups,
+    check_max_grad_norm,
+)
+from .layout import Bucket, Layout, Stale
+from .rules import RULES, Rule
+
+Closure = Callable[[], Any]
+
+
+class FusedSAM(Optimizer):
+    """Sharpness-Aware Minimization (Foret et al., ICLR 2021) with everything around it fused.
+
+    One step: with the gradient g at the weights w, climb to ``w + rho * g / ||g||`` (one norm over
+    all parameters), take the gradient g' there, return to w bit for bit, and let the base optimizer
+    step with g'. With ``adaptive=True`` (ASAM, Kwon et al., ICML 2021) the climb is
+    ``rho * T**2 * g / ||T * g||`` with ``T = |w| + eta``.
+
+    Two styles::
+
+        loss_fn(model(x), y).backward()         loss = optimizer.step(closure)
+        optimizer.first_step(zero_grad=True)
+        loss_fn(model(x), y).backward()
+        optimizer.second_step(zero_grad=True)
+
+    Construction moves the parameters into flat buffers; each stays a tensor with shape, strides and
+    a storage of its own. Memory beyond the base optimizer's: one copy of the parameters.
+
+    Args:
+        params: parameters or parameter groups, as for any ``torch.optim`` optimizer. A group may
+            set ``rho``, ``adaptive`` and ``eta`` for itself.
+        base_optimizer: the class that steps. SGD, Adam, AdamW and RMSprop of ``torch.optim`` are
+            fused; any other class steps by itself, between a fused climb and a fused return.
+        rho: radius of the neighbourhood, finite and >= 0, in the units of the weights' L2 norm.
+        adaptive: ASAM instead of SAM.
+        eta: ASAM's offset, finite and >= 0.
+        max_grad_norm: clip the second gradient to this L2 norm, as
+            ``torch.nn.utils.clip_grad_norm_`` does.
+        backend: ``"auto"`` or the name of one; ``optimizer.backend`` tells which runs.
+        **base_kwargs: options of the base optimizer (lr, momentum, weight_decay, ...).
+
+    Raises:
+        TypeError, ValueError: an argument cannot be used; the message names it and the remedy. The
+            weights are untouched.
+
+    Attributes:
+        base_optimizer: the optimizer inside. Its ``param_groups`` and ``state`` are the very
+            objects of this one, and its schedulers and hooks work.
+    """
+
+    # GradScaler then calls step() in every case and hands over grad_scale and found_inf: so that
+    # the weights return to w even when the update is skipped, and nobody waits for the device.
+    _step_supports_amp_scaling = True
+
+    base_optimizer: Optimizer
+    max_grad_norm: float | None
+    _backend_name: str
+    _layout: Layout
+    _backends: list[Backend]
+    _perturbed: bool
+    _sq_norm: Tensor | None
+    _consumed: dict[int, tuple[weakref.ref[Tensor], int]]
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: type[Optimizer] = torch.optim.SGD,
+        rho: float = 0.05,
+        adaptive: bool = False,
+        *,
+        eta: float = 0.0,
+        max_grad_norm: float | None = None,
+        backend: str = "auto",
+        **base_kwargs: Any,
+    ) -> None:
+        ascent = check_ascent(rho, adaptive, eta)
+        check_base(base_optimizer, base_kwargs, inspect.signature(FusedSAM).parameters)
+        groups = as_groups(params)
+        check_groups(groups)
+        self._init(base_optimizer(groups, **base_kwargs), ascent, max_grad_norm, backend)
+
+    @classmethod
+    def wrap(
+        cls,
+        optimizer: Optimizer,
+        rho: float = 0.05,
+        adaptive: bool = False,
+        *,
+        eta: float = 0.0,
+        max_grad_norm: float | None = None,
+        backend: str = "auto",
+    ) -> FusedSAM:
+        """Put SAM around an optimizer that exists already (from timm, Hugging Face, ...).
+
+        Its state is kept, its groups become this optimizer's groups. Arguments as for the class.
+        """
+        if not isinstance(optimizer, Optimizer) or isinstance(optimizer, FusedSAM):
+            raise TypeError(
+                f"FusedSAM.wrap takes a torch.optim.Optimizer that is not a FusedSAM, "
+                f"got {type(optimizer).__name__}"
+            )
+        ascent = check_ascent(rho, adaptive, eta)
+        check_base(type(optimizer), optimizer.defaults)
+        self = cls.__new__(cls)
+        self._init(optimizer, ascent, max_grad_norm, backend)
+        return self
+
+    def _init(
+        self,
+        base: Optimizer,
+        ascent: dict[str, Any],
+        max_grad_norm: float | None,
+        backend: str,
+    ) -> None:
+        check_max_grad_norm(max_grad_norm)
+        # Groups and state live in the base optimizer. Of Optimizer.__init__ only the hooks are
+        # left to set up, which is what unpickling one does.
+        self.__setstate__(
+            {
+                "base_optimizer": base,
+                "defaults": {**base.defaults, **ascent},
+                "max_grad_norm": max_grad_norm,
+                "_backend_name": backend,
+            }
+        )
+        self._build()
+
+    # ------------------------------------------------------- one set of groups and state for two
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's groups; each has ``rho``, ``adaptive`` and ``eta`` too."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's state, with torch's names: ``state[p]["momentum_buffer"]``, ..."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base_optimizer.state = state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as for any optimizer; it may set rho, adaptive and eta for itself.
+
+        Raises:
+            TypeError, ValueError: the group cannot be used; the optimizer is as it was.
+        """
+        (param_group,) = as_groups([param_group])
+        check_ascent(*({**self.defaults, **param_group}[key] for key in ASCENT_OPTIONS))
+        check_groups([*self.param_groups, param_group])
+        self.base_optimizer.add_param_group(param_group)
+        self._fill_groups()
+
+    def _fill_groups(self) -> None:
+        for group in self.param_groups:
+            for key in ASCENT_OPTIONS:
+                group.setdefault(key, self.defaults[key])
+
+    # ------------------------------------------------------------------------------ the two steps
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether the parameters hold ``w + epsilon``: between first_step and second_step."""
+        return self._perturbed
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """The last first_step's global gradient norm, () on the first parameter's device.
+
+        With ``adaptive`` it is ``||T g||``. Under a GradScaler it is that of the scaled gradients.
+        Not finite, or zero: nothing was perturbed.
+        """
+        if self._sq_norm is None:
+            raise RuntimeError("grad_norm is known after the first first_step() or step(closure)")
+        return self._sq_norm.sum().sqrt()
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend that runs; several devices may have several, joined by "+"."""
+        return "+".join(dict.fromkeys(backend.name for backend in self._backends))
+
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Save the weights w and climb to ``w + epsilon`` with the gradients that are there.
+
+        Args:
+            zero_grad: set the gradients to None afterwards.
+
+        Raises:
+            RuntimeError: the weights are perturbed already; a gradient is sparse.
+            TypeError, ValueError: a group's rho, adaptive or eta cannot be used.
+        """
+        if self._perturbed:
+            raise RuntimeError(
+                "first_step() was called twice; call second_step() after the second backward, "
+                "or restore() to go back to w without an update"
+            )
+        for group in self.param_groups:
+            check_ascent(*(group.get(key, self.defaults[key]) for key in ASCENT_OPTIONS))
+        with torch.no_grad():
+            grads = self._gradients()
+            sq_norm = self._sum_sq_norms(grads, self.param_groups)
+            for backend, bucket, bucket_grads in self._each(grads):
+                backend.perturb_(bucket, bucket_grads, self.param_groups, _to(sq_norm, bucket))
+                bucket.perturbed = [grad is not None for grad in bucket_grads]
+                _bump_versions(bucket, bucket_grads)
+        self._sq_norm = sq_norm
+        self._perturbed = True
+        if zero_grad:
+            self.zero_grad()
+
+    @Optimizer.profile_hook_step
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Return to w and step with the gradients that are there; without first_step, a plain step.
+
+        A parameter that has no gradient now is returned to w and not stepped.
+
+        Args:
+            zero_grad: set the gradients to None afterwards.
+
+        Raises:
+            RuntimeError: a gradient is sparse; nothing was changed, and restore() goes back to w.
+        """
+        self._descend()
+        if zero_grad:
+            self.zero_grad()
+
+    def step(self, closure: Closure | None = None) -> Any:
+        """A whole SAM step with ``closure``; without one, the second half of a step.
+
+        Args:
+            closure: computes the loss, calls backward and returns the loss. If gradients of w are
+                there already it runs once, at ``w + epsilon``. If there are none, or only those
+                that the last step has used, it runs twice, first at w. It runs with gradients
+                enabled. If it raises, the weights return to w.
+
+        Returns:
+            The closure's first value if it ran at w, else None.
+
+        Raises:
+            RuntimeError: there is neither a closure nor a first_step() before; or a closure comes
+                between the two steps, or after ``GradScaler.unscale_``.
+        """
+        if closure is None:
+            if not self._perturbed:
+                raise RuntimeError(
+                    "step() without a closure is the second half of a SAM step and no first_step() "
+                    "came before it: call first_step() and do a second backward, or pass a closure"
+                )
+            self._descend()
+            return None
+        if self._perturbed:
+            raise RuntimeError(
+                "step(closure) was called between first_step() and second_step(): finish with "
+                "second_step(), or go back with restore()"
+            )
+        scaled = hasattr(self, "found_inf")
+        if scaled and getattr(self, "grad_scale", None) is None:
+            raise RuntimeError(
+                "scaler.step(optimizer, closure) after scaler.unscale_(optimizer): the closure's "
+                "gradients would still be scaled, by a factor unknown to the optimizer; leave unscale_ "
+                "out (to clip, pass max_grad_norm=... to FusedSAM)"
+            )
+        loss, found_inf = None, getattr(self, "found_inf", None)
+        try:
+            if not self._has_fresh_gradients(scaled):
+                self.zero_grad()
+                with torch.enable_grad():
+                    loss = closure()
+                found_inf = None  # the scaler looked at gradients that are gone now
+            self.first_step(zero_grad=True)
+            with torch.enable_grad():
+                closure()
+        except BaseException:
+            self.restore()
+            raise
+        self._descend(found_inf, check_finite=scaled)
+        return loss
+
+    def restore(self) -> None:
+        """Return the parameters to w without an update; does nothing if they are there."""
+        if not self._perturbed:
+            return
+        with torch.no_grad():
+            self._refresh()
+            for backend, bucket in zip(self._backends, self._layout.buckets, strict=True):
+                backend.restore_(bucket)
+                _bump_versions(bucket, ())
+                bucket.perturbed = [False] * len(bucket.slots)
+        self._perturbed = False
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Set the gradients to None, or to zero."""
+        super().zero_grad(set_to_none)
+        if not set_to_none:
+            self._consumed = self._fingerprints()  # zeros are no fresh gradients
+
+    # ----------------------------------------------------------------------------------- internals
+
+    def _descend(self, found_inf: Tensor | None = None, check_finite: bool = False) -> None:
+        """Return to w and update.
+
+        Args:
+            found_inf: overrides what a GradScaler has set.
+            check_finite: skip the update also if a gradient of either pass is not finite.
+        """
+        base = self.base_optimizer
+        grad_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None) if not check_finite else found_inf
+        rule = RULES.get(type(base))
+        if base._optimizer_step_pre_hooks and rule:
+            self.restore()  # they expect to see w
+            for pre_hook in list(base._optimizer_step_pre_hooks.values()):
+                pre_hook(base, (), {})
+        with torch.no_grad():
+            grads = self._gradients()
+            if check_finite or self.max_grad_norm is not None:
+                sq_norm = self._sum_sq_norms(grads, None).sum()
+                if check_finite:
+                    assert self._sq_norm is not None
+                    bad = ~(self._sq_norm.sum().to(sq_norm.device) + sq_norm).isfinite()
+                    found_inf = bad.float() + (0 if found_inf is None else found_inf)
+                if self.max_grad_norm is not None:
+                    grad_scale = _clip_scale(sq_norm.sqrt(), self.max_grad_norm, grad_scale)
+            if rule:
+                self._update(grads, rule, grad_scale, found_inf)
+            else:
+                self._step_base(grads, grad_scale, found_inf)
+        if rule:
+            for post_hook in list(base._optimizer_step_post_hooks.values()):
+                post_hook(base, (), {})
+        self._consumed = self._fingerprints()
+        # Learning-rate schedulers, of either optimizer, look for this.
+        self._opt_called = base._opt_called = True  # type: ignore[attr-defined]
+
+    def _update(
+        self,
+        grads: list[Gradients],
+        rule: Rule,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        layout, groups = self._layout, self.param_groups
+        for backend, bucket, bucket_grads in self._each(grads):
+            backend.update_(
+                bucket,
+                bucket_grads,
+                groups,
+                rule,
+                grad_scale=_scalar(grad_scale, bucket),
+                found_inf=_scalar(found_inf, bucket),
+            )
+            _bump_versions(bucket, bucket_grads)
+            bucket.perturbed = [False] * len(bucket.slots)
+            layout.expose(bucket, bucket_grads, groups, self.state, found_inf)
+        self._perturbed = False
+
+    def _step_base(
+        self, grads: list[Gradients], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """Return to w and let a base optimizer that has no rule step by itself."""
+        self.restore()
+        # Only here the host has to wait: the base optimizer cannot be told to skip on the device.
+        if found_inf is not None and found_inf.item() != 0:
+            return
+        if grad_scale is not None:
+            for bucket, bucket_grads in zip(self._layout.buckets, grads, strict=True):
+                present = [grad for grad in bucket_grads if grad is not None]
+                if present:
+                    torch._foreach_div_(present, grad_scale.to(bucket.device, bucket.dtype))
+        self.base_optimizer.step()
+
+    def _sum_sq_norms(self, grads: list[Gradients], groups: list[dict[str, Any]] | None) -> Tensor:
+        """The squared global norm as partial sums, (k,), on the first bucket's device."""
+        parts = [
+            backend.sq_norm(bucket, bucket_grads, groups)
+            for backend, bucket, bucket_grads in self._each(grads)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parts) else torch.float32
+        device = parts[0].device
+        return torch.stack([p.sum().to(device, dtype, non_blocking=True) for p in parts])
+
+    def _each(self, grads: list[Gradients]) -> list[tuple[Backend, Bucket, Gradients]]:
+        return list(zip(self._backends, self._layout.buckets, grads, strict=True))
+
+    # ---- memory
+
+    def _gradients(self) -> list[Gradients]:
+        """The gradients of every bucket; raises, before any change, if one cannot be used."""
+        self._refresh()
+        try:
+            return [bucket.gradients() for bucket in self._layout.buckets]
+        except Stale:
+            self._build()
+            return [bucket.gradients() for bucket in self._layout.buckets]
+
+    def _refresh(self) -> None:
+        """Notice what has changed under the optimizer: parameters, groups, state."""
+        if not self._layout.is_current(self.param_groups):
+            self._build()
+        elif not self._layout.state_is_current(self.state):
+            self._layout.adopt(self.state)
+
+    def _build(self) -> None:
+        groups = self.param_groups
+        check_groups(groups)
+        devices = {p.device for group in groups for p in group["params"]}
+        by_device = {device: backends.resolve(self._backend_name, device) for device in devices}
+        self._fill_groups()
+        rule = RULES.get(type(self.base_optimizer))
+        self._layout = Layout(groups, rule, self.state, self._layout)
+        self._backends = [by_device[bucket.device] for bucket in self._layout.buckets]
+
+    # ---- which gradients has a step used already
+
+    def _fingerprints(self) -> dict[int, tuple[weakref.ref[Tensor], int]]:
+        grads = {id(p): p.grad for group in self.param_groups for p in group["params"]}
+        return {key: (weakref.ref(g), g._version) for key, g in grads.items() if g is not None}
+
+    def _has_fresh_gradients(self, scaled: bool) -> bool:
+        # A GradScaler's check for inf is an in-place operation on the gradients.
+        looked = int(scaled)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    ref, version = self._consumed.get(id(p), (None, 0))
+                    if ref is None or ref() is not p.grad or version + looked != p.grad._version:
+                        return True
+        return False
+
+    # ------------------------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """As the base optimizer's, with the ascent options in the groups; each loads the other's.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+        """
+        self._refuse_perturbed("state_dict()")
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of FusedSAM, of the base optimizer's class, or of davda54/sam.
+
+        Ascent options that it lacks stay as they are.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+            ValueError: the groups do not fit; the optimizer is as it was.
+        """
+        self._refuse_perturbed("load_state_dict()")
+        groups = list(state_dict["param_groups"])
+        for i, (new, current) in enumerate(zip(groups, self.param_groups, strict=False)):
+            groups[i] = {**{key: current[key] for key in ASCENT_OPTIONS}, **new}
+        state = {
+            # davda54/sam keeps the saved weights in its state, and nothing else.
+            key: {k: v for k, v in entry.items() if k != "old_p"}
+            if isinstance(entry, dict) and "old_p" in entry
+            else entry
+            for key, entry in state_dict["state"].items()
+        }
+        super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickling and deepcopy keep; the layout is built anew from it."""
+        self._refuse_perturbed("pickling or copying")
+        keys = ("base_optimizer", "defaults", "max_grad_norm", "_backend_name")
+        return {key: self.__dict__[key] for key in keys}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Used by construction and unpickling; ``load_state_dict`` sets groups and state alone."""
+        if "base_optimizer" not in state:
+            self.base_optimizer.__setstate__(state)
+            return
+        super().__setstate__(state)
+        self._layout = Layout()
+        self._backends = []
+        self._perturbed = False
+        self._sq_norm = None
+        self._consumed = {}
+
+    def _refuse_perturbed(self, what: str) -> None:
+        if self._perturbed:
+            raise RuntimeError(
+                f"{what} while the weights are perturbed would keep w + epsilon; "
+                f"call second_step() or restore() first"
+            )
+
+
+def _bump_versions(bucket: Bucket, grads: Gradients) -> None:
+    """Tell autograd that parameters were written in place through other tensors."""
+    present = grads or [None] * len(bucket.slots)
+    increment_version(
+        [
+            slot.param
+            for slot, grad, perturbed in zip(bucket.slots, present, bucket.perturbed, strict=True)
+            if perturbed or grad is not None
+        ]
+    )
+
+
+def _to(sq_norm: Tensor, bucket: Bucket) -> Tensor:
+    return sq_norm.to(bucket.device, bucket.compute_dtype, non_blocking=True)
+
+
+def _scalar(value: Tensor | None, bucket: Bucket) -> Tensor | None:
+    return None if value is None else value.to(bucket.device, torch.float32, non_blocking=True)
+
+
+def _clip_scale(norm: Tensor, max_norm: float, grad_scale: Tensor | None) -> Tensor:
+    """What the gradients must be divided by to undo the loss scale and clip, as torch clips."""
+    scale = torch.ones_like(norm) if grad_scale is None else grad_scale.to(norm.device, norm.dtype)
+    coefficient = (max_norm / (norm / scale + 1e-6)).clamp_max_(1.0)
+    return scale / coefficient
