@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -18,17 +19,22 @@ ASCENT_OPTIONS = ("rho", "adaptive", "eta")
 """What a parameter group holds beside the base optimizer's options."""
 
 
-def check_ascent(rho: Any, adaptive: Any, eta: Any) -> dict[str, Any]:
-    """The ascent options as a group holds them.
+def check_ascent(group: Mapping[str, Any]) -> None:
+    """Raise unless a group's ascent options can be used with its parameters.
 
     Raises:
-        TypeError, ValueError: rho or eta is not a finite number >= 0, adaptive not a bool.
+        TypeError, ValueError: rho or eta is not a finite number >= 0, adaptive is not a bool, or
+            is True with complex parameters.
     """
-    for name, value in (("rho", rho), ("eta", eta)):
-        _check_size(name, value)
-    if not isinstance(adaptive, bool):
-        raise TypeError(f"adaptive must be True or False, got {adaptive!r}")
-    return {"rho": rho, "adaptive": adaptive, "eta": eta}
+    for name in ("rho", "eta"):
+        _check_size(name, group[name])
+    if not isinstance(group["adaptive"], bool):
+        raise TypeError(f"adaptive must be True or False, got {group['adaptive']!r}")
+    if group["adaptive"] and any(p.is_complex() for p in _tensors(group["params"])):
+        raise TypeError(
+            "adaptive=True is not defined for complex parameters; put them into a group of their "
+            "own with adaptive=False"
+        )
 
 
 def check_max_grad_norm(value: Any) -> None:
@@ -46,14 +52,8 @@ def _check_size(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
 
 
-def check_base(cls: Any, options: Mapping[str, Any], taken: Iterable[str] = ()) -> None:
-    """Raise unless ``cls`` is an optimizer class that can step without a closure.
-
-    Args:
-        cls: the base optimizer's class.
-        options: the keyword arguments that it is to get.
-        taken: keywords of FusedSAM itself, named in the message for a misspelt one.
-    """
+def check_base(cls: Any) -> None:
+    """Raise unless ``cls`` is an optimizer class that can step without a closure."""
     if isinstance(cls, Optimizer):
         raise TypeError(
             f"base_optimizer must be a class, got an instance of {type(cls).__name__}; "
@@ -67,16 +67,16 @@ def check_base(cls: Any, options: Mapping[str, Any], taken: Iterable[str] = ()) 
             f"{cls.__name__} evaluates a closure several times per step, which has no meaning "
             f"inside SAM; choose a first-order base optimizer such as SGD or AdamW"
         )
-    if options.get("differentiable"):
-        raise ValueError(
-            "differentiable=True is not supported: FusedSAM updates in place; leave it out"
-        )
+
+
+def check_options(cls: type[Optimizer], options: Mapping[str, Any], ours: Iterable[str]) -> None:
+    """Raise for a keyword that neither ``cls`` takes nor FusedSAM, whose keywords are ``ours``."""
     accepted = inspect.signature(cls.__init__).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):
         return
     for name in options:
         if name not in accepted:
-            known = [*taken, *list(accepted)[2:]]
+            known = [*ours, *list(accepted)[2:]]
             raise TypeError(
                 f"unknown keyword {name!r}: neither FusedSAM nor {cls.__name__} takes it; "
                 f"known are {', '.join(known)}"
@@ -84,11 +84,21 @@ def check_base(cls: Any, options: Mapping[str, Any], taken: Iterable[str] = ()) 
 
 
 def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise unless every parameter of every group can be optimized, and none overlap."""
+    """Raise unless every parameter of every group can be optimized, and none overlap.
+
+    Args:
+        groups: parameter groups with all of their options.
+    """
+    if any(group.get("differentiable") for group in groups):
+        raise ValueError(
+            "differentiable=True is not supported: FusedSAM updates in place; leave it out"
+        )
     params = {id(p): p for group in groups for p in _tensors(group["params"])}
     for param in params.values():
         _check_param(param)
     _check_overlap([p for p in params.values() if p.numel()])
+    for group in groups:
+        check_ascent(group)
 
 
 def as_groups(params: Any) -> list[dict[str, Any]]:
@@ -104,7 +114,9 @@ def as_groups(params: Any) -> list[dict[str, Any]]:
     if not isinstance(items[0], dict):
         return [{"params": items}]
     for group in items:
-        if not isinstance(group.get("params"), Tensor):
+        if not isinstance(group, dict) or "params" not in group:
+            raise ValueError(f"a parameter group must be a dict with 'params', got {group!r}")
+        if not isinstance(group["params"], Tensor):
             group["params"] = list(group["params"])
     return items
 
@@ -120,7 +132,7 @@ def _check_param(param: Any) -> None:
         raise TypeError(f"a parameter must be a torch.Tensor, got {type(param).__name__}")
     if is_lazy(param):
         raise ValueError(
-            "a parameter is not initialized yet; run the lazy module once before making the optimizer"
+            "a parameter is not initialized yet; run the lazy module once, then make the optimizer"
         )
     what = f"a parameter of shape {tuple(param.shape)}"
     if not (param.is_floating_point() or param.is_complex()):
@@ -132,8 +144,8 @@ def _check_param(param: Any) -> None:
         raise TypeError(f"{what} has layout {param.layout}; make it dense with .to_dense()")
     if type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise TypeError(
-            f"{what} is a {type(param).__name__}, whose memory FusedSAM cannot reach; "
-            f"pass plain tensors"
+            f"{what} is a {type(param).__name__}, whose memory FusedSAM cannot reach; use plain "
+            f"tensors (replicated by DistributedDataParallel rather than sharded)"
         )
     if param.is_meta:
         raise ValueError(
@@ -151,7 +163,7 @@ def _check_overlap(params: list[Tensor]) -> None:
         ((str(p.device), p.data_ptr(), p.data_ptr() + _extent(p), p) for p in params),
         key=lambda span: span[:3],
     )
-    for before, after in zip(spans, spans[1:], strict=False):
+    for before, after in itertools.pairwise(spans):
         if before[0] == after[0] and after[1] < before[2]:
             raise ValueError(
                 f"two parameters, of shapes {tuple(before[3].shape)} and {tuple(after[3].shape)}, "

@@ -88,6 +88,8 @@ class Slot:
     start: int
     numel: int
     pinned: bool
+    dtype: torch.dtype
+    """The parameter's, which may be complex."""
     shape: torch.Size
     stride: tuple[int, ...]
 
@@ -97,7 +99,7 @@ class Slot:
 
     def real(self, memory: Tensor) -> Tensor:
         """``memory`` (numel,) in the parameter's shape; complex as (..., 2) reals."""
-        if self.param.is_complex():
+        if self.dtype.is_complex:
             stride = (*(2 * s for s in self.stride), 1)
             return memory.as_strided((*self.shape, 2), stride)
         return memory.as_strided(self.shape, self.stride)
@@ -105,7 +107,7 @@ class Slot:
     def shaped(self, memory: Tensor) -> Tensor:
         """``memory`` (numel,) in the parameter's shape, strides and dtype."""
         real = self.real(memory)
-        return torch.view_as_complex(real) if self.param.is_complex() else real
+        return torch.view_as_complex(real) if self.dtype.is_complex else real
 
 
 def as_real(tensor: Tensor) -> Tensor:
@@ -173,7 +175,9 @@ class Bucket:
         for param, row in sorted(members, key=lambda member: member[0] in pinned):
             numel = param.numel() * (2 if param.is_complex() else 1)
             stride = param.stride() if is_dense(param) else _contiguous_stride(param.shape)
-            self.slots.append(Slot(param, row, start, numel, param in pinned, param.shape, stride))
+            self.slots.append(
+                Slot(param, row, start, numel, param in pinned, param.dtype, param.shape, stride)
+            )
             start += -(-numel // ALIGNMENT) * ALIGNMENT
             moved = moved if param in pinned else start
         self.size = start
@@ -228,11 +232,7 @@ class Bucket:
                         f"{grad.layout}; FusedSAM needs dense gradients: build the layer with "
                         f"sparse=False, or keep its parameters in another optimizer"
                     )
-                if (
-                    grad.stride() != slot.stride
-                    or grad.dtype is not slot.param.dtype
-                    or grad.is_neg()
-                ):
+                if grad.stride() != slot.stride or grad.dtype is not slot.dtype or grad.is_neg():
                     grad = _match(grad, slot)
                 if grad.is_complex():
                     grad = as_real(grad)
@@ -241,12 +241,17 @@ class Bucket:
 
 
 def _match(grad: Tensor, slot: Slot) -> Tensor:
-    """A copy of a gradient in its parameter's dtype and strides."""
-    if slot.param.shape != slot.shape or slot.param.stride() != slot.stride:
+    """A gradient in its parameter's dtype and strides: a view of it if that serves, else a copy."""
+    param = slot.param
+    if param.shape != slot.shape or param.stride() != slot.stride or param.dtype != slot.dtype:
         raise Stale
-    matched = torch.empty_strided(
-        slot.shape, slot.stride, dtype=slot.param.dtype, device=slot.param.device
+    same_order = all(
+        size == 1 or ours == theirs
+        for size, ours, theirs in zip(slot.shape, slot.stride, grad.stride(), strict=True)
     )
+    if same_order and grad.dtype is slot.dtype and not grad.is_neg():
+        return grad.detach().as_strided(slot.shape, slot.stride)
+    matched = torch.empty_strided(slot.shape, slot.stride, dtype=slot.dtype, device=param.device)
     return matched.copy_(grad.detach())
 
 

@@ -21,6 +21,7 @@ from .checks import (
     check_base,
     check_groups,
     check_max_grad_norm,
+    check_options,
 )
 from .layout import Bucket, Layout, Stale
 from .rules import RULES, Rule
@@ -93,10 +94,11 @@ class FusedSAM(Optimizer):
         backend: str = "auto",
         **base_kwargs: Any,
     ) -> None:
-        ascent = check_ascent(rho, adaptive, eta)
-        check_base(base_optimizer, base_kwargs, inspect.signature(FusedSAM).parameters)
+        ascent = {"rho": rho, "adaptive": adaptive, "eta": eta}
+        check_base(base_optimizer)
+        check_options(base_optimizer, base_kwargs, inspect.signature(FusedSAM).parameters)
         groups = as_groups(params)
-        check_groups(groups)
+        check_groups([{**ascent, **base_kwargs, **group} for group in groups])
         self._init(base_optimizer(groups, **base_kwargs), ascent, max_grad_norm, backend)
 
     @classmethod
@@ -119,8 +121,9 @@ class FusedSAM(Optimizer):
                 f"FusedSAM.wrap takes a torch.optim.Optimizer that is not a FusedSAM, "
                 f"got {type(optimizer).__name__}"
             )
-        ascent = check_ascent(rho, adaptive, eta)
-        check_base(type(optimizer), optimizer.defaults)
+        ascent = {"rho": rho, "adaptive": adaptive, "eta": eta}
+        check_base(type(optimizer))
+        check_groups([{**ascent, **group} for group in optimizer.param_groups])
         self = cls.__new__(cls)
         self._init(optimizer, ascent, max_grad_norm, backend)
         return self
@@ -172,8 +175,8 @@ class FusedSAM(Optimizer):
             TypeError, ValueError: the group cannot be used; the optimizer is as it was.
         """
         (param_group,) = as_groups([param_group])
-        check_ascent(*({**self.defaults, **param_group}[key] for key in ASCENT_OPTIONS))
-        check_groups([*self.param_groups, param_group])
+        self._fill_groups()
+        check_groups([*self.param_groups, {**self.defaults, **param_group}])
         self.base_optimizer.add_param_group(param_group)
         self._fill_groups()
 
@@ -220,10 +223,10 @@ class FusedSAM(Optimizer):
                 "first_step() was called twice; call second_step() after the second backward, "
                 "or restore() to go back to w without an update"
             )
-        for group in self.param_groups:
-            check_ascent(*(group.get(key, self.defaults[key]) for key in ASCENT_OPTIONS))
         with torch.no_grad():
             grads = self._gradients()
+            for group in self.param_groups:
+                check_ascent(group)
             sq_norm = self._sum_sq_norms(grads, self.param_groups)
             for backend, bucket, bucket_grads in self._each(grads):
                 backend.perturb_(bucket, bucket_grads, self.param_groups, _to(sq_norm, bucket))
@@ -283,7 +286,7 @@ class FusedSAM(Optimizer):
         if scaled and getattr(self, "grad_scale", None) is None:
             raise RuntimeError(
                 "scaler.step(optimizer, closure) after scaler.unscale_(optimizer): the closure's "
-                "gradients would still be scaled, by a factor unknown to the optimizer; leave unscale_ "
+                "gradients would still be scaled, by a factor unknown to the optimizer; leave it "
                 "out (to clip, pass max_grad_norm=... to FusedSAM)"
             )
         loss, found_inf = None, getattr(self, "found_inf", None)
@@ -430,10 +433,10 @@ class FusedSAM(Optimizer):
 
     def _build(self) -> None:
         groups = self.param_groups
+        self._fill_groups()
         check_groups(groups)
         devices = {p.device for group in groups for p in group["params"]}
         by_device = {device: backends.resolve(self._backend_name, device) for device in devices}
-        self._fill_groups()
         rule = RULES.get(type(self.base_optimizer))
         self._layout = Layout(groups, rule, self.state, self._layout)
         self._backends = [by_device[bucket.device] for bucket in self._layout.buckets]
@@ -449,9 +452,10 @@ class FusedSAM(Optimizer):
         looked = int(scaled)
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None:
+                grad = p.grad
+                if grad is not None:
                     ref, version = self._consumed.get(id(p), (None, 0))
-                    if ref is None or ref() is not p.grad or version + looked != p.grad._version:
+                    if ref is None or ref() is not grad or version + looked != grad._version:
                         return True
         return False
 

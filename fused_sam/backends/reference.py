@@ -7,6 +7,7 @@ compute dtype, and the rule's mathematics run on the flat buffers, rounding once
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,13 +82,10 @@ def _make_run(bucket: Bucket, kind: Any, span: range) -> _Run:
     slots = bucket.slots[span.start : span.stop]
     first, last = slots[0], slots[-1]
     stop = last.start + last.numel
-    if first.pinned:
-        weights = bucket.memory(first)
-    else:
-        weights = bucket.weights[first.start : stop]
+    weights = bucket.memory(first) if first.pinned else bucket.weights[first.start : stop]
     gaps = [
         torch.arange(a.start + a.numel - first.start, b.start - first.start)
-        for a, b in zip(slots, slots[1:], strict=False)
+        for a, b in itertools.pairwise(slots)
     ]
     padding = torch.cat(gaps) if gaps else torch.empty(0)
     return _Run(
@@ -113,8 +111,8 @@ def _state_list(bucket: Bucket, run: _Run, name: str) -> list[Tensor]:
         else:
             views = [slot.real(slot.of(flat)) for slot in run.pick(bucket.slots)]
         bucket.cache[key] = views
-    views = bucket.cache[key]
-    return views
+    cached: list[Tensor] = bucket.cache[key]
+    return cached
 
 
 def _gather(bucket: Bucket, run: _Run, grads: Gradients) -> Tensor:
@@ -131,14 +129,15 @@ def _gather(bucket: Bucket, run: _Run, grads: Gradients) -> Tensor:
     return run.of(scratch)
 
 
-# ------------------------------------------------------------------------------- torch's own kernels
+# ------------------------------------------------------------------------------ torch's own kernels
 
 
 def _has_fused(bucket: Bucket) -> bool:
     """Whether torch's fused optimizer kernels serve this bucket.
 
     Not for reduced precision: on a CPU ``_fused_sgd_`` gives wrong numbers there (torch 2.13), and
-    elsewhere it rounds as it likes. Not for float64 on accelerators: lr as a tensor must be float32.
+    elsewhere it rounds as it likes. Not for float64 on accelerators, where a tensor lr must be
+    float32.
     """
     if bucket.device.type not in _get_fused_kernels_supported_devices():
         return False
@@ -205,7 +204,7 @@ def _fused_adam(
 _FUSED = {"sgd": _fused_sgd, "adam": _fused_adam}
 
 
-# ------------------------------------------------------------------------------------------- backend
+# ------------------------------------------------------------------------------------------ backend
 
 
 def _ascent_weight(weights: Tensor, group: Group) -> Tensor:
@@ -245,7 +244,7 @@ class ReferenceBackend:
         skip = (~finite).float()
         for run in _runs(bucket, _present(grads)):
             group = groups[run.row]
-            rho = -group["rho"] if group["maximize"] else group["rho"]
+            rho = -group["rho"] if group.get("maximize") else group["rho"]
             scale = torch.where(finite & (norm > 0), rho / norm, 0)
             run.of(bucket.saved).copy_(run.weights)
             if _has_fused(bucket) and not group["adaptive"]:
@@ -370,7 +369,7 @@ class ReferenceBackend:
         if grad_scale is not None:
             grad.div_(grad_scale)
         buffers = {name: run.of(bucket.state(name).flat) for name in names if name != STEP}
-        # Rules write to their state: where it must be rounded, or may have to be taken back, to copies.
+        # A rule writes to its state: to a copy, where that is rounded or may have to be taken back.
         exact = bucket.dtype == grad.dtype and found_inf is None
         state = {k: v if exact else v.to(grad.dtype, copy=True) for k, v in buffers.items()}
         if STEP in names:
