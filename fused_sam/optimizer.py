@@ -455,7 +455,7 @@ class FusedSAM(Optimizer):
                 grad = p.grad
                 if grad is not None:
                     ref, version = self._consumed.get(id(p), (None, 0))
-                    if ref is None or ref() is not grad or version + looked != grad._version:
+                    if grad._version != version + looked or ref is None or ref() is not grad:
                         return True
         return False
 

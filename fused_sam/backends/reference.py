@@ -1,4 +1,4 @@
-"""The reference backend: plain PyTorch on whole buffers. It runs anywhere, and defines what is right.
+"""The reference backend: plain PyTorch on whole buffers, anywhere; it defines what is right.
 
 Two ways lead through it. Where torch has a fused kernel that is right, one call serves a whole run
 of parameters. Elsewhere the gradients of a run are gathered into a flat scratch buffer of the
