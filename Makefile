@@ -1,0 +1,88 @@
+# Needs python3 and make on the machine, nothing else: everything is set up in $(VENV).
+#
+#   PYTHON       the interpreter the virtual environment is made with
+#   VENV         where the virtual environment goes
+#   TORCH_INDEX  a package index to take torch from besides pip's own; PyTorch's CPU builds, where
+#                there is no NVIDIA driver, because on Linux PyPI's torch brings CUDA along
+#   ARGS         passed on to the demo, or to pytest
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Without build isolation: an isolated build environment would get a torch of its own.
+INSTALL := $(PIP) install --no-build-isolation --constraint $(VENV)/constraints.txt
+CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+
+# True where the interpreter comes with a torch that has a GPU: that one is used, not the pinned
+# one, which may be built for another driver.
+HAS_GPU_TORCH := $(PYTHON) -c 'import sys, torch; sys.exit(not (torch.cuda.is_available() \
+	and torch.__version__ >= torch.torch_version.TorchVersion("2.10") \
+	and sys.prefix == sys.base_prefix))' 2>/dev/null
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test check format clean distclean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+
+demo: $(VENV)/.demo ## train with SGD and with SAM on real data, print a table, write a picture
+	$(BIN)/python -m fused_sam.demo $(ARGS)
+
+test: $(VENV)/.dev ## run the tests; fails under 95 % coverage by lines and branches
+	$(BIN)/python -m pytest --cov $(ARGS)
+
+check: $(VENV)/.dev ## check style, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(if $(CSRC),$(BIN)/clang-format --dry-run -Werror $(CSRC))
+
+format: $(VENV)/.dev ## put style and format right
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(if $(CSRC),$(BIN)/clang-format -i $(CSRC))
+
+clean: ## remove build outputs and caches
+	rm -rf build dist *.egg-info fused_sam/*.so .coverage .coverage.* htmlcov
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## remove the virtual environment too
+	rm -rf $(VENV)
+
+# Set-up, in steps. A step's stamp goes first and comes back last, so a step that failed is taken
+# again.
+
+$(VENV)/.created:
+	@rm -f $@
+	if $(HAS_GPU_TORCH); then \
+		$(PYTHON) -m venv --system-site-packages $(VENV); \
+	else \
+		$(PYTHON) -m venv $(VENV); \
+	fi
+	touch $@
+
+$(VENV)/.torch: $(VENV)/.created constraints.txt
+	@rm -f $@
+	if grep -q 'system-site-packages = true' $(VENV)/pyvenv.cfg; then \
+		grep -vE '^(torch|triton)==' constraints.txt > $(VENV)/constraints.txt; \
+	else \
+		cp constraints.txt $(VENV)/constraints.txt; \
+	fi
+	$(PIP) install --constraint $(VENV)/constraints.txt setuptools wheel
+	$(INSTALL) $(if $(TORCH_INDEX),--retries 2 --extra-index-url $(TORCH_INDEX)) torch
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py
+	@rm -f $@
+	$(INSTALL) --editable '.[demo]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py
+	@rm -f $@
+	$(INSTALL) --editable '.[demo,dev]'
+	touch $@
