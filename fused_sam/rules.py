@@ -35,6 +35,7 @@ class Rule:
             buffers in ``state`` are (n,) in the compute dtype; ``state["step"]`` is () or (n,) and
             counts the running step already; ``fresh`` says that the state is still zero. ``param``
             is only read; ``grad`` is scratch; the buffers are updated in place.
+        reads_step: whether ``update`` reads ``state["step"]``; RMSprop only counts.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Rule:
     all_state: frozenset[str]
     state: Callable[[Group], tuple[str, ...]]
     update: Callable[[Tensor, Tensor, Mapping[str, Tensor], Group, bool], Tensor]
+    reads_step: bool = False
 
 
 def _descent(grad: Tensor, group: Group) -> Tensor:
@@ -134,9 +136,9 @@ RULES: Mapping[type[torch.optim.Optimizer], Rule] = {
     rule.optimizer: rule
     for rule in (
         Rule("sgd", torch.optim.SGD, frozenset({"momentum_buffer"}), _sgd_state, _sgd),
-        Rule("adam", torch.optim.Adam, _ADAM_STATE, _adam_state, _adam),
+        Rule("adam", torch.optim.Adam, _ADAM_STATE, _adam_state, _adam, True),
         # AdamW is Adam whose groups say decoupled_weight_decay=True.
-        Rule("adam", torch.optim.AdamW, _ADAM_STATE, _adam_state, _adam),
+        Rule("adam", torch.optim.AdamW, _ADAM_STATE, _adam_state, _adam, True),
         Rule("rmsprop", torch.optim.RMSprop, _RMSPROP_STATE, _rmsprop_state, _rmsprop),
     )
 }

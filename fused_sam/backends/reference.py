@@ -8,8 +8,8 @@ compute dtype, and the rule's mathematics run on the flat buffers, rounding once
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,10 +23,16 @@ from . import Gradients, Groups
 _RUN_ELEMENTS = 1 << 20
 """Runs end here, so that what one operation writes is still in cache when the next one reads it."""
 
+_CHUNK_ELEMENTS = 1 << 17
+"""A rule's mathematics go over a run in pieces of this size, whose temporaries stay in cache."""
 
-@dataclass(frozen=True)
+_MAX_PLANS = 16
+"""Patterns of missing gradients that a bucket remembers; a few recur, or else they never do."""
+
+
+@dataclass(frozen=True, eq=False)
 class _Run:
-    """Neighbouring slots of one group that are treated alike, and their memory."""
+    """Neighbouring slots of one group that are treated alike, and views of their memory."""
 
     kind: Any
     row: int
@@ -39,23 +45,35 @@ class _Run:
     """The weights parameter by parameter, in their shapes; complex as (..., 2) reals."""
     padding: Tensor | None
     """Indices of padding within the run."""
+    views: dict[str, list[Tensor]] = field(default_factory=dict)
+    """Flat buffers parameter by parameter, like ``params``, under the buffer's name."""
 
     def of(self, flat: Tensor) -> Tensor:
+        """The run's part of a flat buffer."""
         return flat[self.start : self.stop]
 
     def pick(self, items: Sequence[Any]) -> list[Any]:
+        """The run's part of a list with an item for each slot."""
         return list(items[self.slots.start : self.slots.stop])
+
+    def split(self, bucket: Bucket, name: str, flat: Tensor) -> list[Tensor]:
+        """A flat buffer parameter by parameter; ``step`` has one element for each."""
+        if name not in self.views:
+            if name == STEP:
+                self.views[name] = [flat[i] for i in self.slots]
+            else:
+                self.views[name] = [slot.real(slot.of(flat)) for slot in self.pick(bucket.slots)]
+        return self.views[name]
 
 
 def _runs(bucket: Bucket, kinds: tuple[Hashable, ...]) -> list[_Run]:
     """The slots cut into runs of equal kind; a slot of kind None is left out."""
-    key = (_runs, kinds)
-    if key not in bucket.cache:
-        bucket.cache[key] = [
-            _make_run(bucket, kinds[span.start], span) for span in _spans(bucket.slots, kinds)
-        ]
-    runs: list[_Run] = bucket.cache[key]
-    return runs
+    plans: dict[Any, list[_Run]] = bucket.cache.setdefault(_runs, {})
+    if kinds not in plans:
+        if len(plans) == _MAX_PLANS:
+            plans.clear()
+        plans[kinds] = [_make_run(bucket, kinds[s.start], s) for s in _spans(bucket.slots, kinds)]
+    return plans[kinds]
 
 
 def _spans(slots: Sequence[Slot], kinds: Sequence[Hashable]) -> Iterator[range]:
@@ -101,20 +119,6 @@ def _make_run(bucket: Bucket, kind: Any, span: range) -> _Run:
     )
 
 
-def _state_list(bucket: Bucket, run: _Run, name: str) -> list[Tensor]:
-    """One state of a run, parameter by parameter."""
-    key = (_state_list, name, run.slots)
-    if key not in bucket.cache:
-        flat = bucket.state(name).flat
-        if name == STEP:
-            views = [flat[i] for i in run.slots]
-        else:
-            views = [slot.real(slot.of(flat)) for slot in run.pick(bucket.slots)]
-        bucket.cache[key] = views
-    cached: list[Tensor] = bucket.cache[key]
-    return cached
-
-
 def _gather(bucket: Bucket, run: _Run, grads: Gradients) -> Tensor:
     """The run's gradients in a flat buffer of the compute dtype, with zeros for padding."""
     if _gather not in bucket.cache:
@@ -122,10 +126,7 @@ def _gather(bucket: Bucket, run: _Run, grads: Gradients) -> Tensor:
             bucket.size, dtype=bucket.compute_dtype, device=bucket.device
         )
     scratch: Tensor = bucket.cache[_gather]
-    key = (_gather, run.slots)
-    if key not in bucket.cache:
-        bucket.cache[key] = [slot.real(slot.of(scratch)) for slot in run.pick(bucket.slots)]
-    torch._foreach_copy_(bucket.cache[key], run.pick(grads))
+    torch._foreach_copy_(run.split(bucket, "scratch", scratch), run.pick(grads))
     return run.of(scratch)
 
 
@@ -149,7 +150,7 @@ def _has_fused(bucket: Bucket) -> bool:
 def _fused_sgd(
     params: list[Tensor],
     grads: list[Tensor],
-    state: Callable[[str], list[Tensor]],
+    state: Mapping[str, list[Tensor]],
     group: Group,
     fresh: bool,
     grad_scale: Tensor | None,
@@ -158,7 +159,7 @@ def _fused_sgd(
     torch._fused_sgd_(
         params,
         grads,
-        state("momentum_buffer") if group["momentum"] else [],
+        state["momentum_buffer"] if group["momentum"] else [],
         weight_decay=group["weight_decay"],
         momentum=group["momentum"],
         lr=group["lr"],
@@ -174,7 +175,7 @@ def _fused_sgd(
 def _fused_adam(
     params: list[Tensor],
     grads: list[Tensor],
-    state: Callable[[str], list[Tensor]],
+    state: Mapping[str, list[Tensor]],
     group: Group,
     fresh: bool,
     grad_scale: Tensor | None,
@@ -185,10 +186,10 @@ def _fused_adam(
     kernel(
         params,
         grads,
-        state("exp_avg"),
-        state("exp_avg_sq"),
-        state("max_exp_avg_sq") if group["amsgrad"] else [],
-        state(STEP),
+        state["exp_avg"],
+        state["exp_avg_sq"],
+        state["max_exp_avg_sq"] if group["amsgrad"] else [],
+        state[STEP],
         lr=group["lr"],
         beta1=beta1,
         beta2=beta2,
@@ -296,7 +297,10 @@ class ReferenceBackend:
                 _FUSED[rule.name](
                     run.params,
                     run.pick(grads),
-                    lambda name, run=run: _state_list(bucket, run, name),  # type: ignore[misc]
+                    {
+                        name: run.split(bucket, name, bucket.state(name).flat)
+                        for name in names[run.row]
+                    },
                     group,
                     fresh,
                     grad_scale,
@@ -343,13 +347,10 @@ class ReferenceBackend:
         """Add 1 to the step counts of the slots that step now."""
         if not any(STEP in row for row in names):
             return
-        present = _present(grads)
-        key = (STEP, present)
-        if key not in bucket.cache:
-            bucket.cache[key] = torch.tensor(
-                [float(p is not None) for p in present], device=bucket.device
-            )
-        stepping: Tensor = bucket.cache[key]
+        stepping = torch.tensor([float(grad is not None) for grad in grads])
+        if bucket.device.type == "cuda":
+            stepping = stepping.pin_memory()  # else the copy would wait for the device
+        stepping = stepping.to(bucket.device, non_blocking=True)
         bucket.state(STEP).flat.add_(stepping if found_inf is None else stepping * (found_inf == 0))
 
     @staticmethod
@@ -368,37 +369,39 @@ class ReferenceBackend:
         grad = _gather(bucket, run, grads)
         if grad_scale is not None:
             grad.div_(grad_scale)
-        buffers = {name: run.of(bucket.state(name).flat) for name in names if name != STEP}
-        # A rule writes to its state: to a copy, where that is rounded or may have to be taken back.
-        exact = bucket.dtype == grad.dtype and found_inf is None
-        state = {k: v if exact else v.to(grad.dtype, copy=True) for k, v in buffers.items()}
-        if STEP in names:
-            state[STEP] = _steps_by_element(bucket, run)
-        weights = run.weights.to(grad.dtype)
-        updated = rule.update(weights, grad, state, group, fresh)
-        written = [(run.weights, updated)]
-        if not exact:
-            written += [(buffers[name], state[name]) for name in buffers]
-        for target, value in written:
-            if found_inf is not None:
-                value = torch.where(found_inf != 0, target.to(value.dtype), value)
-            target.copy_(value)
-            # With eps = 0 the padding has become 0 / 0.
-            if run.padding is not None and not group.get("eps", True):
-                target[run.padding] = 0
+        flat = {name: run.of(bucket.state(name).flat) for name in names if name != STEP}
+        steps = _steps_by_element(bucket, run) if STEP in names else None
+        for start in range(0, run.stop - run.start, _CHUNK_ELEMENTS):
+            chunk = slice(start, start + _CHUNK_ELEMENTS)
+            targets = {"param": run.weights[chunk], **{k: v[chunk] for k, v in flat.items()}}
+            # A rule writes to its state: to a copy, where that is rounded or may be taken back.
+            exact = bucket.dtype == grad.dtype and found_inf is None
+            values = {k: v.to(grad.dtype, copy=not exact) for k, v in targets.items()}
+            if steps is not None:
+                values[STEP] = steps[chunk]
+            values["param"] = rule.update(values["param"], grad[chunk], values, group, fresh)
+            for name, target in targets.items():
+                value = values[name]
+                if found_inf is not None:
+                    value = torch.where(found_inf != 0, target.to(value.dtype), value)
+                if value is not target:
+                    target.copy_(value)
+        # With eps = 0 the padding has become 0 / 0.
+        if run.padding is not None and not group.get("eps", True):
+            for buffer in (run.weights, *flat.values()):
+                buffer[run.padding] = 0
 
 
 def _steps_by_element(bucket: Bucket, run: _Run) -> Tensor:
     """The step counts of a run as one number for each element of its flat buffers."""
-    key = (_steps_by_element, run.slots)
-    if key not in bucket.cache:
-        starts = [slot.start for slot in run.pick(bucket.slots)]
-        bucket.cache[key] = torch.tensor(
-            [stop - start for start, stop in zip(starts, [*starts[1:], run.stop], strict=True)],
-            device=bucket.device,
-        )
-    steps = bucket.state(STEP).flat[run.slots.start : run.slots.stop]
-    return steps.repeat_interleave(bucket.cache[key], output_size=run.stop - run.start)
+    steps = bucket.state(STEP).flat
+    ends = [slot.start for slot in run.pick(bucket.slots)][1:] + [run.stop]
+    return torch.cat(
+        [
+            steps[i].expand(end - bucket.slots[i].start)
+            for i, end in zip(run.slots, ends, strict=True)
+        ]
+    )
 
 
 def _is_zero(lr: float | Tensor) -> bool | Tensor:
