@@ -286,6 +286,7 @@ class ReferenceBackend:
         for run in _runs(bucket, self._kinds(bucket, grads, names)):
             has_grad, perturbed, fresh = run.kind
             group, saved = groups[run.row], run.of(bucket.saved)
+            states = names[run.row]
             frozen = _is_zero(group["lr"])
             if perturbed:
                 run.weights.copy_(saved)
@@ -297,10 +298,7 @@ class ReferenceBackend:
                 _FUSED[rule.name](
                     run.params,
                     run.pick(grads),
-                    {
-                        name: run.split(bucket, name, bucket.state(name).flat)
-                        for name in names[run.row]
-                    },
+                    {name: run.split(bucket, name, bucket.state(name).flat) for name in states},
                     group,
                     fresh,
                     grad_scale,
@@ -308,7 +306,7 @@ class ReferenceBackend:
                 )
             else:
                 self._update_flat(
-                    bucket, run, grads, group, rule, names[run.row], fresh, grad_scale, found_inf
+                    bucket, run, grads, group, rule, states, fresh, grad_scale, found_inf
                 )
             # 0 * inf is NaN and -0.0 - -0.0 is 0.0: with lr 0 only a copy gives the bits back.
             if frozen is True:
@@ -370,7 +368,7 @@ class ReferenceBackend:
         if grad_scale is not None:
             grad.div_(grad_scale)
         flat = {name: run.of(bucket.state(name).flat) for name in names if name != STEP}
-        steps = _steps_by_element(bucket, run) if STEP in names else None
+        steps = _steps_by_element(bucket, run) if rule.reads_step else None
         for start in range(0, run.stop - run.start, _CHUNK_ELEMENTS):
             chunk = slice(start, start + _CHUNK_ELEMENTS)
             targets = {"param": run.weights[chunk], **{k: v[chunk] for k, v in flat.items()}}
@@ -395,13 +393,9 @@ class ReferenceBackend:
 def _steps_by_element(bucket: Bucket, run: _Run) -> Tensor:
     """The step counts of a run as one number for each element of its flat buffers."""
     steps = bucket.state(STEP).flat
-    ends = [slot.start for slot in run.pick(bucket.slots)][1:] + [run.stop]
-    return torch.cat(
-        [
-            steps[i].expand(end - bucket.slots[i].start)
-            for i, end in zip(run.slots, ends, strict=True)
-        ]
-    )
+    starts = [slot.start for slot in run.pick(bucket.slots)]
+    pieces = zip(run.slots, starts, [*starts[1:], run.stop], strict=True)
+    return torch.cat([steps[i].expand(stop - start) for i, start, stop in pieces])
 
 
 def _is_zero(lr: float | Tensor) -> bool | Tensor:
