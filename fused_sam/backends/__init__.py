@@ -79,9 +79,40 @@ def resolve(name: str, device: torch.device) -> Backend:
 
     Raises:
         ValueError: there is no backend of that name.
+        RuntimeError: the backend cannot run here; the message says why and what to do.
     """
     from .reference import ReferenceBackend
 
-    if name in ("auto", "reference"):
+    if name == "reference":
         return ReferenceBackend()
-    raise ValueError(f"backend={name!r} is not known; choose 'auto' or 'reference'")
+    if name in ("auto", "triton"):
+        problem = _no_triton(device)
+        if problem is None and (name == "triton" or device.type in _TRITON_DEVICES):
+            from .triton import TritonBackend
+
+            return TritonBackend()
+        if name == "triton":
+            raise RuntimeError(f"backend='triton' cannot run on {device}: {problem}")
+        return ReferenceBackend()
+    raise ValueError(f"backend={name!r} is not known; choose 'auto', 'reference' or 'triton'")
+
+
+_TRITON_DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
+
+
+def _no_triton(device: torch.device) -> str | None:
+    """Why Triton cannot serve this device, with the remedy; None if it can."""
+    try:
+        from .triton import INTERPRETED
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); install it: pip install 'triton>=3.6'"
+    if device.type == "cpu" and not INTERPRETED:
+        return (
+            "Triton has no CPU target; move the model to a GPU, or choose backend='auto' "
+            "(for tests, set TRITON_INTERPRET=1 before the first import of triton)"
+        )
+    if device.type in _TRITON_DEVICES and INTERPRETED:
+        return "TRITON_INTERPRET=1 is set, and the interpreter reaches CPU memory only; unset it"
+    if device.type not in ("cpu", *_TRITON_DEVICES):
+        return "Triton has no such target; choose backend='auto'"
+    return None
