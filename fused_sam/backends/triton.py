@@ -32,12 +32,15 @@ PROGRAMS = 8
 """Programs for each multiprocessor: with 4 warps each, half of the threads that one can hold."""
 WARPS = 4
 TILE_BYTES = {
-    "sq_norm_kernel": 8192,
-    "perturb_kernel": 4096,
-    "update_kernel": 4096,
-    "restore_kernel": 4096,
+    "sq_norm_kernel": 4096,
+    "perturb_kernel": 2048,
+    "update_kernel": 2048,
+    "restore_kernel": 2048,
 }
-"""Bytes of an operand in a tile: for each of 128 threads 2 accesses of 16, 4 for a lone operand."""
+"""Bytes of an operand in a tile: for each of 128 threads an access of 16, 2 for a lone operand."""
+CUDA_OPTIONS = {"maxnreg": 64, "enable_reflect_ftz": False}
+"""At most 64 registers, or fewer than half of a multiprocessor's threads would fit; and square
+roots of denormal numbers are not zero."""
 _KEPT_TABLES = 64
 """Tables of gradient addresses that a bucket remembers."""
 
@@ -337,11 +340,16 @@ def _launch(
         return
     block = min(TILE_BYTES[kernel.fn.__name__] // bucket.dtype.itemsize, CHUNK)
     full = (*constants, block, CHUNK // block)
-    compiled = kernel[grid](*args, *full, num_warps=WARPS)
+    compiled = kernel[grid](*args, *full, **_options(bucket.device))
     # Everything that Triton specializes on is in the key: the rest is the same for a bucket, or
     # declared do_not_specialize. So its own look-up, several times the cost, can be left out.
     if compiled is not None:
         tables.compiled[key] = (compiled, full)
+
+
+def _options(device: torch.device) -> dict[str, Any]:
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return {"num_warps": WARPS, **(CUDA_OPTIONS if nvidia else {})}
 
 
 def _learning_rate(lr: float | Tensor, bucket: Bucket) -> float | Tensor:
@@ -428,7 +436,8 @@ class TritonBackend:
                 *(grad_scale, found_inf, tables.n_chunks, tables.n_slots),
             )
             width = 1 + len(spec.hyper(groups[tables.rows[0]]))
-            constants = (spec.function, width, mixed, tensor_lr, live.aligned)
+            kept_states = tuple([b is not None for b in buffers])
+            constants = (spec.function, kept_states, width, mixed, tensor_lr, live.aligned)
             _launch(tables, bucket, kernels.update_kernel, args, constants)
 
     def restore_(self, bucket: Bucket) -> None:

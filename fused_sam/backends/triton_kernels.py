@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-# ruff: noqa: RUF005
+# ruff: noqa: RUF005, SIM108
 """The Triton kernels, and every rule's mathematics in Triton.
 
 Each kernel walks over a bucket with a persistent grid: program i takes the chunks i, i + P,
@@ -31,18 +31,26 @@ ASCENT_COLUMNS: tl.constexpr = tl.constexpr(3)
 # -------------------------------------------------------------------------- the rules' mathematics
 #
 # (param, grad, state, hyper, step, fresh) -> (new param, new state): values in the compute dtype,
-# with the names and in the order of fused_sam.rules. ``state`` has a fixed length; a buffer that no
-# group keeps is None. ``step`` counts the running step. Groups of one launch may differ in every
-# option, so options are values, not branches of the compiler.
+# with the names and in the order of fused_sam.rules. ``state`` has a fixed length, and KEPT says
+# which buffers are there at all, for some group. ``step`` counts the running step. Groups of one
+# launch may differ in every option, so options are values, not branches of the compiler.
+
+
+#
+# `/` and `tl.sqrt` on float32 elements are good to 2 and 1 units in the last place (PTX div.full and
+# sqrt.approx, kept from flushing small numbers to zero by the launcher's options); rounding them to
+# the nearest takes a subroutine, half as many instructions again and a quarter more registers.
 
 
 @triton.jit
 def _sqrt(x):
+    """The square root of a number, to the nearest."""
     return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
 
 
 @triton.jit
 def _div(x, y):
+    """The quotient of two numbers, to the nearest."""
     return x / y if x.dtype == tl.float64 else tl.div_rn(x, y)
 
 
@@ -74,13 +82,13 @@ def _decay(param, grad, weight_decay):
 
 
 @triton.jit
-def sgd(param, grad, state, hyper, step, fresh):
+def sgd(param, grad, state, hyper, step, fresh, KEPT: tl.constexpr):
     """``torch.optim.SGD``."""
     lr, maximize, weight_decay, momentum, undampened, nesterov = hyper
     momentum_buffer = state[0]
     grad = _descent(grad, maximize)
     grad = _decay(param, grad, weight_decay)
-    if momentum_buffer is not None:
+    if KEPT[0]:
         # The first gradient enters undampened, as torch.optim.SGD has it.
         undampened = tl.where(fresh, 1.0, undampened).to(grad.dtype)
         momentum_buffer = momentum * momentum_buffer + undampened * grad
@@ -90,7 +98,7 @@ def sgd(param, grad, state, hyper, step, fresh):
 
 
 @triton.jit
-def adam(param, grad, state, hyper, step, fresh):
+def adam(param, grad, state, hyper, step, fresh, KEPT: tl.constexpr):
     """``torch.optim.Adam`` and ``AdamW``."""
     lr, maximize, weight_decay, decoupled, beta1, rest1, log1, beta2, rest2, log2, eps, amsgrad = (
         hyper
@@ -104,16 +112,17 @@ def adam(param, grad, state, hyper, step, fresh):
     exp_avg = beta1 * exp_avg + rest1 * grad
     exp_avg_sq = beta2 * exp_avg_sq + rest2 * (grad * grad)
     second = exp_avg_sq
-    if max_exp_avg_sq is not None:
+    if KEPT[2]:
         max_exp_avg_sq = tl.maximum(max_exp_avg_sq, exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
         second = tl.where(amsgrad != 0, max_exp_avg_sq, exp_avg_sq)
     step_size = _div(lr, _bias_correction(log1, step))
-    denom = _sqrt(_div(second, _bias_correction(log2, step))) + eps
-    return decayed - step_size * _div(exp_avg, denom), (exp_avg, exp_avg_sq, max_exp_avg_sq)
+    unbias = _div(step * 0 + 1, _bias_correction(log2, step))
+    denom = tl.sqrt(second * unbias) + eps
+    return decayed - step_size * (exp_avg / denom), (exp_avg, exp_avg_sq, max_exp_avg_sq)
 
 
 @triton.jit
-def rmsprop(param, grad, state, hyper, step, fresh):
+def rmsprop(param, grad, state, hyper, step, fresh, KEPT: tl.constexpr):
     """``torch.optim.RMSprop``."""
     lr, maximize, weight_decay, alpha, rest, eps, centered, momentum = hyper
     square_avg, grad_avg, momentum_buffer = state
@@ -121,13 +130,13 @@ def rmsprop(param, grad, state, hyper, step, fresh):
     grad = _decay(param, grad, weight_decay)
     square_avg = alpha * square_avg + rest * (grad * grad)
     second = square_avg
-    if grad_avg is not None:
+    if KEPT[1]:
         grad_avg = alpha * grad_avg + rest * grad
         # Rounding can take this variance below zero, where torch.optim.RMSprop gives NaN.
         variance = square_avg - grad_avg * grad_avg
         second = tl.where(centered != 0, tl.where(variance < 0, 0.0, variance), square_avg)
-    update = _div(grad, _sqrt(second) + eps)
-    if momentum_buffer is not None:
+    update = grad / (tl.sqrt(second) + eps)
+    if KEPT[2]:
         momentum_buffer = momentum * momentum_buffer + update
         update = tl.where(momentum > 0, momentum_buffer, update)
     return param - lr * update, (square_avg, grad_avg, momentum_buffer)
@@ -167,8 +176,10 @@ def _locate(
 @triton.jit
 def _load(ptr, mask, dtype):
     if mask is None:
-        return tl.load(ptr).to(dtype)
-    return tl.load(ptr, mask, 0.0).to(dtype)
+        value = tl.load(ptr)
+    else:
+        value = tl.load(ptr, mask, 0.0)
+    return value.to(dtype)
 
 
 @triton.jit
@@ -329,30 +340,31 @@ def _update_tile(
     start,
     offs,
     mask,
-    grad_scale,
+    unscale,
     hyper,
     limits,
     step,
     fresh,
     RULE: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
     dtype = hyper[0].dtype
     w = _load(source + offs, mask, dtype)
     g = _load(grad + offs, mask, dtype)
-    if grad_scale is not None:
-        g = _div(g, grad_scale)
+    if unscale is not None:
+        g *= unscale
     state = ()
     for i in tl.static_range(len(states)):
-        if states[i] is None:
-            state = state + (None,)
+        if not KEPT[i]:
+            state = state + (w,)  # a tuple cannot hold None; nobody reads this
         else:
             use = mask if limits is None else offs < limits[i]
             state = state + (_load(states[i] + start + offs, use, dtype),)
-    new, state = RULE(w, g, state, hyper, step, fresh)
+    new, state = RULE(w, g, state, hyper, step, fresh, KEPT)
     # 0 * inf is NaN and -0.0 - -0.0 is 0.0: with lr 0 only the same bits are the same.
     _store(weights + offs, tl.where(hyper[0] == 0, w, new), mask)
     for i in tl.static_range(len(states)):
-        if states[i] is not None:
+        if KEPT[i]:
             use = mask if limits is None else offs < limits[i]
             _store(states[i] + start + offs, state[i], use)
 
@@ -375,6 +387,7 @@ def update_kernel(
     n_chunks,
     n_slots,
     RULE: tl.constexpr,
+    KEPT: tl.constexpr,
     HYPER: tl.constexpr,
     MIXED: tl.constexpr,
     TENSOR_LR: tl.constexpr,
@@ -390,17 +403,17 @@ def update_kernel(
     ``saved_ptr`` and ``states`` are (size,) in the bucket's dtype, a state None that no group
     keeps; ``step_ptr`` (n,) float32 is incremented for the slots that step; ``ticket_ptr`` () int32
     is 0 before and after; ``grad_scale_ptr`` and ``found_inf_ptr`` are () float32; None where there
-    is none. HYPER counts the rule's hyperparameters; in a MIXED launch some groups lack some state,
-    and len(states) columns more say who keeps what.
+    is none. KEPT says which states are not None. HYPER counts the rule's hyperparameters; in a MIXED
+    launch some groups lack some state, and len(states) columns more say who keeps what.
     """
     dtype = hyper_ptr.dtype.element_ty
     lanes = tl.arange(0, BLOCK)
     steps = True
     if found_inf_ptr is not None:
         steps = tl.load(found_inf_ptr) == 0
-    grad_scale = None
+    unscale = None
     if grad_scale_ptr is not None:
-        grad_scale = tl.load(grad_scale_ptr).to(dtype)
+        unscale = _div(tl.full([], 1, dtype), tl.load(grad_scale_ptr).to(dtype))
     columns: tl.constexpr = HYPER + (len(states) if MIXED else 0)
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
         slot, present, grad, weights, start, left, row, flags = _locate(
@@ -441,12 +454,13 @@ def update_kernel(
                         start,
                         offs,
                         None,
-                        grad_scale,
+                        unscale,
                         hyper,
                         limits,
                         step,
                         fresh,
                         RULE,
+                        KEPT,
                     )
             else:
                 for tile in range(tl.cdiv(left, BLOCK).to(tl.int32)):
@@ -459,12 +473,13 @@ def update_kernel(
                         start,
                         offs,
                         offs < left,
-                        grad_scale,
+                        unscale,
                         hyper,
                         limits,
                         step,
                         fresh,
                         RULE,
+                        KEPT,
                     )
         elif perturbed:
             _restore(weights, saved, left, lanes, BLOCK, TILES)
