@@ -307,6 +307,9 @@ class FusedSAM(Optimizer):
             self._descend(found_inf, check_finite=scaled)
         except BaseException:
             self.restore()
+            # What a GradScaler has set it takes back only after a step that returns.
+            for name in ("grad_scale", "found_inf"):
+                self.__dict__.pop(name, None)
             raise
         return loss
 
@@ -343,7 +346,7 @@ class FusedSAM(Optimizer):
         if not isinstance(found_inf, Tensor):
             found_inf = None  # a GradScaler that saw no gradient at all sets the number 0
         rule = RULES.get(type(base))
-        if base._optimizer_step_pre_hooks and rule:
+        if base._optimizer_step_pre_hooks:
             self.restore()  # they expect to see w
             for pre_hook in list(base._optimizer_step_pre_hooks.values()):
                 pre_hook(base, (), {})
@@ -361,9 +364,8 @@ class FusedSAM(Optimizer):
                 self._update(grads, rule, grad_scale, found_inf)
             else:
                 self._step_base(grad_scale, found_inf)
-        if rule:
-            for post_hook in list(base._optimizer_step_post_hooks.values()):
-                post_hook(base, (), {})
+        for post_hook in list(base._optimizer_step_post_hooks.values()):
+            post_hook(base, (), {})
         self._consumed = self._fingerprints()
         # Learning-rate schedulers, of either optimizer, look for this.
         self._opt_called = base._opt_called = True  # type: ignore[attr-defined]
@@ -402,7 +404,10 @@ class FusedSAM(Optimizer):
                 present = [s.param.grad for s in bucket.slots if s.param.grad is not None]
                 for grad in present:  # in the compute dtype: float16 does not hold every scale
                     grad.copy_(grad.to(torch.promote_types(grad.dtype, scale.dtype)) / scale)
-        self.base_optimizer.step()
+        # Without torch's wrapper, which would run the global step hooks a second time.
+        step = type(self.base_optimizer).step
+        step = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
+        step(self.base_optimizer)
 
     def _sum_sq_norms(self, grads: list[Gradients], groups: list[dict[str, Any]] | None) -> Tensor:
         """The squared global norm as partial sums, (k,), on the first bucket's device."""
