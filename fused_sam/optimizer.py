@@ -176,9 +176,10 @@ class FusedSAM(Optimizer):
         Raises:
             TypeError, ValueError: the group cannot be used; the optimizer is as it was.
         """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict with 'params', got {param_group!r}")
         (param_group,) = as_groups([param_group])
-        self._fill_groups()
-        check_groups([*self.param_groups, {**self.defaults, **param_group}])
+        check_groups([{**self.defaults, **group} for group in (*self.param_groups, param_group)])
         self.base_optimizer.add_param_group(param_group)
         self._fill_groups()
 
@@ -446,10 +447,10 @@ class FusedSAM(Optimizer):
 
     def _build(self) -> None:
         groups = self.param_groups
-        self._fill_groups()
-        check_groups(groups)
+        check_groups([{**self.defaults, **group} for group in groups])
         devices = {p.device for group in groups for p in group["params"]}
         by_device = {device: backends.resolve(self._backend_name, device) for device in devices}
+        self._fill_groups()
         rule = RULES.get(type(self.base_optimizer))
         self._layout = Layout(groups, rule, self.state, self._layout)
         self._backends = [by_device[bucket.device] for bucket in self._layout.buckets]
