@@ -62,9 +62,7 @@ def check_base(cls: Any) -> None:
     if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
         raise TypeError(f"base_optimizer must be a subclass of torch.optim.Optimizer, got {cls!r}")
     if hasattr(cls, "first_step"):
-        raise TypeError(
-            f"{cls.__name__} does SAM itself; choose the optimizer that shall step in it"
-        )
+        raise TypeError(f"{cls.__name__} does SAM itself; choose the optimizer that is to step")
     closure = inspect.signature(cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(
@@ -140,9 +138,7 @@ def as_groups(params: Any) -> list[dict[str, Any]]:
 
 def _refuse_set(params: Any) -> None:
     if isinstance(params, (set, frozenset)):
-        raise TypeError(
-            "params must have an order that stays from run to run; got a set: use a list"
-        )
+        raise TypeError("params must have an order that stays; got a set: use a list")
 
 
 def _tensors(params: Any) -> list[Tensor]:

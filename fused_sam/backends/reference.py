@@ -402,7 +402,7 @@ class ReferenceBackend:
 
 def _steps_by_element(bucket: Bucket, run: _Run) -> Tensor:
     """The step counts of a run as one number for each element of its flat buffers."""
-    steps = bucket.state(STEP).flat
+    steps = bucket.state(STEP).flat.to(bucket.compute_dtype)
     starts = [slot.start for slot in run.pick(bucket.slots)]
     pieces = zip(run.slots, starts, [*starts[1:], run.stop], strict=True)
     return torch.cat([steps[i].expand(stop - start) for i, start, stop in pieces])
