@@ -489,11 +489,12 @@ def update_kernel(
         ticket = tl.atomic_add(ticket_ptr, 1, sem="acq_rel")
         if ticket == tl.num_programs(0) - 1:
             tl.store(ticket_ptr, 0)
-            for i in range(0, n_slots, BLOCK):
-                slot = i + lanes
-                present = tl.load(live_ptr + slot, slot < n_slots, 0) != 0
-                count = tl.load(step_ptr + slot, slot < n_slots, 0.0)
-                tl.store(step_ptr + slot, count + 1, present & steps)
+            if steps:
+                for i in range(0, n_slots, BLOCK):
+                    slot = i + lanes
+                    present = tl.load(live_ptr + slot, slot < n_slots, 0) != 0
+                    count = tl.load(step_ptr + slot, slot < n_slots, 0.0)
+                    tl.store(step_ptr + slot, count + 1, present)
 
 
 @triton.jit(do_not_specialize=["n_chunks", "n_slots"])
