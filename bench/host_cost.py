@@ -2,9 +2,9 @@
 
     python bench/host_cost.py [results.json]
 
-Runs anywhere: the tensors are on the CPU, and what would launch a kernel does nothing. What is left
-is everything else that the host does in a step, with all tables warm: looking for changes, collecting
-gradients and their addresses, looking tables up. Prints the time and what it is made of.
+Runs anywhere: the tensors are on the CPU, and what would launch a kernel does nothing. What is
+left is everything else that the host does in a step, with all tables warm: looking for changes,
+collecting gradients and their addresses, looking tables up. Prints the time and its parts.
 """
 
 import cProfile
@@ -44,7 +44,7 @@ class NoLaunch:
 
 
 def without_launches(base=torch.optim.SGD, parameters=PARAMETERS, **options):
-    """A FusedSAM whose kernels are not launched, and its gradients: two sets, as two passes give."""
+    """A FusedSAM whose kernels are not launched, and gradients for its two passes."""
     backends._no_triton = lambda device: None
     for name in ("sq_norm_kernel", "perturb_kernel", "update_kernel", "restore_kernel"):
         kernel = getattr(backend.kernels, name)

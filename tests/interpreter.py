@@ -17,7 +17,7 @@ _call = interpreter.InterpretedFunction.__call__
 
 
 def _cast_to_nearest(self, src, dst_type):
-    """The interpreter cuts float32 down to bfloat16; every GPU rounds to the nearest, ties to even."""
+    """The interpreter cuts float32 off to bfloat16; GPUs round to the nearest, ties to even."""
     if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
         data = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16()
         return interpreter.TensorHandle(data.view(torch.uint16).numpy(), tl.bfloat16)

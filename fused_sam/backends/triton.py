@@ -41,6 +41,8 @@ TILE_BYTES = {
 CUDA_OPTIONS = {"maxnreg": 64, "enable_reflect_ftz": False}
 """At most 64 registers, or fewer than half of a multiprocessor's threads would fit; and square
 roots of denormal numbers are not zero."""
+EMPTY = 16
+"""Address of an empty gradient, which has none, but is there: Adam counts its step."""
 _KEPT_TABLES = 64
 """Tables of gradient addresses that a bucket remembers."""
 
@@ -257,8 +259,10 @@ def _tables(bucket: Bucket) -> _Tables:
 
 
 def _addresses(grads: Gradients) -> tuple[int, ...]:
-    # An empty gradient has no address, but it is there: Adam counts the step. Nobody reads it.
-    return tuple([0 if grad is None else grad.data_ptr() or 16 for grad in grads])
+    if any([grad is None for grad in grads]):
+        return tuple([0 if grad is None else grad.data_ptr() or EMPTY for grad in grads])
+    addresses = tuple(map(Tensor.data_ptr, grads))  # type: ignore[arg-type]
+    return tuple([address or EMPTY for address in addresses]) if 0 in addresses else addresses
 
 
 def _aligned(addresses: Sequence[int]) -> bool:

@@ -37,9 +37,9 @@ ASCENT_COLUMNS: tl.constexpr = tl.constexpr(3)
 
 
 #
-# `/` and `tl.sqrt` on float32 elements are good to 2 and 1 units in the last place (PTX div.full and
-# sqrt.approx, kept from flushing small numbers to zero by the launcher's options); rounding them to
-# the nearest takes a subroutine, half as many instructions again and a quarter more registers.
+# `/` and `tl.sqrt` on float32 elements are good to 2 and 1 units in the last place (PTX div.full
+# and sqrt.approx, kept from flushing small numbers to zero by the launcher's options); rounding
+# them to the nearest takes subroutines and a quarter more registers.
 
 
 @triton.jit
@@ -403,8 +403,8 @@ def update_kernel(
     ``saved_ptr`` and ``states`` are (size,) in the bucket's dtype, a state None that no group
     keeps; ``step_ptr`` (n,) float32 is incremented for the slots that step; ``ticket_ptr`` () int32
     is 0 before and after; ``grad_scale_ptr`` and ``found_inf_ptr`` are () float32; None where there
-    is none. KEPT says which states are not None. HYPER counts the rule's hyperparameters; in a MIXED
-    launch some groups lack some state, and len(states) columns more say who keeps what.
+    is none. KEPT says which states are not None. HYPER counts the rule's hyperparameters; in a
+    MIXED launch some groups lack some state, and len(states) columns more say who keeps what.
     """
     dtype = hyper_ptr.dtype.element_ty
     lanes = tl.arange(0, BLOCK)
