@@ -74,7 +74,7 @@ def build(name, dtype, target):
             types["hyper_ptr"] = None
     constants["BLOCK"] = backend.TILE_BYTES[function.__name__] // ITEMSIZE[dtype]
     constants["TILES"] = backend.CHUNK // constants["BLOCK"]
-    options = {"num_warps": backend.WARPS}
+    options = {"num_warps": backend.THREADS // target.warp_size}
     if target.backend == "cuda":
         options |= backend.CUDA_OPTIONS
     source = ASTSource(function, *signature(function, types, constants))
@@ -165,8 +165,8 @@ def _tool(name, *args):
 def occupancy(registers, arch):
     """Share of a multiprocessor's threads that its registers allow; warps take 256 at a time."""
     per_warp = -(-registers * 32 // 256) * 256
-    warps = REGISTER_FILE // per_warp // backend.WARPS * backend.WARPS
-    return min(1.0, warps * 32 / THREADS[arch])
+    programs = REGISTER_FILE // (per_warp * backend.THREADS // 32)
+    return min(1.0, programs * backend.THREADS / THREADS[arch])
 
 
 def report(name, dtype, arch):
@@ -176,19 +176,19 @@ def report(name, dtype, arch):
     wide, narrow = wide_and_narrow(compiled, target)
     registers, spilled = resources(compiled, target)
     loops = tile_loops(compiled.asm["ttir"])
-    threads = backend.WARPS * target.warp_size
     return {
         "kernel": name,
         "dtype": dtype,
         "arch": arch,
         "loops": loops,
         "bytes_per_element": sum(loops[0]) * ITEMSIZE[dtype],
-        "accesses_per_thread": block * ITEMSIZE[dtype] / 16 / threads,
+        "accesses_per_thread": block * ITEMSIZE[dtype] / 16 / backend.THREADS,
         "scalar_accesses": scalar_accesses(compiled.asm["ttir"]),
         "wide": wide,
         "narrow": narrow,
         "registers": registers,
         "spilled": spilled,
+        "flushes": compiled.asm.get("ptx", "").count(".ftz"),
         "occupancy": occupancy(registers, arch) if arch in THREADS else None,
     }
 

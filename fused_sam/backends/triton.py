@@ -29,8 +29,9 @@ INTERPRETED = isinstance(kernels.update_kernel, InterpretedFunction)
 CHUNK = 4096
 """Elements that a program takes at a time."""
 PROGRAMS = 8
-"""Programs for each multiprocessor: with 4 warps each, half of the threads that one can hold."""
-WARPS = 4
+"""Programs for each multiprocessor: half of the threads that one can hold."""
+THREADS = 128
+"""Threads of a program: 4 warps of NVIDIA's 32, 2 of AMD's 64."""
 TILE_BYTES = {
     "sq_norm_kernel": 4096,
     "perturb_kernel": 2048,
@@ -353,7 +354,9 @@ def _launch(
 
 def _options(device: torch.device) -> dict[str, Any]:
     nvidia = device.type == "cuda" and torch.version.hip is None
-    return {"num_warps": WARPS, **(CUDA_OPTIONS if nvidia else {})}
+    if nvidia or device.type != "cuda":
+        return {"num_warps": THREADS // 32, **(CUDA_OPTIONS if nvidia else {})}
+    return {"num_warps": THREADS // torch.cuda.get_device_properties(device).warp_size}
 
 
 def _learning_rate(lr: float | Tensor, bucket: Bucket) -> float | Tensor:
