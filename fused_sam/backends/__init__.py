@@ -79,9 +79,20 @@ def resolve(name: str, device: torch.device) -> Backend:
 
     Raises:
         ValueError: there is no backend of that name.
+        RuntimeError: it cannot run on this device; the message says why, and the remedy.
     """
+    from . import native
     from .reference import ReferenceBackend
 
-    if name in ("auto", "reference"):
+    if name == "reference":
         return ReferenceBackend()
-    raise ValueError(f"backend={name!r} is not known; choose 'auto' or 'reference'")
+    if name == "native":
+        why = native.missing(device.type)
+        if why is not None:
+            raise RuntimeError(f"backend='native' cannot run on {device}: {why}")
+        return native.NativeBackend()
+    if name == "auto":
+        if device.type == "cpu" and native.missing("cpu") is None:
+            return native.NativeBackend()
+        return ReferenceBackend()
+    raise ValueError(f"backend={name!r} is not known; choose 'auto', 'native' or 'reference'")

@@ -1,0 +1,85 @@
+// float32, float64, bfloat16 and float16 in memory, the latter two as bits. Conversions have no
+// branches, so that loops of them vectorise; all round to nearest even, and NaN stays NaN.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../rules.h"
+
+namespace fused_sam {
+inline namespace FUSED_SAM_ISA {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+
+FUSED_SAM_INLINE uint32_t to_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+FUSED_SAM_INLINE float from_bits(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+FUSED_SAM_INLINE float load(float x) { return x; }
+FUSED_SAM_INLINE double load(double x) { return x; }
+FUSED_SAM_INLINE float load(BFloat16 x) { return from_bits(uint32_t{x.bits} << 16); }
+
+FUSED_SAM_INLINE float load(Float16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13;
+  // The exponent moves by the difference of the biases; infinity and NaN move twice.
+  const uint32_t shifted = magnitude + ((127u - 15u) << 23);
+  const uint32_t special = magnitude >= (0x1fu << 23) ? (127u - 15u) << 23 : 0u;
+  // A subnormal is an integer times 2**-24.
+  const float subnormal = float(int32_t(x.bits & 0x7fffu)) * 0x1p-24f;
+  const uint32_t bits =
+      magnitude < (1u << 23) ? to_bits(subnormal) : shifted + special;
+  return from_bits(bits | sign);
+}
+
+FUSED_SAM_INLINE void store(float& to, float x) { to = x; }
+FUSED_SAM_INLINE void store(double& to, double x) { to = x; }
+
+FUSED_SAM_INLINE void store(BFloat16& to, float x) {
+  const uint32_t bits = to_bits(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t nan = (bits >> 16) | 0x40u;
+  to.bits = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+}
+
+FUSED_SAM_INLINE void store(Float16& to, float x) {
+  const uint32_t bits = to_bits(x);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t normal =
+      (magnitude - ((127u - 15u) << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Adding 1/2 leaves the subnormal, rounded to a multiple of 2**-24, in the last bits.
+  const uint32_t subnormal = to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f);
+  uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // 65520 and above round to infinity
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  to.bits = uint16_t(half | sign);
+}
+
+template <typename S>
+struct Compute {
+  using Type = float;
+};
+
+template <>
+struct Compute<double> {
+  using Type = double;
+};
+
+}  // namespace FUSED_SAM_ISA
+}  // namespace fused_sam
