@@ -28,7 +28,7 @@ CSRC = Path("csrc")
 DEFINES = [("TORCH_TARGET_VERSION", "0x020a000000000000")]  # 2.10
 # Never -ffast-math: the checks for infinity and NaN must work. Without contraction all instruction
 # sets give the same bits; the last two allow square roots and comparisons to vectorise.
-OPTIMIZE = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+OPTIMIZE = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-unswitch-loops"]
 REMEDY = (
     "install torch >= 2.10 and a C++ compiler, then "
     "`FUSED_SAM_BUILD=cpu pip install --no-build-isolation fused-sam`"

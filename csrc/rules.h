@@ -72,9 +72,11 @@ static_assert(sizeof(Hyper<float>) == kHyperSize * sizeof(float), "a row of the 
 // What is the same for all elements of one parameter in one step.
 template <typename T>
 struct Step {
-  T grad_scale;           // gradients are divided by it
-  T one_minus_dampening;  // SGD: 1 in the first step
-  T step_size;            // Adam: lr / bias_correction1
+  T descent;               // gradients are multiplied by it: 1 / loss scale, negative to maximize
+  T one_minus_dampening;   // SGD: 1 in the first step
+  T coupled_weight_decay;  // added to the gradient
+  T decay;                 // the weights are multiplied by it (Loshchilov & Hutter 2019)
+  T step_size;             // Adam: lr / bias_correction1
   T bias_correction2;
 };
 
@@ -82,9 +84,12 @@ struct Step {
 template <typename T>
 FUSED_SAM_INLINE Step<T> make_step(const Hyper<T>& group, T grad_scale, T step, bool fresh) {
   Step<T> s;
-  s.grad_scale = grad_scale;
+  s.descent = (group.maximize != T(0) ? T(-1) : T(1)) / grad_scale;
   // The first gradient enters undampened, as torch.optim.SGD has it.
   s.one_minus_dampening = fresh ? T(1) : group.one_minus_dampening;
+  const bool decoupled = group.decoupled_weight_decay != T(0);
+  s.coupled_weight_decay = decoupled ? T(0) : group.weight_decay;
+  s.decay = decoupled ? T(1) - group.lr * group.weight_decay : T(1);
   // 1 - beta**step without cancellation; beta = 0: log is -inf, and the correction 1.
   s.step_size = group.lr / -exp_minus_1(step * group.log_beta1);
   s.bias_correction2 = -exp_minus_1(step * group.log_beta2);
@@ -126,15 +131,13 @@ FUSED_SAM_INLINE T lerp(T start, T end, T weight) {
                          : end - (end - start) * (T(1) - weight);
 }
 
+// The gradient as the rules take it: unscaled, downhill, with the coupled weight decay.
 template <typename T>
-FUSED_SAM_INLINE T descent(T grad, const Hyper<T>& group, const Step<T>& step) {
-  grad = step.grad_scale == T(1) ? grad : grad / step.grad_scale;
-  return group.maximize != T(0) ? -grad : grad;
-}
-
-template <typename T>
-FUSED_SAM_INLINE T decayed(T grad, T param, const Hyper<T>& group) {
-  return group.weight_decay != T(0) ? grad + group.weight_decay * param : grad;
+FUSED_SAM_INLINE T descent(T grad, T param, const Step<T>& step) {
+  grad = step.descent * grad;
+  // Without decay the weight must not enter: 0 * inf is NaN.
+  const T decay = step.coupled_weight_decay;
+  return decay != T(0) ? grad + decay * param : grad;
 }
 
 constexpr int kMaxStates = 3;
@@ -150,7 +153,7 @@ struct Sgd {
   template <int kOptions, typename T>
   static FUSED_SAM_INLINE T update(T param, T grad, T (&state)[kMaxStates], const Hyper<T>& group,
                                    const Step<T>& step) {
-    grad = decayed(descent(grad, group, step), param, group);
+    grad = descent(grad, param, step);
     if (kOptions & kMomentum) {
       T& momentum_buffer = state[0];
       momentum_buffer = group.momentum * momentum_buffer + step.one_minus_dampening * grad;
@@ -171,12 +174,8 @@ struct Adam {
   template <int kOptions, typename T>
   static FUSED_SAM_INLINE T update(T param, T grad, T (&state)[kMaxStates], const Hyper<T>& group,
                                    const Step<T>& step) {
-    grad = descent(grad, group, step);
-    if (group.decoupled_weight_decay != T(0)) {
-      param = param * (T(1) - group.lr * group.weight_decay);
-    } else {
-      grad = decayed(grad, param, group);
-    }
+    grad = descent(grad, param, step);
+    param = step.decay * param;
     T& exp_avg = state[0];
     exp_avg = lerp(exp_avg, grad, group.one_minus_beta1);
     T exp_avg_sq = group.beta2 * state[1] + group.one_minus_beta2 * grad * grad;
@@ -205,7 +204,7 @@ struct RmsProp {
   template <int kOptions, typename T>
   static FUSED_SAM_INLINE T update(T param, T grad, T (&state)[kMaxStates], const Hyper<T>& group,
                                    const Step<T>& step) {
-    grad = decayed(descent(grad, group, step), param, group);
+    grad = descent(grad, param, step);
     T& square_avg = state[0];
     square_avg = group.beta2 * square_avg + group.one_minus_beta2 * grad * grad;
     T avg = square_avg;

@@ -125,15 +125,15 @@ FUSED_SAM_INLINE void add_squares(double (&sums)[kLanes], const S* weights, cons
     for (int k = 0; k < kRun && i + kLanes <= n; ++k, i += kLanes) {
       FUSED_SAM_VECTORIZE
       for (int lane = 0; lane < kLanes; ++lane) {
-        const T w = kAdaptive ? T(load(weights[i + lane])) : T(0);
-        const T x = ascent_dual(w, T(load(grad[i + lane])), kAdaptive, eta);
+        const T w = kAdaptive ? load(weights[i + lane]) : T(0);
+        const T x = ascent_dual(w, load(grad[i + lane]), kAdaptive, eta);
         run[lane] += x * x;
       }
     }
     if (n - i < kLanes) {
       for (int lane = 0; i < n; ++lane, ++i) {
-        const T w = kAdaptive ? T(load(weights[i])) : T(0);
-        const T x = ascent_dual(w, T(load(grad[i])), kAdaptive, eta);
+        const T w = kAdaptive ? load(weights[i]) : T(0);
+        const T x = ascent_dual(w, load(grad[i]), kAdaptive, eta);
         run[lane] += x * x;
       }
     }
@@ -168,10 +168,9 @@ void sq_norm(const Problem& p, bool by_group, void* partials, int64_t begin, int
 template <typename S, bool kAdaptive>
 FUSED_SAM_INLINE void climb(S* weights, const S* grad, int64_t n, ComputeOf<S> scale,
                             ComputeOf<S> eta) {
-  using T = ComputeOf<S>;
   FUSED_SAM_VECTORIZE
   for (int64_t i = 0; i < n; ++i) {
-    store(weights[i], ascend(T(load(weights[i])), T(load(grad[i])), scale, kAdaptive, eta));
+    weights[i] = round_to<S>(ascend(load(weights[i]), load(grad[i]), scale, kAdaptive, eta));
   }
 }
 
@@ -179,8 +178,9 @@ template <typename S>
 void perturb_(const Problem& p, const void* sq_norm, int64_t begin, int64_t end) {
   using T = ComputeOf<S>;
   const Hyper<T>* hyper = static_cast<const Hyper<T>*>(p.hyper);
-  // Backwards: the gradients that sq_norm read last are still in the caches.
-  for (int64_t span = end - 1; span >= begin; --span) {
+  // Forwards: walking back over what sq_norm left in the caches upsets the hardware's prefetching
+  // and loses more than it finds.
+  for (int64_t span = begin; span < end; ++span) {
     for_each_piece<S>(p, span * kSpan, (span + 1) * kSpan, [&](const Piece<S>& piece) {
       if (!piece.grad) return;
       const Hyper<T>& group = hyper[piece.slot->row];
@@ -224,12 +224,11 @@ FUSED_SAM_INLINE void step(S* weights, const S* from, const S* grad, S* const (&
     if (Rule::uses(kOptions, 1)) state[1] = load(state1[i]);
     if (Rule::uses(kOptions, 2)) state[2] = load(state2[i]);
     const S old = from[i];
-    S updated;
-    store(updated, Rule::template update<kOptions>(T(load(old)), T(load(grad[i])), state, group,
-                                                   step));
-    if (Rule::uses(kOptions, 0)) store(state0[i], state[0]);
-    if (Rule::uses(kOptions, 1)) store(state1[i], state[1]);
-    if (Rule::uses(kOptions, 2)) store(state2[i], state[2]);
+    const S updated = round_to<S>(
+        Rule::template update<kOptions>(load(old), load(grad[i]), state, group, step));
+    if (Rule::uses(kOptions, 0)) state0[i] = round_to<S>(state[0]);
+    if (Rule::uses(kOptions, 1)) state1[i] = round_to<S>(state[1]);
+    if (Rule::uses(kOptions, 2)) state2[i] = round_to<S>(state[2]);
     // 0 * inf is NaN and -0.0 - -0.0 is 0.0: with lr 0 only a copy gives the bits back.
     weights[i] = frozen ? old : updated;
   }

@@ -10,13 +10,9 @@
 namespace fused_sam {
 inline namespace FUSED_SAM_ISA {
 
-struct BFloat16 {
-  uint16_t bits;
-};
-
-struct Float16 {
-  uint16_t bits;
-};
+// Scalars, not structs: loops that copy structs do not vectorise.
+enum class BFloat16 : uint16_t {};
+enum class Float16 : uint16_t {};
 
 FUSED_SAM_INLINE uint32_t to_bits(float x) {
   uint32_t bits;
@@ -32,32 +28,42 @@ FUSED_SAM_INLINE float from_bits(uint32_t bits) {
 
 FUSED_SAM_INLINE float load(float x) { return x; }
 FUSED_SAM_INLINE double load(double x) { return x; }
-FUSED_SAM_INLINE float load(BFloat16 x) { return from_bits(uint32_t{x.bits} << 16); }
+FUSED_SAM_INLINE float load(BFloat16 x) { return from_bits(uint32_t(x) << 16); }
 
 FUSED_SAM_INLINE float load(Float16 x) {
-  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
-  const uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13;
+  const uint32_t sign = (uint32_t(x) & 0x8000u) << 16;
+  const uint32_t magnitude = (uint32_t(x) & 0x7fffu) << 13;
   // The exponent moves by the difference of the biases; infinity and NaN move twice.
   const uint32_t shifted = magnitude + ((127u - 15u) << 23);
   const uint32_t special = magnitude >= (0x1fu << 23) ? (127u - 15u) << 23 : 0u;
   // A subnormal is an integer times 2**-24.
-  const float subnormal = float(int32_t(x.bits & 0x7fffu)) * 0x1p-24f;
+  const float subnormal = float(int32_t(uint32_t(x) & 0x7fffu)) * 0x1p-24f;
   const uint32_t bits =
       magnitude < (1u << 23) ? to_bits(subnormal) : shifted + special;
   return from_bits(bits | sign);
 }
 
-FUSED_SAM_INLINE void store(float& to, float x) { to = x; }
-FUSED_SAM_INLINE void store(double& to, double x) { to = x; }
+// round_to<S>(x): x as S.
+template <typename S>
+FUSED_SAM_INLINE S round_to(float x) {
+  return x;
+}
 
-FUSED_SAM_INLINE void store(BFloat16& to, float x) {
+template <typename S>
+FUSED_SAM_INLINE S round_to(double x) {
+  return x;
+}
+
+template <>
+FUSED_SAM_INLINE BFloat16 round_to<BFloat16>(float x) {
   const uint32_t bits = to_bits(x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const uint32_t nan = (bits >> 16) | 0x40u;
-  to.bits = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+  return BFloat16(uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded));
 }
 
-FUSED_SAM_INLINE void store(Float16& to, float x) {
+template <>
+FUSED_SAM_INLINE Float16 round_to<Float16>(float x) {
   const uint32_t bits = to_bits(x);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -68,7 +74,7 @@ FUSED_SAM_INLINE void store(Float16& to, float x) {
   uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
   half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // 65520 and above round to infinity
   half = magnitude > 0x7f800000u ? 0x7e00u : half;
-  to.bits = uint16_t(half | sign);
+  return Float16(uint16_t(half | sign));
 }
 
 template <typename S>
