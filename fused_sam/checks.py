@@ -61,12 +61,25 @@ def check_base(cls: Any) -> None:
         )
     if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
         raise TypeError(f"base_optimizer must be a subclass of torch.optim.Optimizer, got {cls!r}")
+    if hasattr(cls, "first_step"):
+        raise TypeError(f"{cls.__name__} does SAM itself; choose the optimizer that is to step")
     closure = inspect.signature(cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(
             f"{cls.__name__} evaluates a closure several times per step, which has no meaning "
             f"inside SAM; choose a first-order base optimizer such as SGD or AdamW"
         )
+
+
+def check_defaults(base: Optimizer) -> None:
+    """Raise if an option of the base optimizer has the name of an ascent option."""
+    for name in ASCENT_OPTIONS:
+        if name in base.defaults:
+            raise ValueError(
+                f"{type(base).__name__} has an option {name!r} of its own, which a parameter group "
+                f"cannot hold beside SAM's; choose another base optimizer, or subclass this one "
+                f"and rename the option"
+            )
 
 
 def check_options(cls: type[Optimizer], options: Mapping[str, Any], ours: Iterable[str]) -> None:
@@ -105,6 +118,7 @@ def as_groups(params: Any) -> list[dict[str, Any]]:
     """``params``, in any form that torch.optim takes, as a list of groups; generators run once."""
     if isinstance(params, Tensor):
         raise TypeError("params must be an iterable of parameters or groups, got one Tensor: [it]")
+    _refuse_set(params)
     items = list(params)
     if not items:
         raise ValueError(
@@ -116,9 +130,15 @@ def as_groups(params: Any) -> list[dict[str, Any]]:
     for group in items:
         if not isinstance(group, dict) or "params" not in group:
             raise ValueError(f"a parameter group must be a dict with 'params', got {group!r}")
+        _refuse_set(group["params"])
         if not isinstance(group["params"], Tensor):
             group["params"] = list(group["params"])
     return items
+
+
+def _refuse_set(params: Any) -> None:
+    if isinstance(params, (set, frozenset)):
+        raise TypeError("params must have an order that stays; got a set: use a list")
 
 
 def _tensors(params: Any) -> list[Tensor]:

@@ -232,7 +232,12 @@ class Bucket:
                         f"{grad.layout}; FusedSAM needs dense gradients: build the layer with "
                         f"sparse=False, or keep its parameters in another optimizer"
                     )
-                if grad.stride() != slot.stride or grad.dtype is not slot.dtype or grad.is_neg():
+                if (
+                    grad.shape != slot.shape
+                    or grad.stride() != slot.stride
+                    or grad.dtype is not slot.dtype
+                    or grad.is_neg()
+                ):
                     grad = _match(grad, slot)
                 if grad.is_complex():
                     grad = as_real(grad)
@@ -353,7 +358,8 @@ class Layout:
             return
         # A skipped first step must stay a first step where the rule treats that one differently.
         # This waits for the device: once, and only for SGD with dampening under a GradScaler.
-        if found_inf is not None and groups[new[0][0].row].get("dampening") and found_inf.item():
+        dampened = any(groups[slot.row].get("dampening") for slot, _, _ in new)
+        if found_inf is not None and dampened and found_inf.item():
             return
         for slot, i, name in new:
             bucket.states[name].present[i] = True
@@ -389,6 +395,7 @@ def _must_stay(param: Tensor) -> bool:
     return not (param.is_conj() or param.is_neg()) and is_shared(param)
 
 
-def _addresses(groups: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
+def _addresses(groups: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int], list[int]]:
     params = [p for group in groups for p in group["params"]]
-    return list(map(id, params)), [p.data_ptr() for p in params]
+    sizes = [len(group["params"]) for group in groups]
+    return sizes, list(map(id, params)), [p.data_ptr() for p in params]

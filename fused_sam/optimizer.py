@@ -19,6 +19,7 @@ from .checks import (
     as_groups,
     check_ascent,
     check_base,
+    check_defaults,
     check_groups,
     check_max_grad_norm,
     check_options,
@@ -136,6 +137,7 @@ class FusedSAM(Optimizer):
         backend: str,
     ) -> None:
         check_max_grad_norm(max_grad_norm)
+        check_defaults(base)
         # Groups and state live in the base optimizer. Of Optimizer.__init__ only the hooks are
         # left to set up, which is what unpickling one does.
         self.__setstate__(
@@ -206,6 +208,8 @@ class FusedSAM(Optimizer):
     @property
     def backend(self) -> str:
         """The name of the backend that runs; several devices may have several, joined by "+"."""
+        if not self._backends:
+            self._refresh()
         return "+".join(dict.fromkeys(backend.name for backend in self._backends))
 
     def first_step(self, zero_grad: bool = False) -> None:
@@ -229,7 +233,8 @@ class FusedSAM(Optimizer):
                 check_ascent(group)
             sq_norm = self._sum_sq_norms(grads, self.param_groups)
             for backend, bucket, bucket_grads in self._each(grads):
-                backend.perturb_(bucket, bucket_grads, self.param_groups, _to(sq_norm, bucket))
+                total = sq_norm.to(bucket.device, bucket.compute_dtype, non_blocking=True)
+                backend.perturb_(bucket, bucket_grads, self.param_groups, total)
                 bucket.perturbed = [grad is not None for grad in bucket_grads]
                 _bump_versions(bucket, bucket_grads)
         self._sq_norm = sq_norm
@@ -299,10 +304,10 @@ class FusedSAM(Optimizer):
             self.first_step(zero_grad=True)
             with torch.enable_grad():
                 closure()
+            self._descend(found_inf, check_finite=scaled)
         except BaseException:
             self.restore()
             raise
-        self._descend(found_inf, check_finite=scaled)
         return loss
 
     def restore(self) -> None:
@@ -335,6 +340,8 @@ class FusedSAM(Optimizer):
         base = self.base_optimizer
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None) if not check_finite else found_inf
+        if not isinstance(found_inf, Tensor):
+            found_inf = None  # a GradScaler that saw no gradient at all sets the number 0
         rule = RULES.get(type(base))
         if base._optimizer_step_pre_hooks and rule:
             self.restore()  # they expect to see w
@@ -353,7 +360,7 @@ class FusedSAM(Optimizer):
             if rule:
                 self._update(grads, rule, grad_scale, found_inf)
             else:
-                self._step_base(grads, grad_scale, found_inf)
+                self._step_base(grad_scale, found_inf)
         if rule:
             for post_hook in list(base._optimizer_step_post_hooks.values()):
                 post_hook(base, (), {})
@@ -375,27 +382,26 @@ class FusedSAM(Optimizer):
                 bucket_grads,
                 groups,
                 rule,
-                grad_scale=_scalar(grad_scale, bucket),
-                found_inf=_scalar(found_inf, bucket),
+                grad_scale=_on(grad_scale, bucket, bucket.compute_dtype),
+                found_inf=_on(found_inf, bucket, torch.float32),
             )
             _bump_versions(bucket, bucket_grads)
             bucket.perturbed = [False] * len(bucket.slots)
             layout.expose(bucket, bucket_grads, groups, self.state, found_inf)
         self._perturbed = False
 
-    def _step_base(
-        self, grads: list[Gradients], grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
+    def _step_base(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Return to w and let a base optimizer that has no rule step by itself."""
         self.restore()
         # Only here the host has to wait: the base optimizer cannot be told to skip on the device.
         if found_inf is not None and found_inf.item() != 0:
             return
         if grad_scale is not None:
-            for bucket, bucket_grads in zip(self._layout.buckets, grads, strict=True):
-                present = [grad for grad in bucket_grads if grad is not None]
-                if present:
-                    torch._foreach_div_(present, grad_scale.to(bucket.device, bucket.dtype))
+            for bucket in self._layout.buckets:
+                scale = grad_scale.to(bucket.device, bucket.compute_dtype)
+                present = [s.param.grad for s in bucket.slots if s.param.grad is not None]
+                for grad in present:  # in the compute dtype: float16 does not hold every scale
+                    grad.copy_(grad.to(torch.promote_types(grad.dtype, scale.dtype)) / scale)
         self.base_optimizer.step()
 
     def _sum_sq_norms(self, grads: list[Gradients], groups: list[dict[str, Any]] | None) -> Tensor:
@@ -406,6 +412,8 @@ class FusedSAM(Optimizer):
         ]
         if len(parts) == 1:
             return parts[0]
+        if not parts:
+            return torch.zeros(1)
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parts) else torch.float32
         device = parts[0].device
         return torch.stack([p.sum().to(device, dtype, non_blocking=True) for p in parts])
@@ -530,12 +538,8 @@ def _bump_versions(bucket: Bucket, grads: Gradients) -> None:
     )
 
 
-def _to(sq_norm: Tensor, bucket: Bucket) -> Tensor:
-    return sq_norm.to(bucket.device, bucket.compute_dtype, non_blocking=True)
-
-
-def _scalar(value: Tensor | None, bucket: Bucket) -> Tensor | None:
-    return None if value is None else value.to(bucket.device, torch.float32, non_blocking=True)
+def _on(value: Tensor | None, bucket: Bucket, dtype: torch.dtype) -> Tensor | None:
+    return None if value is None else value.to(bucket.device, dtype, non_blocking=True)
 
 
 def _clip_scale(norm: Tensor, max_norm: float, grad_scale: Tensor | None) -> Tensor:

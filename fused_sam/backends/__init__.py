@@ -66,7 +66,7 @@ class Backend(Protocol):
             grads: as for ``sq_norm``; may be overwritten.
             groups: the hyperparameters of each row.
             rule: the base optimizer's rule.
-            grad_scale: (), float32, on the bucket's device: the gradients are divided by it.
+            grad_scale: (), compute dtype, on the bucket's device: gradients are divided by it.
             found_inf: (), float32, on the bucket's device: if it is not 0, restore and no more.
         """
 

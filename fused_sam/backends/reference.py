@@ -127,7 +127,14 @@ def _gather(bucket: Bucket, run: _Run, grads: Gradients) -> Tensor:
         )
     scratch: Tensor = bucket.cache[_gather]
     torch._foreach_copy_(run.split(bucket, "scratch", scratch), run.pick(grads))
+    _clear_padding(run, run.of(scratch))
     return run.of(scratch)
+
+
+def _clear_padding(run: _Run, memory: Tensor) -> None:
+    """Set padding to zero again, where 0 / 0 (eps = 0) or a scale that is NaN may have been."""
+    if run.padding is not None:
+        memory.index_fill_(0, run.padding, 0)
 
 
 # ------------------------------------------------------------------------------ torch's own kernels
@@ -282,6 +289,11 @@ class ReferenceBackend:
     ) -> None:
         """Return the perturbed slots to w, and step those that have a gradient by the rule."""
         names = [rule.state(group) for group in groups]
+        # torch's kernels take a float32 grad_scale, and skip only if found_inf is exactly 1.
+        fused = _has_fused(bucket) and rule.name in _FUSED
+        fused = fused and (grad_scale is None or bucket.dtype == torch.float32)
+        if found_inf is not None:
+            found_inf = (found_inf != 0).float()
         self._count_steps(bucket, grads, names, found_inf)
         for run in _runs(bucket, self._kinds(bucket, grads, names)):
             has_grad, perturbed, fresh = run.kind
@@ -294,7 +306,7 @@ class ReferenceBackend:
                 continue
             if frozen is not False and not perturbed:
                 saved.copy_(run.weights)
-            if _has_fused(bucket) and rule.name in _FUSED:
+            if fused:
                 _FUSED[rule.name](
                     run.params,
                     run.pick(grads),
@@ -349,7 +361,7 @@ class ReferenceBackend:
         if bucket.device.type == "cuda":
             stepping = stepping.pin_memory()  # else the copy would wait for the device
         stepping = stepping.to(bucket.device, non_blocking=True)
-        bucket.state(STEP).flat.add_(stepping if found_inf is None else stepping * (found_inf == 0))
+        bucket.state(STEP).flat.add_(stepping if found_inf is None else stepping * (1 - found_inf))
 
     @staticmethod
     def _update_flat(
@@ -384,15 +396,13 @@ class ReferenceBackend:
                     value = torch.where(found_inf != 0, target.to(value.dtype), value)
                 if value is not target:
                     target.copy_(value)
-        # With eps = 0 the padding has become 0 / 0.
-        if run.padding is not None and not group.get("eps", True):
-            for buffer in (run.weights, *flat.values()):
-                buffer[run.padding] = 0
+        for buffer in (run.weights, *flat.values()):
+            _clear_padding(run, buffer)
 
 
 def _steps_by_element(bucket: Bucket, run: _Run) -> Tensor:
     """The step counts of a run as one number for each element of its flat buffers."""
-    steps = bucket.state(STEP).flat
+    steps = bucket.state(STEP).flat.to(bucket.compute_dtype)
     starts = [slot.start for slot in run.pick(bucket.slots)]
     pieces = zip(run.slots, starts, [*starts[1:], run.stop], strict=True)
     return torch.cat([steps[i].expand(stop - start) for i, start, stop in pieces])
