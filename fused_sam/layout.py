@@ -152,6 +152,20 @@ class StateBuffer:
         ]
         self.present = [False] * len(slots)
 
+    def adopt(self, values: Sequence[Any]) -> None:
+        """Copy in a value for each slot; None clears it. A value may be another slot's window."""
+        ours = {id(window): i for i, window in enumerate(self.windows)}
+        values = [
+            value.clone() if ours.get(id(value), i) != i else value
+            for i, value in enumerate(values)
+        ]
+        self.present = [value is not None for value in values]
+        for window, value in zip(self.windows, values, strict=True):
+            if value is None:
+                window.zero_()
+            elif value is not window:
+                window.copy_(torch.as_tensor(value))
+
 
 class Bucket:
     """The parameters of one device and dtype, with their flat buffers.
@@ -326,14 +340,11 @@ class Layout:
             }
             for name in names | bucket.states.keys():
                 buffer = bucket.state(name)
-                for i, slot in enumerate(bucket.slots):
-                    value = state.get(slot.param, {}).get(name)
-                    buffer.present[i] = value is not None
-                    if value is None:
-                        buffer.windows[i].zero_()
-                    elif value is not buffer.windows[i]:
-                        buffer.windows[i].copy_(torch.as_tensor(value))
-                        state[slot.param][name] = buffer.windows[i]
+                values = [state.get(slot.param, {}).get(name) for slot in bucket.slots]
+                buffer.adopt(values)
+                for slot, value, window in zip(bucket.slots, values, buffer.windows, strict=True):
+                    if value is not None:
+                        state[slot.param][name] = window
         self._record_state(state)
 
     def expose(

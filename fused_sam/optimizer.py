@@ -176,9 +176,10 @@ class FusedSAM(Optimizer):
         Raises:
             TypeError, ValueError: the group cannot be used; the optimizer is as it was.
         """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict with 'params', got {param_group!r}")
         (param_group,) = as_groups([param_group])
-        self._fill_groups()
-        check_groups([*self.param_groups, {**self.defaults, **param_group}])
+        check_groups([{**self.defaults, **group} for group in (*self.param_groups, param_group)])
         self.base_optimizer.add_param_group(param_group)
         self._fill_groups()
 
@@ -307,6 +308,9 @@ class FusedSAM(Optimizer):
             self._descend(found_inf, check_finite=scaled)
         except BaseException:
             self.restore()
+            # What a GradScaler has set it takes back only after a step that returns.
+            for name in ("grad_scale", "found_inf"):
+                self.__dict__.pop(name, None)
             raise
         return loss
 
@@ -343,7 +347,7 @@ class FusedSAM(Optimizer):
         if not isinstance(found_inf, Tensor):
             found_inf = None  # a GradScaler that saw no gradient at all sets the number 0
         rule = RULES.get(type(base))
-        if base._optimizer_step_pre_hooks and rule:
+        if base._optimizer_step_pre_hooks:
             self.restore()  # they expect to see w
             for pre_hook in list(base._optimizer_step_pre_hooks.values()):
                 pre_hook(base, (), {})
@@ -361,9 +365,8 @@ class FusedSAM(Optimizer):
                 self._update(grads, rule, grad_scale, found_inf)
             else:
                 self._step_base(grad_scale, found_inf)
-        if rule:
-            for post_hook in list(base._optimizer_step_post_hooks.values()):
-                post_hook(base, (), {})
+        for post_hook in list(base._optimizer_step_post_hooks.values()):
+            post_hook(base, (), {})
         self._consumed = self._fingerprints()
         # Learning-rate schedulers, of either optimizer, look for this.
         self._opt_called = base._opt_called = True  # type: ignore[attr-defined]
@@ -402,7 +405,10 @@ class FusedSAM(Optimizer):
                 present = [s.param.grad for s in bucket.slots if s.param.grad is not None]
                 for grad in present:  # in the compute dtype: float16 does not hold every scale
                     grad.copy_(grad.to(torch.promote_types(grad.dtype, scale.dtype)) / scale)
-        self.base_optimizer.step()
+        # Without torch's wrapper, which would run the global step hooks a second time.
+        step = type(self.base_optimizer).step
+        step = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
+        step(self.base_optimizer)
 
     def _sum_sq_norms(self, grads: list[Gradients], groups: list[dict[str, Any]] | None) -> Tensor:
         """The squared global norm as partial sums, (k,), on the first bucket's device."""
@@ -441,10 +447,10 @@ class FusedSAM(Optimizer):
 
     def _build(self) -> None:
         groups = self.param_groups
-        self._fill_groups()
-        check_groups(groups)
+        check_groups([{**self.defaults, **group} for group in groups])
         devices = {p.device for group in groups for p in group["params"]}
         by_device = {device: backends.resolve(self._backend_name, device) for device in devices}
+        self._fill_groups()
         rule = RULES.get(type(self.base_optimizer))
         self._layout = Layout(groups, rule, self.state, self._layout)
         self._backends = [by_device[bucket.device] for bucket in self._layout.buckets]
