@@ -217,11 +217,15 @@ void update_(Tensor weights, std::vector<Tensor> pinned, std::optional<Tensor> s
     p.states[k] = memory(*states[k]);
   }
   if (step) check(*step, "step", ScalarType::Float, p.num_slots, saved);
-  if (grad_scale) check(*grad_scale, "grad_scale", ScalarType::Float, 1, saved);
+  if (grad_scale) check(*grad_scale, "grad_scale", compute_type(bucket.dtype), 1, saved);
   if (found_inf) check(*found_inf, "found_inf", ScalarType::Float, 1, saved);
   p.step = memory<float>(step);
   const bool skip = found_inf && *memory<float>(found_inf) != 0.0f;
-  const double scale = grad_scale ? *memory<float>(grad_scale) : 1.0;
+  double scale = 1;
+  if (grad_scale) {
+    scale = bucket.dtype == Dtype::kFloat64 ? *memory<double>(grad_scale)
+                                            : static_cast<double>(*memory<float>(grad_scale));
+  }
   const bool has[] = {p.states[0] != nullptr, p.states[1] != nullptr, p.states[2] != nullptr};
   for (int64_t row = 0; row < hyper.numel() / kHyperSize; ++row) {
     const int options = bucket.dtype == Dtype::kFloat64
