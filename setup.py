@@ -28,7 +28,8 @@ CSRC = Path("csrc")
 DEFINES = [("TORCH_TARGET_VERSION", "0x020a000000000000")]  # 2.10
 # Never -ffast-math: the checks for infinity and NaN must work. Without contraction all instruction
 # sets give the same bits; the last two allow square roots and comparisons to vectorise.
-OPTIMIZE = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-unswitch-loops"]
+OPTIMIZE = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+OPTIMIZE += ["-fno-unswitch-loops"]  # or it makes so many versions that it vectorises none
 REMEDY = (
     "install torch >= 2.10 and a C++ compiler, then "
     "`FUSED_SAM_BUILD=cpu pip install --no-build-isolation fused-sam`"
@@ -36,7 +37,7 @@ REMEDY = (
 
 
 def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME or CUDA_PATH where one of them is set, else the PATH's."""
+    """The nvcc of CUDA_HOME or CUDA_PATH where one of them is set, else the PATH's."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     return shutil.which("nvcc", path=str(Path(home) / "bin") if home else None)
 
@@ -60,7 +61,7 @@ def why_not() -> str | None:
 
 
 def build_class() -> type:
-    """torch's BuildExtension, which builds the CUDA library too: with nvcc, whatever torch is."""
+    """BuildExtension of torch, which builds the CUDA library too: by nvcc, whatever torch is."""
     from torch.utils.cpp_extension import BuildExtension, include_paths
 
     class BuildNative(BuildExtension):
@@ -76,12 +77,13 @@ def build_class() -> type:
             newest = max(Path(path).stat().st_mtime for path in [*ext.sources, *ext.depends])
             if not self.force and target.exists() and target.stat().st_mtime >= newest:
                 return
-            position = [] if sys.platform == "win32" else ["-Xcompiler", "-fPIC"]
+            host = [] if sys.platform == "win32" else ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
             command = [
                 *[find_nvcc(), "-shared", "-o", str(target), "-std=c++20", "-O3", "--threads=0"],
                 *[f"-D{name}={value}" for name, value in [*DEFINES, ("FUSED_SAM_CUDA", 1)]],
                 *[f"-I{path}" for path in include_paths()],
-                *[*architecture_flags(), *position, "--cudart=static", *ext.sources],
+                *[*architecture_flags(), *host, "--cudart=static"],
+                *[*ext.sources, *(path for path in ext.depends if path.endswith(".cu"))],
             ]
             print(" ".join(map(str, command)), flush=True)
             if subprocess.run(command).returncode:
@@ -144,12 +146,16 @@ def native(mode: str) -> dict[str, object]:
         )
     ]
     if mode == "cuda" or (mode == "auto" and find_nvcc()):
-        cuda = [*sources, *sorted(str(path) for path in CSRC.glob("cuda/*.cu"))]
+        # Among the sources torch's BuildExtension would refuse a .cu where torch is for the CPU.
+        kernels = sorted(str(path) for path in CSRC.glob("cuda/*.cu"))
         extensions.append(
-            Extension("fused_sam._native_cuda", cuda[:1], depends=headers, py_limited_api=True)
+            Extension(
+                "fused_sam._native_cuda",
+                sources,
+                depends=[*headers, *kernels],
+                py_limited_api=True,
+            )
         )
-        # torch's BuildExtension refuses .cu where torch is for the CPU: it sees one source.
-        extensions[-1].sources, extensions[-1].depends = cuda[:1], [*headers, *cuda[1:]]
     return {
         "ext_modules": extensions,
         "cmdclass": {"build_ext": build_class()},

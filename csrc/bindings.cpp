@@ -49,9 +49,9 @@ void check(const Tensor& tensor, const char* name, ScalarType type, int64_t nume
            const Tensor& like) {
   STD_TORCH_CHECK(tensor.scalar_type() == type, "fused_sam: ", name, " has a wrong dtype");
   STD_TORCH_CHECK(tensor.is_contiguous(), "fused_sam: ", name, " must be contiguous");
-  STD_TORCH_CHECK(tensor.is_cpu() == like.is_cpu() &&
-                      tensor.get_device_index() == like.get_device_index(),
-                  "fused_sam: ", name, " is on another device than the weights");
+  STD_TORCH_CHECK(
+      tensor.is_cpu() == like.is_cpu() && tensor.get_device_index() == like.get_device_index(),
+      "fused_sam: ", name, " is on another device than the weights");
   STD_TORCH_CHECK(numel < 0 || tensor.numel() == numel, "fused_sam: ", name, " has ",
                   tensor.numel(), " elements, expected ", numel);
 }
@@ -65,6 +65,8 @@ RuleId rule_of(int64_t rule) {
   STD_TORCH_CHECK(rule >= 0 && rule < kNumRules, "fused_sam: unknown rule ", rule);
   return static_cast<RuleId>(rule);
 }
+
+#ifndef FUSED_SAM_CUDA
 
 template <typename Rule>
 bool has_states(int options, const bool (&has)[kMaxStates]) {
@@ -84,8 +86,6 @@ bool has_states(RuleId rule, int options, const bool (&has)[kMaxStates]) {
   }
   return false;
 }
-
-#ifndef FUSED_SAM_CUDA
 
 // A bucket's memory as the kernels take it, checked. The pinned weights are the list's.
 struct Bucket {
@@ -111,11 +111,11 @@ struct Bucket {
     for (int64_t i = 0; i < p.num_slots; ++i) {
       const Slot& slot = p.slots[i];
       const bool moved = i < p.num_moved;
-      STD_TORCH_CHECK(
-          slot.start >= (i ? p.slots[i - 1].start + p.slots[i - 1].numel : 0) && slot.numel >= 0 &&
-              slot.start + slot.numel <= (moved ? weights.numel() : p.size) && slot.row >= 0 &&
-              slot.row < hyper.numel() / kHyperSize,
-          "fused_sam: slot ", i, " does not fit its bucket");
+      STD_TORCH_CHECK(slot.start >= (i ? p.slots[i - 1].start + p.slots[i - 1].numel : 0) &&
+                          slot.numel >= 0 &&
+                          slot.start + slot.numel <= (moved ? weights.numel() : p.size) &&
+                          slot.row >= 0 && slot.row < hyper.numel() / kHyperSize,
+                      "fused_sam: slot ", i, " does not fit its bucket");
       if (!moved) {
         const Tensor& memory = pinned_weights[i - p.num_moved];
         check(memory, "a pinned weight", saved.scalar_type(), slot.numel, saved);
@@ -167,7 +167,8 @@ Tensor run_sq_norm(const Bucket& bucket, const Tensor& saved, bool by_group) {
   const Problem& p = bucket.problem;
   // A bucket of empty parameters alone has no span; its norm is 0.
   const int64_t spans = num_spans(p.size);
-  Tensor partials = torch::stable::new_zeros(saved, {spans ? spans : 1}, compute_type(bucket.dtype));
+  Tensor partials =
+      torch::stable::new_zeros(saved, {spans ? spans : 1}, compute_type(bucket.dtype));
   void* out = partials.mutable_data_ptr();
   const auto kernel = kernels().sq_norm[static_cast<int>(bucket.dtype)];
   parallel_spans(p.size, [&](int64_t begin, int64_t end) { kernel(p, by_group, out, begin, end); });
@@ -178,8 +179,7 @@ void run_perturb_(const Bucket& bucket, const Tensor& sq_norm) {
   const Problem& p = bucket.problem;
   const SqNorm sum(sq_norm.const_data_ptr(), sq_norm.numel(), bucket.dtype);
   const auto kernel = kernels().perturb_[static_cast<int>(bucket.dtype)];
-  parallel_spans(p.size,
-                 [&](int64_t begin, int64_t end) { kernel(p, sum.pointer, begin, end); });
+  parallel_spans(p.size, [&](int64_t begin, int64_t end) { kernel(p, sum.pointer, begin, end); });
 }
 
 Tensor sq_norm(Tensor weights, std::vector<Tensor> pinned, Tensor saved, Tensor slots, Tensor grads,
@@ -204,8 +204,9 @@ Tensor climb_(Tensor weights, std::vector<Tensor> pinned, Tensor saved, Tensor s
 
 void update_(Tensor weights, std::vector<Tensor> pinned, std::optional<Tensor> state0,
              std::optional<Tensor> state1, std::optional<Tensor> state2, std::optional<Tensor> step,
-             Tensor saved, Tensor slots, Tensor grads, Tensor hyper, Tensor flags,
-             std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, int64_t rule) {
+             std::optional<Tensor> /*ticket*/, Tensor saved, Tensor slots, Tensor grads,
+             Tensor hyper, Tensor flags, std::optional<Tensor> grad_scale,
+             std::optional<Tensor> found_inf, int64_t rule) {
   Bucket bucket(weights, pinned, saved, slots, grads, hyper);
   const RuleId id = rule_of(rule);
   Problem& p = bucket.problem;
@@ -228,11 +229,12 @@ void update_(Tensor weights, std::vector<Tensor> pinned, std::optional<Tensor> s
   }
   const bool has[] = {p.states[0] != nullptr, p.states[1] != nullptr, p.states[2] != nullptr};
   for (int64_t row = 0; row < hyper.numel() / kHyperSize; ++row) {
-    const int options = bucket.dtype == Dtype::kFloat64
-                            ? static_cast<int>(static_cast<const Hyper<double>*>(p.hyper)[row].options)
-                            : static_cast<int>(static_cast<const Hyper<float>*>(p.hyper)[row].options);
-    STD_TORCH_CHECK(has_states(id, options, has), "fused_sam: group ", row, " has options ", options,
-                    ", for which a state is missing");
+    const int options =
+        bucket.dtype == Dtype::kFloat64
+            ? static_cast<int>(static_cast<const Hyper<double>*>(p.hyper)[row].options)
+            : static_cast<int>(static_cast<const Hyper<float>*>(p.hyper)[row].options);
+    STD_TORCH_CHECK(has_states(id, options, has), "fused_sam: group ", row, " has options ",
+                    options, ", for which a state is missing");
   }
   if (p.step && !skip) {
     for (int64_t i = 0; i < p.num_slots; ++i) {
@@ -240,11 +242,106 @@ void update_(Tensor weights, std::vector<Tensor> pinned, std::optional<Tensor> s
     }
   }
   const auto kernel = kernels().update_[rule][static_cast<int>(bucket.dtype)];
-  parallel_spans(p.size,
-                 [&](int64_t begin, int64_t end) { kernel(p, scale, skip, begin, end); });
+  parallel_spans(p.size, [&](int64_t begin, int64_t end) { kernel(p, scale, skip, begin, end); });
 }
 
 std::string cpu_kernels() { return kernels().name; }
+
+#else  // FUSED_SAM_CUDA
+
+// A bucket's memory on a GPU. `slots` holds the slots and then the chunks, both made by
+// fused_sam/backends/native.py, which answers for what the host cannot check without waiting. The
+// pinned weights are reached through the table; they are arguments so that the schemas are true.
+struct Bucket {
+  Dtype dtype;
+  DeviceProblem problem = {};
+  int device;
+  void* stream = nullptr;
+
+  Bucket(const Tensor& weights, const Tensor& saved, const Tensor& slots, const Tensor& grads,
+         const Tensor& hyper)
+      : dtype(dtype_of(saved)), device(saved.get_device_index()) {
+    DeviceProblem& p = problem;
+    const int64_t num_slots = grads.numel();
+    const int64_t num_chunks = (slots.numel() - 4 * num_slots) / 2;
+    check(weights, "weights", saved.scalar_type(), -1, saved);
+    check(slots, "slots", ScalarType::Long, 4 * num_slots + 2 * num_chunks, saved);
+    check(grads, "grads", ScalarType::Long, num_slots, saved);
+    check(hyper, "hyper", compute_type(dtype), -1, saved);
+    STD_TORCH_CHECK(saved.is_contiguous(), "fused_sam: saved must be contiguous");
+    STD_TORCH_CHECK(
+        num_chunks >= 0 && num_chunks < (int64_t{1} << 31) && hyper.numel() % kHyperSize == 0,
+        "fused_sam: tables of wrong size");
+    p.weights = weights.mutable_data_ptr();
+    p.saved = saved.mutable_data_ptr();
+    p.slots = static_cast<const Slot*>(slots.const_data_ptr());
+    p.chunks = reinterpret_cast<const Chunk*>(p.slots + num_slots);
+    p.grads = static_cast<const int64_t*>(grads.const_data_ptr());
+    p.hyper = hyper.const_data_ptr();
+    p.num_slots = static_cast<int>(num_slots);
+    p.num_chunks = static_cast<int>(num_chunks);
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  }
+
+  Tensor new_partials(const Tensor& saved) const {
+    return torch::stable::new_empty(saved, {kPartials}, compute_type(dtype));
+  }
+};
+
+void check_launch(const char* error) {
+  STD_TORCH_CHECK(!error, "fused_sam: a CUDA kernel could not be launched: ", error);
+}
+
+Tensor sq_norm(Tensor weights, std::vector<Tensor> /*pinned*/, Tensor saved, Tensor slots,
+               Tensor grads, Tensor hyper, bool by_group) {
+  const Bucket bucket(weights, saved, slots, grads, hyper);
+  Tensor partials = bucket.new_partials(saved);
+  check_launch(launch_sq_norm(bucket.dtype, bucket.problem, partials.mutable_data_ptr(), by_group,
+                              bucket.device, bucket.stream));
+  return partials;
+}
+
+void perturb_(Tensor weights, std::vector<Tensor> /*pinned*/, Tensor saved, Tensor slots,
+              Tensor grads, Tensor hyper, Tensor sq_norm) {
+  const Bucket bucket(weights, saved, slots, grads, hyper);
+  check(sq_norm, "sq_norm", compute_type(bucket.dtype), -1, saved);
+  check_launch(launch_perturb_(bucket.dtype, bucket.problem, sq_norm.const_data_ptr(),
+                               sq_norm.numel(), bucket.device, bucket.stream));
+}
+
+Tensor climb_(Tensor weights, std::vector<Tensor> /*pinned*/, Tensor saved, Tensor slots,
+              Tensor grads, Tensor hyper) {
+  const Bucket bucket(weights, saved, slots, grads, hyper);
+  Tensor partials = bucket.new_partials(saved);
+  check_launch(launch_climb_(bucket.dtype, bucket.problem, partials.mutable_data_ptr(),
+                             bucket.device, bucket.stream));
+  return partials;
+}
+
+void update_(Tensor weights, std::vector<Tensor> /*pinned*/, std::optional<Tensor> state0,
+             std::optional<Tensor> state1, std::optional<Tensor> state2, std::optional<Tensor> step,
+             std::optional<Tensor> ticket, Tensor saved, Tensor slots, Tensor grads, Tensor hyper,
+             Tensor flags, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+             int64_t rule) {
+  Bucket bucket(weights, saved, slots, grads, hyper);
+  DeviceProblem& p = bucket.problem;
+  check(flags, "flags", ScalarType::Byte, p.num_slots, saved);
+  p.flags = static_cast<const uint8_t*>(flags.const_data_ptr());
+  const std::optional<Tensor>* states[] = {&state0, &state1, &state2};
+  for (int k = 0; k < kMaxStates; ++k) {
+    if (*states[k]) check(**states[k], "a state", saved.scalar_type(), saved.numel(), saved);
+    p.states[k] = memory(*states[k]);
+  }
+  if (step) check(*step, "step", ScalarType::Float, p.num_slots, saved);
+  if (grad_scale) check(*grad_scale, "grad_scale", compute_type(bucket.dtype), 1, saved);
+  if (found_inf) check(*found_inf, "found_inf", ScalarType::Float, 1, saved);
+  STD_TORCH_CHECK(ticket, "fused_sam: update_ on CUDA needs a ticket");
+  check(*ticket, "ticket", ScalarType::Int, 1, saved);
+  p.step = memory<float>(step);
+  check_launch(launch_update_(bucket.dtype, rule_of(rule), p, memory(grad_scale),
+                              memory<float>(found_inf), memory<unsigned>(ticket), bucket.device,
+                              bucket.stream));
+}
 
 #endif
 
@@ -268,7 +365,8 @@ STABLE_TORCH_LIBRARY(fused_sam, m) {
       "Tensor grads, Tensor hyper) -> Tensor");
   m.def(
       "update_(Tensor(a!) weights, Tensor(b!)[] pinned, Tensor(c!)? state0, Tensor(d!)? state1, "
-      "Tensor(e!)? state2, Tensor(f!)? step, Tensor saved, Tensor slots, Tensor grads, "
+      "Tensor(e!)? state2, Tensor(f!)? step, Tensor(g!)? ticket, Tensor saved, Tensor slots, "
+      "Tensor grads, "
       "Tensor hyper, Tensor flags, Tensor? grad_scale, Tensor? found_inf, int rule) -> ()");
   m.def("cpu_kernels() -> str");
 }
@@ -282,6 +380,15 @@ STABLE_TORCH_LIBRARY_IMPL(fused_sam, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fused_sam, CompositeExplicitAutograd, m) {
   m.impl("cpu_kernels", TORCH_BOX(&fused_sam::cpu_kernels));
+}
+
+#else
+
+STABLE_TORCH_LIBRARY_IMPL(fused_sam, CUDA, m) {
+  m.impl("sq_norm", TORCH_BOX(&fused_sam::sq_norm));
+  m.impl("perturb_", TORCH_BOX(&fused_sam::perturb_));
+  m.impl("climb_", TORCH_BOX(&fused_sam::climb_));
+  m.impl("update_", TORCH_BOX(&fused_sam::update_));
 }
 
 #endif

@@ -127,8 +127,7 @@ FUSED_SAM_INLINE T ascent_scale(T rho, T sq_norm) {
 
 template <typename T>
 FUSED_SAM_INLINE T lerp(T start, T end, T weight) {
-  return weight < T(0.5) ? start + weight * (end - start)
-                         : end - (end - start) * (T(1) - weight);
+  return weight < T(0.5) ? start + weight * (end - start) : end - (end - start) * (T(1) - weight);
 }
 
 // The gradient as the rules take it: unscaled, downhill, with the coupled weight decay.
@@ -147,7 +146,9 @@ struct Sgd {
   static constexpr int kMomentum = 1;
   static constexpr bool kCounts = false;  // whether it keeps "step"
 
-  static constexpr bool uses(int options, int k) { return k == 0 && (options & kMomentum); }
+  static FUSED_SAM_INLINE constexpr bool uses(int options, int k) {
+    return k == 0 && (options & kMomentum);
+  }
 
   // state: momentum_buffer
   template <int kOptions, typename T>
@@ -168,7 +169,9 @@ struct Adam {
   static constexpr int kAmsgrad = 1;
   static constexpr bool kCounts = true;
 
-  static constexpr bool uses(int options, int k) { return k < 2 || (options & kAmsgrad); }
+  static FUSED_SAM_INLINE constexpr bool uses(int options, int k) {
+    return k < 2 || (options & kAmsgrad);
+  }
 
   // state: exp_avg, exp_avg_sq, max_exp_avg_sq
   template <int kOptions, typename T>
@@ -196,7 +199,7 @@ struct RmsProp {
   static constexpr int kCentered = 2;
   static constexpr bool kCounts = true;
 
-  static constexpr bool uses(int options, int k) {
+  static FUSED_SAM_INLINE constexpr bool uses(int options, int k) {
     return k == 0 || (k == 1 && (options & kMomentum)) || (k == 2 && (options & kCentered));
   }
 

@@ -6,9 +6,9 @@
 
 namespace fused_sam {
 
-#define FUSED_SAM_DECLARE(isa)    \
-  namespace isa {                 \
-  extern const Kernels kKernels;  \
+#define FUSED_SAM_DECLARE(isa)   \
+  namespace isa {                \
+  extern const Kernels kKernels; \
   }
 
 FUSED_SAM_DECLARE(baseline)

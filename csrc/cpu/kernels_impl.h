@@ -6,7 +6,7 @@
 #include "kernels.h"
 
 #include "../rules.h"
-#include "storage.h"
+#include "../storage.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -224,8 +224,8 @@ FUSED_SAM_INLINE void step(S* weights, const S* from, const S* grad, S* const (&
     if (Rule::uses(kOptions, 1)) state[1] = load(state1[i]);
     if (Rule::uses(kOptions, 2)) state[2] = load(state2[i]);
     const S old = from[i];
-    const S updated = round_to<S>(
-        Rule::template update<kOptions>(load(old), load(grad[i]), state, group, step));
+    const S updated =
+        round_to<S>(Rule::template update<kOptions>(load(old), load(grad[i]), state, group, step));
     if (Rule::uses(kOptions, 0)) state0[i] = round_to<S>(state[0]);
     if (Rule::uses(kOptions, 1)) state1[i] = round_to<S>(state[1]);
     if (Rule::uses(kOptions, 2)) state2[i] = round_to<S>(state[2]);
@@ -268,8 +268,8 @@ void update_(const Problem& p, double grad_scale, bool skip, int64_t begin, int6
         return;
       }
       const Hyper<T>& group = hyper[piece.slot->row];
-      const Step<T> scalars = make_step(group, T(grad_scale), p.step ? T(p.step[piece.index]) : T(1),
-                                        (flags & kFresh) != 0);
+      const Step<T> scalars = make_step(
+          group, T(grad_scale), p.step ? T(p.step[piece.index]) : T(1), (flags & kFresh) != 0);
       const S* from = flags & kPerturbed ? saved : piece.weights;
       switch (int(group.options)) {
         case 0:

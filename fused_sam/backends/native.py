@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..layout import Bucket
-from ..rules import STEP, Group, Rule
+from ..rules import STEP, Rule
 from . import Gradients, Groups
 
 HYPER = (
@@ -44,7 +44,14 @@ HYPER = (
 SPAN = 16384
 """Elements for each partial sum on a CPU: ``kSpan`` in csrc/cpu/kernels.h."""
 
+CHUNK = 4096
+"""Elements that a block of threads takes at a time: ``kChunk`` in csrc/cuda/launch.h."""
+
+PARTIALS = 2048
+"""Partial sums on a GPU: ``kPartials`` in csrc/cuda/launch.h."""
+
 _PERTURBED, _FRESH = 1, 2
+_MAX_UPLOADED = 16
 _EMPTY = 64
 """The address of a gradient without elements, which is there all the same."""
 
@@ -54,7 +61,7 @@ _NOT_BUILT = (
 )
 
 
-# ------------------------------------------------------------------------------------- the libraries
+# ------------------------------------------------------------------------------------ the libraries
 
 
 def _library(name: str) -> Path | None:
@@ -98,7 +105,8 @@ def _register_fakes() -> None:
 
     def norm(weights: Tensor, pinned: Any, saved: Tensor, *_: Any) -> Tensor:
         dtype = torch.float64 if saved.dtype == torch.float64 else torch.float32
-        return saved.new_empty(max(1, -(-saved.numel() // SPAN)), dtype=dtype)
+        spans = max(1, -(-saved.numel() // SPAN))
+        return saved.new_empty(PARTIALS if saved.is_cuda else spans, dtype=dtype)
 
     def nothing(*_: Any) -> None:
         return None
@@ -186,6 +194,7 @@ def _rmsprop_row(
 
 
 _Row = tuple[Callable[..., dict[str, float]], tuple[str, ...]]
+_NOTHING: _Row = (dict, ())
 _ASCENT: _Row = (_ascent_row, ("rho", "adaptive", "eta", "maximize"))
 _UPDATE: dict[str, tuple[int, tuple[str, ...], _Row]] = {
     "sgd": (
@@ -231,34 +240,97 @@ class _Tables:
     """What the kernels need to know of a bucket beside its flat buffers."""
 
     def __init__(self, bucket: Bucket) -> None:
-        pinned = [slot for slot in bucket.slots if slot.pinned]
-        self.pinned = [bucket.memory(slot) for slot in pinned]
-        address = dict(zip(pinned, self.pinned, strict=True))
-        rows = [
-            (slot.start, slot.numel, slot.row, address[slot].data_ptr() if slot.pinned else 0)
-            for slot in bucket.slots
+        self.device = bucket.device
+        self.on_cpu = bucket.device.type == "cpu"
+        self.pinned = [bucket.memory(slot) for slot in bucket.slots if slot.pinned]
+        self.rows = 1 + max(slot.row for slot in bucket.slots)
+        # The pinned slots are a bucket's last ones.
+        addresses = [0] * (len(bucket.slots) - len(self.pinned))
+        addresses += [memory.data_ptr() for memory in self.pinned]
+        table = [
+            number
+            for slot, address in zip(bucket.slots, addresses, strict=True)
+            for number in (slot.start, slot.numel, slot.row, address)
         ]
-        self.slots = torch.tensor(rows, dtype=torch.int64).flatten()
+        if not self.on_cpu:
+            table += [
+                number
+                for i, slot in enumerate(bucket.slots)
+                for offset in range(0, slot.numel, CHUNK)
+                for number in (i, offset)
+            ]
+        self.slots = torch.tensor(table, dtype=torch.int64, device=self.device)
+        self.ticket = None if self.on_cpu else torch.zeros(1, dtype=torch.int32, device=self.device)
         self._hyper: dict[Any, tuple[Any, Tensor]] = {}
+        self._uploaded: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def grads(self, grads: Gradients) -> Tensor:
         """(slots,), int64: where the gradients are; 0 for none."""
-        addresses = [0 if grad is None else grad.data_ptr() or _EMPTY for grad in grads]
-        return torch.frombuffer(array("q", addresses), dtype=torch.int64)
+        return self._small(
+            "q", torch.int64, [0 if g is None else g.data_ptr() or _EMPTY for g in grads]
+        )
+
+    def flags(self, bucket: Bucket, states: Sequence[str]) -> Tensor:
+        """(slots,), uint8: which slots are perturbed, and whose state is still zero."""
+        present = [bucket.states[name].present for name in states]
+        flags: list[Any] = bucket.perturbed
+        if any(False in has for has in present):
+            fresh = [not all(has) for has in zip(*present, strict=True)]
+            flags = [
+                _PERTURBED * perturbed + _FRESH * new
+                for perturbed, new in zip(bucket.perturbed, fresh, strict=True)
+            ]
+        return self._small("B", torch.uint8, flags)
 
     def hyper(self, bucket: Bucket, groups: Groups, row: _Row) -> Tensor:
         """(groups, len(HYPER)) in the compute dtype; made anew where a number has changed."""
         make, names = row
-        values = [[_number(group.get(name, False)) for name in names] for group in groups]
+        on_device = {}
+        values = []
+        for i, group in enumerate(groups):
+            lr = group.get("lr")
+            if "lr" in names and isinstance(lr, Tensor) and lr.device.type != "cpu":
+                on_device[i] = lr
+                group = {**group, "lr": 0.0}  # not read here: that would wait for the device
+            values.append([_number(group.get(name, False)) for name in names])
         known, table = self._hyper.get(make, (None, None))
         if table is None or known != values:
-            rows = [make(*row) for row in values]
             table = torch.tensor(
-                [[float(row.get(name, 0)) for name in HYPER] for row in rows],
+                [[float(row.get(name, 0)) for name in HYPER] for row in (make(*v) for v in values)],
                 dtype=bucket.compute_dtype,
+                pin_memory=not self.on_cpu,
             )
+            if not self.on_cpu:
+                self._keep(table)
+                table = table.to(self.device, non_blocking=True)
             self._hyper[make] = (values, table)
+        for i, lr in on_device.items():
+            table[i, HYPER.index("lr")].copy_(lr.squeeze(), non_blocking=True)
         return table
+
+    def _small(self, code: str, dtype: torch.dtype, values: Sequence[int]) -> Tensor:
+        """A table of a number for each slot, where the kernels read it."""
+        table = torch.frombuffer(array(code, values), dtype=dtype)
+        if self.on_cpu:
+            return table
+        # Addresses repeat from step to step, so most tables are on the device already.
+        key = (code, *values)
+        if key not in self._uploaded:
+            if len(self._uploaded) >= _MAX_UPLOADED and not self._capturing():
+                del self._uploaded[next(iter(self._uploaded))]
+            pinned = table.pin_memory()
+            self._uploaded[key] = (pinned.to(self.device, non_blocking=True), pinned)
+            self._keep(*self._uploaded[key])
+        return self._uploaded[key][0]
+
+    def _keep(self, *tensors: Tensor) -> None:
+        """Keep for ever what a CUDA graph that is being captured will read."""
+        if self._capturing():
+            self._uploaded[object()] = tensors  # type: ignore[assignment]
+
+    @staticmethod
+    def _capturing() -> bool:
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _tables(bucket: Bucket) -> _Tables:
@@ -266,19 +338,6 @@ def _tables(bucket: Bucket) -> _Tables:
     if tables is None:
         tables = bucket.cache[_Tables] = _Tables(bucket)
     return tables
-
-
-def _flags(bucket: Bucket, states: Sequence[str]) -> Tensor:
-    """(slots,), uint8: which slots are perturbed, and whose state is still zero."""
-    present = [bucket.states[name].present for name in states]
-    if not any(False in flags for flags in present):
-        return torch.frombuffer(bytearray(bucket.perturbed), dtype=torch.uint8)
-    fresh = [not all(flags) for flags in zip(*present, strict=True)]
-    flags = [
-        _PERTURBED * perturbed + _FRESH * new
-        for perturbed, new in zip(bucket.perturbed, fresh, strict=True)
-    ]
-    return torch.frombuffer(bytearray(flags), dtype=torch.uint8)
 
 
 # ------------------------------------------------------------------------------------------ backend
@@ -292,7 +351,7 @@ class NativeBackend:
     def sq_norm(self, bucket: Bucket, grads: Gradients, groups: Groups | None) -> Tensor:
         """Partial sums of the squared norm, one for each ``SPAN`` elements of the flat buffers."""
         tables = _tables(bucket)
-        hyper = tables.hyper(bucket, groups or [{"rho": 0, "eta": 0}] * _rows(bucket), _ASCENT)
+        hyper = tables.hyper(bucket, groups or [{}] * tables.rows, _ASCENT if groups else _NOTHING)
         partials: Tensor = torch.ops.fused_sam.sq_norm.default(
             bucket.weights,
             tables.pinned,
@@ -348,13 +407,15 @@ class NativeBackend:
         torch.ops.fused_sam.update_.default(
             bucket.weights,
             tables.pinned,
-            *[states.get(name) for name in (*order, None, None)[:3]],
+            *[states.get(name) for name in order],
+            *[None] * (3 - len(order)),
             states.get(STEP),
+            tables.ticket,
             bucket.saved,
             tables.slots,
             tables.grads(grads),
             tables.hyper(bucket, groups, row),
-            _flags(bucket, list(names)),
+            tables.flags(bucket, list(names)),
             grad_scale,
             found_inf,
             number,
@@ -370,16 +431,13 @@ class NativeBackend:
             None,
             None,
             None,
+            tables.ticket,
             bucket.saved,
             tables.slots,
-            torch.zeros(len(bucket.slots), dtype=torch.int64),
-            bucket.saved.new_zeros(_rows(bucket) * len(HYPER), dtype=bucket.compute_dtype),
-            _flags(bucket, []),
+            tables.grads([None] * len(bucket.slots)),
+            tables.hyper(bucket, [{}] * tables.rows, _NOTHING),
+            tables.flags(bucket, []),
             None,
             None,
             0,
         )
-
-
-def _rows(bucket: Bucket) -> int:
-    return 1 + max(slot.row for slot in bucket.slots)

@@ -5,7 +5,12 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../rules.h"
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+#include "rules.h"
 
 namespace fused_sam {
 inline namespace FUSED_SAM_ISA {
@@ -31,6 +36,9 @@ FUSED_SAM_INLINE double load(double x) { return x; }
 FUSED_SAM_INLINE float load(BFloat16 x) { return from_bits(uint32_t(x) << 16); }
 
 FUSED_SAM_INLINE float load(Float16 x) {
+#if defined(__CUDA_ARCH__)
+  return __half2float(__ushort_as_half(uint16_t(x)));
+#else
   const uint32_t sign = (uint32_t(x) & 0x8000u) << 16;
   const uint32_t magnitude = (uint32_t(x) & 0x7fffu) << 13;
   // The exponent moves by the difference of the biases; infinity and NaN move twice.
@@ -38,9 +46,9 @@ FUSED_SAM_INLINE float load(Float16 x) {
   const uint32_t special = magnitude >= (0x1fu << 23) ? (127u - 15u) << 23 : 0u;
   // A subnormal is an integer times 2**-24.
   const float subnormal = float(int32_t(uint32_t(x) & 0x7fffu)) * 0x1p-24f;
-  const uint32_t bits =
-      magnitude < (1u << 23) ? to_bits(subnormal) : shifted + special;
+  const uint32_t bits = magnitude < (1u << 23) ? to_bits(subnormal) : shifted + special;
   return from_bits(bits | sign);
+#endif
 }
 
 // round_to<S>(x): x as S.
@@ -56,14 +64,21 @@ FUSED_SAM_INLINE S round_to(double x) {
 
 template <>
 FUSED_SAM_INLINE BFloat16 round_to<BFloat16>(float x) {
+#if defined(__CUDA_ARCH__)
+  return BFloat16(__bfloat16_as_ushort(__float2bfloat16_rn(x)));
+#else
   const uint32_t bits = to_bits(x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const uint32_t nan = (bits >> 16) | 0x40u;
   return BFloat16(uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded));
+#endif
 }
 
 template <>
 FUSED_SAM_INLINE Float16 round_to<Float16>(float x) {
+#if defined(__CUDA_ARCH__)
+  return Float16(__half_as_ushort(__float2half_rn(x)));
+#else
   const uint32_t bits = to_bits(x);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -75,6 +90,7 @@ FUSED_SAM_INLINE Float16 round_to<Float16>(float x) {
   half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // 65520 and above round to infinity
   half = magnitude > 0x7f800000u ? 0x7e00u : half;
   return Float16(uint16_t(half | sign));
+#endif
 }
 
 template <typename S>
