@@ -450,7 +450,10 @@ class FusedSAM(Optimizer):
 
     def _refresh(self) -> None:
         """Notice what has changed under the optimizer: parameters, groups, state."""
-        if not self._layout.is_current(self.param_groups):
+        layout, groups = self._layout, self.param_groups
+        # Between the two steps the strides are left unlooked at: that they change there, and the
+        # address does not, would take a transposition in place of weights that are not the user's.
+        if not (layout.is_current(groups) and (self._perturbed or layout.has_strides(groups))):
             self._build()
         elif not self._layout.state_is_current(self.state):
             self._layout.adopt(self.state)
