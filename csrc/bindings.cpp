@@ -227,7 +227,7 @@ void update_(Tensor weights, std::vector<Tensor> pinned, std::optional<Tensor> s
     scale = bucket.dtype == Dtype::kFloat64 ? *memory<double>(grad_scale)
                                             : static_cast<double>(*memory<float>(grad_scale));
   }
-  const bool has[] = {p.states[0] != nullptr, p.states[1] != nullptr, p.states[2] != nullptr};
+  const bool has[] = {state0.has_value(), state1.has_value(), state2.has_value()};
   for (int64_t row = 0; row < hyper.numel() / kHyperSize; ++row) {
     const int options =
         bucket.dtype == Dtype::kFloat64

@@ -56,7 +56,7 @@ _EMPTY = 64
 """The address of a gradient without elements, which is there all the same."""
 
 _NOT_BUILT = (
-    "was not built: it needs a C++ compiler, ninja, and torch at build time; install with "
+    "was not built, for which torch and {} must be there; install with "
     "`FUSED_SAM_BUILD={} pip install --no-build-isolation fused-sam`"
 )
 
@@ -86,7 +86,8 @@ def missing(device_type: str = "cpu") -> str | None:
             return "this torch has no CUDA; install one that has"
     library = _library("_native" if device_type == "cpu" else "_native_cuda")
     if library is None:
-        return f"its {device_type} library {_NOT_BUILT.format(device_type)}"
+        tool = "a C++ compiler" if device_type == "cpu" else "nvcc"
+        return f"its {device_type} library {_NOT_BUILT.format(tool, device_type)}"
     try:
         torch.ops.load_library(library)
     except OSError as error:
@@ -298,6 +299,7 @@ class _Tables:
             table = torch.tensor(
                 [[float(row.get(name, 0)) for name in HYPER] for row in (make(*v) for v in values)],
                 dtype=bucket.compute_dtype,
+                device="cpu",
                 pin_memory=not self.on_cpu,
             )
             if not self.on_cpu:
