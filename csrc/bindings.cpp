@@ -108,12 +108,13 @@ struct Bucket {
     STD_TORCH_CHECK(p.num_moved >= 0 && hyper.numel() % kHyperSize == 0,
                     "fused_sam: tables of wrong size");
     p.slots = static_cast<const Slot*>(slots.const_data_ptr());
+    const int64_t moved_size = weights.numel() < p.size ? weights.numel() : p.size;
     for (int64_t i = 0; i < p.num_slots; ++i) {
       const Slot& slot = p.slots[i];
       const bool moved = i < p.num_moved;
       STD_TORCH_CHECK(slot.start >= (i ? p.slots[i - 1].start + p.slots[i - 1].numel : 0) &&
                           slot.numel >= 0 &&
-                          slot.start + slot.numel <= (moved ? weights.numel() : p.size) &&
+                          slot.start + slot.numel <= (moved ? moved_size : p.size) &&
                           slot.row >= 0 && slot.row < hyper.numel() / kHyperSize,
                       "fused_sam: slot ", i, " does not fit its bucket");
       if (!moved) {

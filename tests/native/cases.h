@@ -22,13 +22,13 @@ using namespace fused_sam;
 
 inline int failures = 0;
 
-#define EXPECT(condition, ...)                                       \
-  do {                                                               \
-    if (!(condition) && ++cases::failures <= 20) {                   \
+#define EXPECT(condition, ...)                                             \
+  do {                                                                     \
+    if (!(condition) && ++cases::failures <= 20) {                         \
       std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::fprintf(stderr, __VA_ARGS__);                             \
-      std::fprintf(stderr, "\n");                                    \
-    }                                                                \
+      std::fprintf(stderr, __VA_ARGS__);                                   \
+      std::fprintf(stderr, "\n");                                          \
+    }                                                                      \
   } while (0)
 
 template <typename S>
@@ -306,8 +306,8 @@ void expect_perturbed(Bucket<S>& bucket, const typename Bucket<S>::Copy& before,
         continue;
       }
       const double t = o.adaptive ? std::fabs(value(w)) + o.eta : 1;
-      const double climb = (o.maximize ? -o.rho : o.rho) / norm * t * t *
-                           value(bucket.grads[i].data[k]);
+      const double climb =
+          (o.maximize ? -o.rho : o.rho) / norm * t * t * value(bucket.grads[i].data[k]);
       // rho / norm, t, t * t, * g, * scale: 8 roundings of the climb, one of the sum, one stored.
       const double want = value(w) + climb;
       const double bound =
@@ -431,7 +431,8 @@ void run_all(const std::vector<int64_t>& sizes) {
       for (size_t i = 0; i < sizes.size(); ++i) {
         if (!bucket.has_grad(i)) continue;
         for (int64_t k = 0; k < sizes[i]; k += 3) {
-          bucket.grads[i].data[k] = round_to<S>(typename Compute<S>::Type(k % 2 ? kInf : std::nan("")));
+          bucket.grads[i].data[k] =
+              round_to<S>(typename Compute<S>::Type(k % 2 ? kInf : std::nan("")));
         }
       }
       const auto before = bucket.copy();
