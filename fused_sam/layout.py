@@ -364,6 +364,8 @@ class Layout:
         """Show in ``state`` what an update with these gradients has written for the first time."""
         assert self.rule is not None
         names = [self.rule.state(group) for group in groups]
+        if all(False not in bucket.states[name].present for row in names for name in row):
+            return
         new = [
             (slot, i, name)
             for i, (slot, grad) in enumerate(zip(bucket.slots, grads, strict=True))

@@ -230,10 +230,8 @@ class FusedSAM(Optimizer):
             grads = self._gradients()
             for group in self.param_groups:
                 check_ascent(group)
-            sq_norm = self._sum_sq_norms(grads, self.param_groups)
-            for backend, bucket, bucket_grads in self._each(grads):
-                total = sq_norm.to(bucket.device, bucket.compute_dtype, non_blocking=True)
-                backend.perturb_(bucket, bucket_grads, self.param_groups, total)
+            sq_norm = self._climb(grads)
+            for _, bucket, bucket_grads in self._each(grads):
                 bucket.perturbed = [grad is not None for grad in bucket_grads]
                 _bump_versions(bucket, bucket_grads)
         self._sq_norm = sq_norm
@@ -407,6 +405,18 @@ class FusedSAM(Optimizer):
         step = type(self.base_optimizer).step
         step = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
         step(self.base_optimizer)
+
+    def _climb(self, grads: list[Gradients]) -> Tensor:
+        """Save w and climb; return the squared norm as partial sums."""
+        groups = self.param_groups
+        if len(grads) == 1 and (climb_ := getattr(self._backends[0], "climb_", None)):
+            sq_norm: Tensor = climb_(self._layout.buckets[0], grads[0], groups)
+            return sq_norm
+        sq_norm = self._sum_sq_norms(grads, groups)
+        for backend, bucket, bucket_grads in self._each(grads):
+            total = sq_norm.to(bucket.device, bucket.compute_dtype, non_blocking=True)
+            backend.perturb_(bucket, bucket_grads, groups, total)
+        return sq_norm
 
     def _sum_sq_norms(self, grads: list[Gradients], groups: list[dict[str, Any]] | None) -> Tensor:
         """The squared global norm as partial sums, (k,), on the first bucket's device."""

@@ -17,7 +17,11 @@ Gradients = Sequence[Tensor | None]
 
 
 class Backend(Protocol):
-    """Three operations on a bucket, and the way back. None of them waits for the device."""
+    """Three operations on a bucket, and the way back. None of them waits for the device.
+
+    A backend may also have ``climb_(bucket, grads, groups) -> Tensor``: ``sq_norm`` and
+    ``perturb_`` in one, used where one bucket holds all parameters.
+    """
 
     name: str
 
@@ -79,9 +83,20 @@ def resolve(name: str, device: torch.device) -> Backend:
 
     Raises:
         ValueError: there is no backend of that name.
+        RuntimeError: it cannot run on this device; the message says why, and the remedy.
     """
+    from . import native
     from .reference import ReferenceBackend
 
-    if name in ("auto", "reference"):
+    if name == "reference":
         return ReferenceBackend()
-    raise ValueError(f"backend={name!r} is not known; choose 'auto' or 'reference'")
+    if name == "native":
+        why = native.missing(device.type)
+        if why is not None:
+            raise RuntimeError(f"backend='native' cannot run on {device}: {why}")
+        return native.NativeBackend()
+    if name == "auto":
+        if device.type == "cpu" and native.missing("cpu") is None:
+            return native.NativeBackend()
+        return ReferenceBackend()
+    raise ValueError(f"backend={name!r} is not known; choose 'auto', 'native' or 'reference'")
