@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 
 import torch
 
 from . import __version__
-from .backends import native
+from .backends import missing
 
 
-def backends() -> dict[str, str | None]:
-    """Each backend and kind of device; None where it runs, else why not and what to do."""
-    found = {
-        "reference": None,
-        "native (cpu)": native.missing("cpu"),
-        "native (cuda)": native.missing("cuda"),
+def availability() -> dict[str, str | None]:
+    """Each backend on each kind of device; None where it runs, else why not and what to do."""
+    kinds = {"reference": ("cpu",), "native": ("cpu", "cuda"), "triton": ("cuda",)}
+    return {
+        f"{name} ({kind})" if name != "reference" else name: missing(name, torch.device(kind))
+        for name, on in kinds.items()
+        for kind in on
     }
-    if importlib.util.find_spec("fused_sam.backends.triton"):
-        installed = importlib.util.find_spec("triton") is not None
-        found["triton"] = (
-            None if installed else "triton is not installed; `pip install 'fused-sam[triton]'`"
-        )
-    return found
 
 
 def report() -> str:
@@ -39,7 +33,7 @@ def report() -> str:
         f"devices    {', '.join(devices)}",
         "backends",
     ]
-    for name, why in backends().items():
+    for name, why in availability().items():
         note = "available" if why is None else f"missing: {why}"
         if name == "native (cpu)" and why is None:
             note += f" ({torch.ops.fused_sam.cpu_kernels()} kernels)"

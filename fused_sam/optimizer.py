@@ -251,9 +251,7 @@ class FusedSAM(Optimizer):
         Raises:
             RuntimeError: a gradient is sparse; nothing was changed, and restore() goes back to w.
         """
-        self._descend()
-        if zero_grad:
-            self.zero_grad()
+        self._descend(zero_grad=zero_grad)
 
     def step(self, closure: Closure | None = None) -> Any:
         """A whole SAM step with ``closure``; without one, the second half of a step.
@@ -324,18 +322,28 @@ class FusedSAM(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set the gradients to None, or to zero."""
-        super().zero_grad(set_to_none)
-        if not set_to_none:
+        if set_to_none:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.grad = None
+        else:
+            super().zero_grad(set_to_none)
             self._mark_consumed()  # zeros are no fresh gradients
 
     # ----------------------------------------------------------------------------------- internals
 
-    def _descend(self, found_inf: Tensor | None = None, check_finite: bool = False) -> None:
+    def _descend(
+        self,
+        found_inf: Tensor | None = None,
+        check_finite: bool = False,
+        zero_grad: bool = False,
+    ) -> None:
         """Return to w and update.
 
         Args:
             found_inf: overrides what a GradScaler has set.
             check_finite: skip the update also if a gradient of either pass is not finite.
+            zero_grad: set the gradients to None afterwards.
         """
         base = self.base_optimizer
         grad_scale = getattr(self, "grad_scale", None)
@@ -363,7 +371,10 @@ class FusedSAM(Optimizer):
                 self._step_base(grad_scale, found_inf)
         for post_hook in list(base._optimizer_step_post_hooks.values()):
             post_hook(base, (), {})
-        self._mark_consumed()
+        if zero_grad:
+            self.zero_grad()
+        else:
+            self._mark_consumed()
         # Learning-rate schedulers, of either optimizer, look for this.
         self._opt_called = base._opt_called = True  # type: ignore[attr-defined]
 
@@ -545,11 +556,14 @@ class FusedSAM(Optimizer):
 
 def _bump_versions(bucket: Bucket, grads: Gradients) -> None:
     """Tell autograd that parameters were written in place through other tensors."""
+    if grads and all([grad is not None for grad in grads]):
+        increment_version(bucket.params)
+        return
     present = grads or [None] * len(bucket.slots)
     increment_version(
         [
-            slot.param
-            for slot, grad, perturbed in zip(bucket.slots, present, bucket.perturbed, strict=True)
+            param
+            for param, grad, perturbed in zip(bucket.params, present, bucket.perturbed, strict=True)
             if perturbed or grad is not None
         ]
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..layout import Bucket
 from ..rules import STEP, Rule
-from . import Gradients, Groups
+from .interface import Gradients, Groups
 
 HYPER = (
     "rho",
