@@ -12,12 +12,11 @@ from .backends import missing
 
 def availability() -> dict[str, str | None]:
     """Each backend on each kind of device; None where it runs, else why not and what to do."""
-    kinds = {"reference": ("cpu",), "native": ("cpu", "cuda"), "triton": ("cuda",)}
-    return {
-        f"{name} ({kind})" if name != "reference" else name: missing(name, torch.device(kind))
-        for name, on in kinds.items()
-        for kind in on
-    }
+    found = {"reference": None, "native (cpu)": missing("native", torch.device("cpu"))}
+    no_gpu = None if torch.cuda.is_available() else "this torch sees no GPU"
+    for name in ("native", "triton"):
+        found[f"{name} (cuda)"] = missing(name, torch.device("cuda")) or no_gpu
+    return found
 
 
 def report() -> str:
