@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -81,7 +80,6 @@ class FusedSAM(Optimizer):
     _backends: list[Backend]
     _perturbed: bool
     _sq_norm: Tensor | None
-    _consumed: dict[int, tuple[weakref.ref[Tensor], int]]
 
     def __init__(
         self,
@@ -328,7 +326,7 @@ class FusedSAM(Optimizer):
         """Set the gradients to None, or to zero."""
         super().zero_grad(set_to_none)
         if not set_to_none:
-            self._consumed = self._fingerprints()  # zeros are no fresh gradients
+            self._mark_consumed()  # zeros are no fresh gradients
 
     # ----------------------------------------------------------------------------------- internals
 
@@ -365,7 +363,7 @@ class FusedSAM(Optimizer):
                 self._step_base(grad_scale, found_inf)
         for post_hook in list(base._optimizer_step_post_hooks.values()):
             post_hook(base, (), {})
-        self._consumed = self._fingerprints()
+        self._mark_consumed()
         # Learning-rate schedulers, of either optimizer, look for this.
         self._opt_called = base._opt_called = True  # type: ignore[attr-defined]
 
@@ -429,7 +427,7 @@ class FusedSAM(Optimizer):
         if len(parts) == 1:
             return parts[0]
         if not parts:
-            return torch.zeros(1)
+            return torch.zeros(1, device="cpu")
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parts) else torch.float32
         device = parts[0].device
         return torch.stack([p.sum().to(device, dtype, non_blocking=True) for p in parts])
@@ -470,25 +468,22 @@ class FusedSAM(Optimizer):
 
     # ---- which gradients has a step used already
 
-    def _fingerprints(self) -> dict[int, tuple[weakref.ref[Tensor], int]]:
-        return {
-            id(p): (weakref.ref(grad), grad._version)
-            for group in self.param_groups
-            for p in group["params"]
-            if (grad := p.grad) is not None
-        }
+    def _mark_consumed(self) -> None:
+        # On the gradient itself: a weak reference to it would keep torch from swapping it.
+        for group in self.param_groups:
+            for p in group["params"]:
+                if (grad := p.grad) is not None:
+                    grad._fused_sam_consumed = grad._version
 
     def _has_fresh_gradients(self, scaled: bool) -> bool:
         # A GradScaler's check for inf is an in-place operation on the gradients.
         looked = int(scaled)
-        for group in self.param_groups:
-            for p in group["params"]:
-                grad = p.grad
-                if grad is not None:
-                    ref, version = self._consumed.get(id(p), (None, 0))
-                    if grad._version != version + looked or ref is None or ref() is not grad:
-                        return True
-        return False
+        return any(
+            getattr(p.grad, "_fused_sam_consumed", -1) + looked != p.grad._version
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        )
 
     # ------------------------------------------------------------------------------- checkpoints
 
@@ -539,7 +534,6 @@ class FusedSAM(Optimizer):
         self._backends = []
         self._perturbed = False
         self._sq_norm = None
-        self._consumed = {}
 
     def _refuse_perturbed(self, what: str) -> None:
         if self._perturbed:

@@ -107,10 +107,10 @@ def _make_run(bucket: Bucket, kind: Any, span: range) -> _Run:
     stop = last.start + last.numel
     weights = bucket.memory(first) if first.pinned else bucket.weights[first.start : stop]
     gaps = [
-        torch.arange(a.start + a.numel - first.start, b.start - first.start)
+        torch.arange(a.start + a.numel - first.start, b.start - first.start, device="cpu")
         for a, b in itertools.pairwise(slots)
     ]
-    padding = torch.cat(gaps) if gaps else torch.empty(0)
+    padding = torch.cat(gaps) if gaps else torch.empty(0, device="cpu")
     return _Run(
         kind,
         first.row,
@@ -365,7 +365,7 @@ class ReferenceBackend:
         """Add 1 to the step counts of the slots that step now."""
         if not any(STEP in row for row in names):
             return
-        stepping = torch.tensor([float(grad is not None) for grad in grads])
+        stepping = torch.tensor([float(grad is not None) for grad in grads], device="cpu")
         if bucket.device.type == "cuda":
             stepping = stepping.pin_memory()  # else the copy would wait for the device
         stepping = stepping.to(bucket.device, non_blocking=True)
