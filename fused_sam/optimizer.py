@@ -291,7 +291,7 @@ class FusedSAM(Optimizer):
             )
         loss, found_inf = None, getattr(self, "found_inf", None)
         try:
-            if not self._has_fresh_gradients(scaled):
+            if not self._has_fresh_gradients():
                 self.zero_grad()
                 with torch.enable_grad():
                     loss = closure()
@@ -486,11 +486,9 @@ class FusedSAM(Optimizer):
                 if (grad := p.grad) is not None:
                     grad._fused_sam_consumed = grad._version
 
-    def _has_fresh_gradients(self, scaled: bool) -> bool:
-        # A GradScaler's check for inf is an in-place operation on the gradients.
-        looked = int(scaled)
+    def _has_fresh_gradients(self) -> bool:
         return any(
-            getattr(p.grad, "_fused_sam_consumed", -1) + looked != p.grad._version
+            getattr(p.grad, "_fused_sam_consumed", None) != p.grad._version
             for group in self.param_groups
             for p in group["params"]
             if p.grad is not None
