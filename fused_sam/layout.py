@@ -399,6 +399,8 @@ class Layout:
         if all(all(buffer.present) for buffer in bucket.states.values()) and bucket.states:
             return
         names = [self.rule.state(group) for group in groups]
+        if all(False not in bucket.states[name].present for row in names for name in row):
+            return
         new = [
             (slot, i, name)
             for i, (slot, grad) in enumerate(zip(bucket.slots, grads, strict=True))

@@ -230,10 +230,8 @@ class FusedSAM(Optimizer):
             grads = self._gradients()
             for group in self.param_groups:
                 check_ascent(group)
-            sq_norm = self._sum_sq_norms(grads, self.param_groups)
-            for backend, bucket, bucket_grads in self._each(grads):
-                total = sq_norm.to(bucket.device, bucket.compute_dtype, non_blocking=True)
-                backend.perturb_(bucket, bucket_grads, self.param_groups, total)
+            sq_norm = self._climb(grads)
+            for _, bucket, bucket_grads in self._each(grads):
                 bucket.perturbed = [grad is not None for grad in bucket_grads]
                 _bump_versions(bucket, bucket_grads)
         self._sq_norm = sq_norm
@@ -293,7 +291,7 @@ class FusedSAM(Optimizer):
             )
         loss, found_inf = None, getattr(self, "found_inf", None)
         try:
-            if not self._has_fresh_gradients(scaled):
+            if not self._has_fresh_gradients():
                 self.zero_grad()
                 with torch.enable_grad():
                     loss = closure()
@@ -419,6 +417,18 @@ class FusedSAM(Optimizer):
         step = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
         step(self.base_optimizer)
 
+    def _climb(self, grads: list[Gradients]) -> Tensor:
+        """Save w and climb; return the squared norm as partial sums."""
+        groups = self.param_groups
+        if len(grads) == 1 and (climb_ := getattr(self._backends[0], "climb_", None)):
+            sq_norm: Tensor = climb_(self._layout.buckets[0], grads[0], groups)
+            return sq_norm
+        sq_norm = self._sum_sq_norms(grads, groups)
+        for backend, bucket, bucket_grads in self._each(grads):
+            total = sq_norm.to(bucket.device, bucket.compute_dtype, non_blocking=True)
+            backend.perturb_(bucket, bucket_grads, groups, total)
+        return sq_norm
+
     def _sum_sq_norms(self, grads: list[Gradients], groups: list[dict[str, Any]] | None) -> Tensor:
         """The squared global norm as partial sums, (k,), on the first bucket's device."""
         parts = [
@@ -476,11 +486,9 @@ class FusedSAM(Optimizer):
                 if (grad := p.grad) is not None:
                     grad._fused_sam_consumed = grad._version
 
-    def _has_fresh_gradients(self, scaled: bool) -> bool:
-        # A GradScaler's check for inf is an in-place operation on the gradients.
-        looked = int(scaled)
+    def _has_fresh_gradients(self) -> bool:
         return any(
-            getattr(p.grad, "_fused_sam_consumed", -1) + looked != p.grad._version
+            getattr(p.grad, "_fused_sam_consumed", None) != p.grad._version
             for group in self.param_groups
             for p in group["params"]
             if p.grad is not None

@@ -20,8 +20,8 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from ..layout import Bucket
 from ..rules import STEP, Group, Rule
-from . import Gradients, Groups
 from . import triton_kernels as kernels
+from .interface import Gradients, Groups
 
 INTERPRETED = isinstance(kernels.update_kernel, InterpretedFunction)
 """Whether the kernels run in Triton's interpreter: TRITON_INTERPRET=1 when they were imported."""
