@@ -23,9 +23,15 @@ BACKENDS = [name for name in ("reference", "triton", "native") if _runs_here(nam
 """All that run on this machine's CPU; each goes through the same table of cases."""
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    return request.param
+INTERPRETED = {"test_table", "test_triton"}
+"""Modules for Triton's interpreter, which is slow: those about arithmetic, not about semantics."""
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        slow = metafunc.module.__name__ not in INTERPRETED
+        backends_here = [name for name in BACKENDS if not (slow and name == "triton")]
+        metafunc.parametrize("backend", backends_here)
 
 
 @pytest.fixture(autouse=True)

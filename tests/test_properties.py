@@ -1,8 +1,6 @@
 """Random shapes, strides, dtypes, groups and missing gradients, against the textbook in float64."""
 
-import pytest
 import torch
-from conftest import BACKENDS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import step
@@ -106,7 +104,6 @@ def grad_of(param, layout, generator):
     return laid_out(grad, layout)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @SETTINGS
 @given(data=st.data(), rule=FUSED_OPTIONS, seed=st.integers(0, 2**16))
 def test_any_parameters_and_gradients_step_as_the_textbook(backend, data, rule, seed):
