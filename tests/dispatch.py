@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fused_sam import FusedSAM, backends
+from fused_sam.backends import triton as _  # noqa: F401  (backends.triton)
 
 
 class Driver:
@@ -81,7 +82,37 @@ def main():
             opt.second_step()
             launches.append(list(counter.launched))
         results[name] = {"compiled": list(counter.compiled), "launches": launches}
+    results["variants"] = list(variants(counter))
     json.dump(results, sys.stdout)
+
+
+def variants(counter):
+    """Updates that differ in what is compiled in: each must compile, once."""
+    backends.triton.INTERPRETED = True  # so that an lr on the CPU stands for one on a GPU
+    for base, option in (
+        (torch.optim.SGD, "momentum"),
+        (torch.optim.Adam, "amsgrad"),
+        (torch.optim.RMSprop, "centered"),
+    ):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            params = [torch.nn.Parameter(torch.randn(9).to(dtype)) for _ in range(3)]
+            groups = [{"params": params[:1], option: 1}, {"params": params[1:]}]
+            opt = FusedSAM(groups, base, backend="triton", lr=torch.tensor(0.1), adaptive=True)
+            opt.grad_scale, opt.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+            counter.compiled.clear()
+            counter.launched.clear()
+            for _ in range(2):
+                for p in params:
+                    p.grad = torch.randn(10).to(dtype)[1:]
+                opt.first_step()
+                opt.restore()
+                opt.first_step()
+                opt.second_step()
+            yield {
+                "case": f"{base.__name__} {dtype}",
+                "compiled": list(counter.compiled),
+                "launched": list(counter.launched),
+            }
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ TILE_BYTES = {
 CUDA_OPTIONS = {"maxnreg": 64, "enable_reflect_ftz": False}
 """At most 64 registers, or fewer than half of a multiprocessor's threads would fit; and square
 roots of denormal numbers are not zero."""
+MANY_REGISTERS = {"maxnreg": 128}
+"""For the updates that would spill some of 64: float64, and what is rare in half precision."""
 EMPTY = 16
 """Address of an empty gradient, which has none, but is there: Adam counts its step."""
 _KEPT_TABLES = 64
@@ -325,7 +327,12 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def _launch(
-    tables: _Tables, bucket: Bucket, kernel: Any, args: tuple[Any, ...], constants: tuple[Any, ...]
+    tables: _Tables,
+    bucket: Bucket,
+    kernel: Any,
+    args: tuple[Any, ...],
+    constants: tuple[Any, ...],
+    roomy: bool = False,
 ) -> None:
     """Run a kernel over the bucket's chunks.
 
@@ -335,9 +342,10 @@ def _launch(
         kernel: a kernel of ``triton_kernels``.
         args: its run-time arguments, in order; a pointer that it does without is None.
         constants: its compile-time arguments but the last two, BLOCK and TILES.
+        roomy: whether it gets MANY_REGISTERS; follows from dtype and constants.
     """
     grid = (tables.programs, 1, 1)
-    key = (kernel, constants, *[arg is None for arg in args])
+    key = (kernel.fn, constants, *[getattr(arg, "dtype", arg is None) for arg in args])
     known = tables.compiled.get(key)
     if known is not None:
         compiled, constants = known
@@ -345,18 +353,19 @@ def _launch(
         return
     block = min(TILE_BYTES[kernel.fn.__name__] // bucket.dtype.itemsize, CHUNK)
     full = (*constants, block, CHUNK // block)
-    compiled = kernel[grid](*args, *full, **_options(bucket.device))
+    compiled = kernel[grid](*args, *full, **_options(bucket.device, roomy))
     # Everything that Triton specializes on is in the key: the rest is the same for a bucket, or
     # declared do_not_specialize. So its own look-up, several times the cost, can be left out.
     if compiled is not None:
         tables.compiled[key] = (compiled, full)
 
 
-def _options(device: torch.device) -> dict[str, Any]:
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    if nvidia or device.type != "cuda":
-        return {"num_warps": THREADS // 32, **(CUDA_OPTIONS if nvidia else {})}
-    return {"num_warps": THREADS // torch.cuda.get_device_properties(device).warp_size}
+def _options(device: torch.device, roomy: bool) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {"num_warps": THREADS // 32}
+    if torch.version.hip is not None:
+        return {"num_warps": THREADS // torch.cuda.get_device_properties(device).warp_size}
+    return {"num_warps": THREADS // 32, **CUDA_OPTIONS, **(MANY_REGISTERS if roomy else {})}
 
 
 def _learning_rate(lr: float | Tensor, bucket: Bucket) -> float | Tensor:
@@ -445,7 +454,10 @@ class TritonBackend:
             width = 1 + len(spec.hyper(groups[tables.rows[0]]))
             kept_states = tuple([b is not None for b in buffers])
             constants = (spec.function, kept_states, width, mixed, tensor_lr, live.aligned)
-            _launch(tables, bucket, kernels.update_kernel, args, constants)
+            roomy = bucket.dtype.itemsize == 8 or (
+                bucket.dtype.itemsize == 2 and (mixed or not live.aligned)
+            )
+            _launch(tables, bucket, kernels.update_kernel, args, constants, roomy)
 
     def restore_(self, bucket: Bucket) -> None:
         """Return the perturbed slots to w."""
