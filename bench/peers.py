@@ -231,6 +231,16 @@ def peers(device: torch.device, *, compiled: bool = False) -> list[Peer]:
     return [*found, _compiled()] if compiled else found
 
 
+def best_peers(device: torch.device, *, compiled: bool = False) -> list[Peer]:
+    """FusedSAM, the textbook's default form, and every other implementation's fastest form."""
+    wanted = ("textbook SAM, default", *(f"{p.family}, fused" for p in peers(device)))
+    return [
+        p
+        for p in peers(device, compiled=compiled)
+        if p.family in ("FusedSAM", "compiled foreach SAM") or p.name in wanted
+    ]
+
+
 def parameters(shapes: Iterable[Sequence[int]], device: torch.device, seed: int) -> list[Tensor]:
     """Parameters with random values; the same for the same seed."""
     generator = torch.Generator(device).manual_seed(seed)

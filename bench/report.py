@@ -1,0 +1,2 @@
+def write_quick(*a): pass
+def write(*a): pass
