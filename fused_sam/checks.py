@@ -160,6 +160,11 @@ def _check_param(param: Any) -> None:
             f"{what} has dtype {param.dtype}; only floating-point and complex parameters have "
             f"gradients: leave it out of params"
         )
+    if param.is_floating_point() and param.dtype.itemsize < 2:
+        raise TypeError(
+            f"{what} has dtype {param.dtype}, in which nothing can be computed; keep a copy in "
+            f"bfloat16 or float32 and optimize that"
+        )
     if param.layout is not torch.strided:
         raise TypeError(f"{what} has layout {param.layout}; make it dense with .to_dense()")
     if type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:

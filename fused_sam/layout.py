@@ -49,10 +49,11 @@ def is_dense(tensor: Tensor) -> bool:
 def is_shared(tensor: Tensor) -> bool:
     """Whether anything but this parameter holds its memory, which must then stay where it is."""
     storage = tensor.untyped_storage()
-    if hasattr(storage, "_fused_sam_window"):
-        external = False  # a window of an earlier layout: ours to move
-    else:
-        external = not storage.resizable() or (storage.device.type == "cpu" and storage.is_shared())
+    if storage.device.type == "cpu" and storage.is_shared():
+        return True
+    # Memory of unknown origin cannot be resized; neither can a window of an earlier layout, which
+    # is ours to move.
+    external = not storage.resizable() and not hasattr(storage, "_fused_sam_window")
     # Two holders are the parameter and the Python object `storage`; more are aliases of it.
     return external or torch._C._storage_Use_Count(storage._cdata) > 2
 
@@ -151,6 +152,20 @@ class StateBuffer:
             for slot, piece in zip(slots, pieces, strict=True)
         ]
         self.present = [False] * len(slots)
+
+    def adopt(self, values: Sequence[Any]) -> None:
+        """Copy in a value for each slot; None clears it. A value may be another slot's window."""
+        ours = {id(window): i for i, window in enumerate(self.windows)}
+        values = [
+            value.clone() if ours.get(id(value), i) != i else value
+            for i, value in enumerate(values)
+        ]
+        self.present = [value is not None for value in values]
+        for window, value in zip(self.windows, values, strict=True):
+            if value is None:
+                window.zero_()
+            elif value is not window:
+                window.copy_(torch.as_tensor(value))
 
 
 class Bucket:
@@ -295,11 +310,16 @@ class Layout:
                     slot.shaped(slot.of(bucket.saved)).copy_(carried[slot.param])
                     bucket.perturbed[i] = True
         self._addresses = _addresses(groups)
+        self._strides = _strides(groups)
         self.adopt({} if state is None else state)
 
     def is_current(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether every parameter is still the object and at the address that the layout knows."""
         return self._addresses == _addresses(groups)
+
+    def has_strides(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether every parameter of a current layout has the strides that the layout knows."""
+        return self._strides == _strides(groups)
 
     def release(self) -> dict[Tensor, Tensor]:
         """Let go of the parameters' memory; return the saved weights of the perturbed ones."""
@@ -326,14 +346,11 @@ class Layout:
             }
             for name in names | bucket.states.keys():
                 buffer = bucket.state(name)
-                for i, slot in enumerate(bucket.slots):
-                    value = state.get(slot.param, {}).get(name)
-                    buffer.present[i] = value is not None
-                    if value is None:
-                        buffer.windows[i].zero_()
-                    elif value is not buffer.windows[i]:
-                        buffer.windows[i].copy_(torch.as_tensor(value))
-                        state[slot.param][name] = buffer.windows[i]
+                values = [state.get(slot.param, {}).get(name) for slot in bucket.slots]
+                buffer.adopt(values)
+                for slot, value, window in zip(bucket.slots, values, buffer.windows, strict=True):
+                    if value is not None:
+                        state[slot.param][name] = window
         self._record_state(state)
 
     def expose(
@@ -399,3 +416,7 @@ def _addresses(groups: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int
     params = [p for group in groups for p in group["params"]]
     sizes = [len(group["params"]) for group in groups]
     return sizes, list(map(id, params)), [p.data_ptr() for p in params]
+
+
+def _strides(groups: Sequence[Mapping[str, Any]]) -> list[tuple[int, ...]]:
+    return [p.stride() for group in groups for p in group["params"]]

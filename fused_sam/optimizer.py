@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -81,7 +80,6 @@ class FusedSAM(Optimizer):
     _backends: list[Backend]
     _perturbed: bool
     _sq_norm: Tensor | None
-    _consumed: dict[int, tuple[weakref.ref[Tensor], int]]
 
     def __init__(
         self,
@@ -176,9 +174,10 @@ class FusedSAM(Optimizer):
         Raises:
             TypeError, ValueError: the group cannot be used; the optimizer is as it was.
         """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict with 'params', got {param_group!r}")
         (param_group,) = as_groups([param_group])
-        self._fill_groups()
-        check_groups([*self.param_groups, {**self.defaults, **param_group}])
+        check_groups([{**self.defaults, **group} for group in (*self.param_groups, param_group)])
         self.base_optimizer.add_param_group(param_group)
         self._fill_groups()
 
@@ -307,6 +306,9 @@ class FusedSAM(Optimizer):
             self._descend(found_inf, check_finite=scaled)
         except BaseException:
             self.restore()
+            # What a GradScaler has set it takes back only after a step that returns.
+            for name in ("grad_scale", "found_inf"):
+                self.__dict__.pop(name, None)
             raise
         return loss
 
@@ -326,7 +328,7 @@ class FusedSAM(Optimizer):
         """Set the gradients to None, or to zero."""
         super().zero_grad(set_to_none)
         if not set_to_none:
-            self._consumed = self._fingerprints()  # zeros are no fresh gradients
+            self._mark_consumed()  # zeros are no fresh gradients
 
     # ----------------------------------------------------------------------------------- internals
 
@@ -343,7 +345,7 @@ class FusedSAM(Optimizer):
         if not isinstance(found_inf, Tensor):
             found_inf = None  # a GradScaler that saw no gradient at all sets the number 0
         rule = RULES.get(type(base))
-        if base._optimizer_step_pre_hooks and rule:
+        if base._optimizer_step_pre_hooks:
             self.restore()  # they expect to see w
             for pre_hook in list(base._optimizer_step_pre_hooks.values()):
                 pre_hook(base, (), {})
@@ -361,10 +363,9 @@ class FusedSAM(Optimizer):
                 self._update(grads, rule, grad_scale, found_inf)
             else:
                 self._step_base(grad_scale, found_inf)
-        if rule:
-            for post_hook in list(base._optimizer_step_post_hooks.values()):
-                post_hook(base, (), {})
-        self._consumed = self._fingerprints()
+        for post_hook in list(base._optimizer_step_post_hooks.values()):
+            post_hook(base, (), {})
+        self._mark_consumed()
         # Learning-rate schedulers, of either optimizer, look for this.
         self._opt_called = base._opt_called = True  # type: ignore[attr-defined]
 
@@ -402,7 +403,10 @@ class FusedSAM(Optimizer):
                 present = [s.param.grad for s in bucket.slots if s.param.grad is not None]
                 for grad in present:  # in the compute dtype: float16 does not hold every scale
                     grad.copy_(grad.to(torch.promote_types(grad.dtype, scale.dtype)) / scale)
-        self.base_optimizer.step()
+        # Without torch's wrapper, which would run the global step hooks a second time.
+        step = type(self.base_optimizer).step
+        step = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
+        step(self.base_optimizer)
 
     def _sum_sq_norms(self, grads: list[Gradients], groups: list[dict[str, Any]] | None) -> Tensor:
         """The squared global norm as partial sums, (k,), on the first bucket's device."""
@@ -413,7 +417,7 @@ class FusedSAM(Optimizer):
         if len(parts) == 1:
             return parts[0]
         if not parts:
-            return torch.zeros(1)
+            return torch.zeros(1, device="cpu")
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parts) else torch.float32
         device = parts[0].device
         return torch.stack([p.sum().to(device, dtype, non_blocking=True) for p in parts])
@@ -434,38 +438,42 @@ class FusedSAM(Optimizer):
 
     def _refresh(self) -> None:
         """Notice what has changed under the optimizer: parameters, groups, state."""
-        if not self._layout.is_current(self.param_groups):
+        layout, groups = self._layout, self.param_groups
+        # Between the two steps the strides are left unlooked at: that they change there, and the
+        # address does not, would take a transposition in place of weights that are not the user's.
+        if not (layout.is_current(groups) and (self._perturbed or layout.has_strides(groups))):
             self._build()
         elif not self._layout.state_is_current(self.state):
             self._layout.adopt(self.state)
 
     def _build(self) -> None:
         groups = self.param_groups
-        self._fill_groups()
-        check_groups(groups)
+        check_groups([{**self.defaults, **group} for group in groups])
         devices = {p.device for group in groups for p in group["params"]}
         by_device = {device: backends.resolve(self._backend_name, device) for device in devices}
+        self._fill_groups()
         rule = RULES.get(type(self.base_optimizer))
         self._layout = Layout(groups, rule, self.state, self._layout)
         self._backends = [by_device[bucket.device] for bucket in self._layout.buckets]
 
     # ---- which gradients has a step used already
 
-    def _fingerprints(self) -> dict[int, tuple[weakref.ref[Tensor], int]]:
-        grads = {id(p): p.grad for group in self.param_groups for p in group["params"]}
-        return {key: (weakref.ref(g), g._version) for key, g in grads.items() if g is not None}
+    def _mark_consumed(self) -> None:
+        # On the gradient itself: a weak reference to it would keep torch from swapping it.
+        for group in self.param_groups:
+            for p in group["params"]:
+                if (grad := p.grad) is not None:
+                    grad._fused_sam_consumed = grad._version
 
     def _has_fresh_gradients(self, scaled: bool) -> bool:
         # A GradScaler's check for inf is an in-place operation on the gradients.
         looked = int(scaled)
-        for group in self.param_groups:
-            for p in group["params"]:
-                grad = p.grad
-                if grad is not None:
-                    ref, version = self._consumed.get(id(p), (None, 0))
-                    if grad._version != version + looked or ref is None or ref() is not grad:
-                        return True
-        return False
+        return any(
+            getattr(p.grad, "_fused_sam_consumed", -1) + looked != p.grad._version
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        )
 
     # ------------------------------------------------------------------------------- checkpoints
 
@@ -516,7 +524,6 @@ class FusedSAM(Optimizer):
         self._backends = []
         self._perturbed = False
         self._sq_norm = None
-        self._consumed = {}
 
     def _refuse_perturbed(self, what: str) -> None:
         if self._perturbed:

@@ -24,7 +24,7 @@ _RUN_ELEMENTS = 1 << 20
 """Runs end here, so that what one operation writes is still in cache when the next one reads it."""
 
 _CHUNK_ELEMENTS = 1 << 17
-"""A rule's mathematics go over a run in pieces of this size, whose temporaries stay in cache."""
+"""The size of the pieces in which arithmetic with temporaries goes over a run."""
 
 _MAX_PLANS = 16
 """Patterns of missing gradients that a bucket remembers; a few recur, or else they never do."""
@@ -51,6 +51,11 @@ class _Run:
     def of(self, flat: Tensor) -> Tensor:
         """The run's part of a flat buffer."""
         return flat[self.start : self.stop]
+
+    def chunks(self) -> Iterator[slice]:
+        """The run in pieces whose temporaries stay in cache."""
+        for start in range(0, self.stop - self.start, _CHUNK_ELEMENTS):
+            yield slice(start, start + _CHUNK_ELEMENTS)
 
     def pick(self, items: Sequence[Any]) -> list[Any]:
         """The run's part of a list with an item for each slot."""
@@ -102,10 +107,10 @@ def _make_run(bucket: Bucket, kind: Any, span: range) -> _Run:
     stop = last.start + last.numel
     weights = bucket.memory(first) if first.pinned else bucket.weights[first.start : stop]
     gaps = [
-        torch.arange(a.start + a.numel - first.start, b.start - first.start)
+        torch.arange(a.start + a.numel - first.start, b.start - first.start, device="cpu")
         for a, b in itertools.pairwise(slots)
     ]
-    padding = torch.cat(gaps) if gaps else torch.empty(0)
+    padding = torch.cat(gaps) if gaps else torch.empty(0, device="cpu")
     return _Run(
         kind,
         first.row,
@@ -237,7 +242,8 @@ class ReferenceBackend:
             group = groups[run.row] if groups else None
             if group and group["adaptive"]:
                 scaled = _gather(bucket, run, grads)
-                scaled.mul_(_ascent_weight(run.weights.to(dtype), group))
+                for chunk in run.chunks():
+                    scaled[chunk].mul_(_ascent_weight(run.weights[chunk].to(dtype), group))
                 norms.append(torch.linalg.vector_norm(scaled))
             else:
                 norms += torch._foreach_norm(run.pick(grads), 2, dtype=dtype)
@@ -272,10 +278,12 @@ class ReferenceBackend:
                 )
                 continue
             climb = _gather(bucket, run, grads)
-            weights = run.weights.to(climb.dtype)
-            if group["adaptive"]:
-                climb.mul_(_ascent_weight(weights, group).square_())
-            run.weights.copy_(torch.where(scale == 0, weights, weights + climb.mul_(scale)))
+            for chunk in run.chunks():
+                weights, epsilon = run.weights[chunk].to(climb.dtype), climb[chunk].mul_(scale)
+                if group["adaptive"]:
+                    epsilon.mul_(_ascent_weight(weights, group).square_())
+                # 0 * inf is NaN, and a scale of 0 must move nothing.
+                run.weights[chunk] = torch.where(scale == 0, weights, weights + epsilon)
 
     def update_(
         self,
@@ -357,7 +365,7 @@ class ReferenceBackend:
         """Add 1 to the step counts of the slots that step now."""
         if not any(STEP in row for row in names):
             return
-        stepping = torch.tensor([float(grad is not None) for grad in grads])
+        stepping = torch.tensor([float(grad is not None) for grad in grads], device="cpu")
         if bucket.device.type == "cuda":
             stepping = stepping.pin_memory()  # else the copy would wait for the device
         stepping = stepping.to(bucket.device, non_blocking=True)
@@ -381,8 +389,7 @@ class ReferenceBackend:
             grad.div_(grad_scale)
         flat = {name: run.of(bucket.state(name).flat) for name in names if name != STEP}
         steps = _steps_by_element(bucket, run) if rule.reads_step else None
-        for start in range(0, run.stop - run.start, _CHUNK_ELEMENTS):
-            chunk = slice(start, start + _CHUNK_ELEMENTS)
+        for chunk in run.chunks():
             targets = {"param": run.weights[chunk], **{k: v[chunk] for k, v in flat.items()}}
             # A rule writes to its state: to a copy, where that is rounded or may be taken back.
             exact = bucket.dtype == grad.dtype and found_inf is None

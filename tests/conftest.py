@@ -1,0 +1,28 @@
+import pytest
+import torch
+
+from fused_sam import backends
+
+CPU = torch.device("cpu")
+
+
+def _runs_here(name):
+    try:
+        backends.resolve(name, CPU)
+    except (ValueError, RuntimeError, ImportError):
+        return False
+    return True
+
+
+BACKENDS = [name for name in ("reference", "triton", "native") if _runs_here(name)]
+"""All that run on this machine's CPU; each goes through the same table of cases."""
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

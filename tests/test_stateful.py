@@ -1,0 +1,252 @@
+"""Random sequences of everything that users do to an optimizer, checked against the textbook.
+
+The machine keeps nothing of its own but the exact weights to return to while perturbed: every step
+is predicted from the weights, the state and the groups that are visible just before it, so that
+whatever the layout does in between must stay invisible.
+"""
+
+import copy
+import io
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+from oracle import assert_same_bits, exact, first_step, params_of, second_step
+
+from fused_sam import FusedSAM
+
+SETTINGS = settings(
+    max_examples=60,
+    stateful_step_count=40,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+BASES = {
+    "sgd": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1, "dampening": 0.2}),
+    "adam": (torch.optim.Adam, {"amsgrad": True}),
+    "adamw": (torch.optim.AdamW, {"weight_decay": 0.1}),
+    "rmsprop": (torch.optim.RMSprop, {"momentum": 0.5, "centered": True, "eps": 1e-2}),
+}
+SHAPES = [(), (1,), (0,), (5, 3), (64,), (65,), (2, 3, 2, 2)]
+perturbed = precondition(lambda self: self.opt.is_perturbed)
+at_w = precondition(lambda self: not self.opt.is_perturbed)
+SEEDS = st.integers(0, 2**16)
+
+
+class Training(RuleBasedStateMachine):
+    backend = "reference"
+
+    @initialize(
+        base=st.sampled_from(sorted(BASES)),
+        dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+        adaptive=st.booleans(),
+        seed=SEEDS,
+    )
+    def start(self, base, dtype, adaptive, seed):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.dtype = dtype
+        cls, options = BASES[base]
+        self.saved = None
+        self.opt = FusedSAM(
+            [{"params": self.make_params(2)}, {"params": self.make_params(2), "lr": 0.02}],
+            cls,
+            rho=0.3,
+            adaptive=adaptive,
+            backend=self.backend,
+            lr=0.05,
+            **options,
+        )
+
+    # ---- helpers
+
+    def random(self, shape):
+        values = torch.randn(shape, dtype=torch.float64, generator=self.generator)
+        return values.to(self.dtype)
+
+    def pick(self, n):
+        return int(torch.randint(n, (), generator=self.generator))
+
+    def make_params(self, n):
+        return [torch.nn.Parameter(self.random(SHAPES[self.pick(len(SHAPES))])) for _ in range(n)]
+
+    def grads(self):
+        """For trainable parameters, most of the time; sometimes transposed."""
+        grads = {}
+        for p in params_of(self.opt):
+            if p.requires_grad and self.pick(5):
+                grads[p] = self.random(p.shape)
+                if p.dim() == 2 and not self.pick(3):
+                    grads[p] = grads[p].t().contiguous().t()
+        return grads
+
+    # ---- the steps
+
+    @at_w
+    @rule()
+    def first_step(self):
+        self.saved = first_step(self.opt, self.grads())
+
+    @rule()
+    def second_step(self):
+        second_step(self.opt, self.grads(), self.saved)
+        self.saved = None
+
+    @perturbed
+    @rule()
+    def step(self):
+        second_step(self.opt, self.grads(), self.saved, step=self.opt.step)
+        self.saved = None
+
+    @at_w
+    @rule(n=st.integers(1, 3))
+    def whole_steps(self, n):
+        for _ in range(n):
+            self.first_step()
+            self.second_step()
+
+    @rule()
+    def restore(self):
+        self.opt.restore()
+        for p, (_, bits) in (self.saved or {}).items():
+            assert_same_bits(p, bits)
+        self.saved = None
+
+    @at_w
+    @rule()
+    def step_with_closure(self):
+        """Zero gradients: no perturbation, and no more than momentum and decay."""
+        self.opt.zero_grad()
+        calls = []
+
+        def closure():
+            calls.append(1)
+            for p in params_of(self.opt):
+                if p.requires_grad:
+                    p.grad = torch.zeros_like(p)
+            return len(calls)
+
+        assert self.opt.step(closure) == 1
+        assert len(calls) == 2
+
+    # ---- what happens in between
+
+    @rule(set_to_none=st.booleans())
+    def zero_grad(self, set_to_none):
+        self.opt.zero_grad(set_to_none=set_to_none)
+        for p in params_of(self.opt):
+            assert p.grad is None or (not set_to_none and not p.grad.any())
+
+    @rule(key=st.sampled_from(["lr", "rho", "eta"]), value=st.sampled_from([0.0, 0.01, 0.2]))
+    def set_option(self, key, value):
+        self.opt.param_groups[self.pick(len(self.opt.param_groups))][key] = value
+
+    @rule(n=st.integers(1, 2), rho=st.sampled_from([None, 0.1]))
+    @precondition(lambda self: len(params_of(self.opt)) < 12)
+    def add_group(self, n, rho):
+        group = {"params": self.make_params(n)}
+        if rho is not None:
+            group["rho"] = rho
+        self.opt.add_param_group(group)
+
+    @rule()
+    def move_between_groups(self):
+        groups = self.opt.param_groups
+        source, target = groups[self.pick(len(groups))], groups[self.pick(len(groups))]
+        if len(source["params"]) > 1:
+            target["params"].append(source["params"].pop())
+
+    @rule()
+    def freeze_or_thaw(self):
+        p = self.some_param()
+        p.requires_grad_(not p.requires_grad)
+        p.grad = None
+
+    def some_param(self):
+        params = params_of(self.opt)
+        return params[self.pick(len(params))]
+
+    @at_w
+    @rule(strided=st.booleans())
+    def replace_data(self, strided):
+        p = self.some_param()
+        value = self.random(p.shape)
+        p.data = value.t().contiguous().t() if strided and p.dim() == 2 else value
+
+    @perturbed
+    @rule()
+    def move_data_while_perturbed(self):
+        p = self.some_param()
+        p.data = p.data.clone()
+
+    @rule()
+    def write_in_place(self):
+        """As weight clipping does; while perturbed it is undone by the return to w."""
+        p = self.some_param()
+        with torch.no_grad():
+            p.clamp_(-1, 1)
+
+    @at_w
+    @rule(dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+    def convert(self, dtype):
+        self.dtype = dtype
+        for p in params_of(self.opt):
+            p.data = p.data.to(dtype)
+            p.grad = None
+            for name, value in self.opt.state.get(p, {}).items():
+                if name != "step":
+                    self.opt.state[p][name] = value.to(dtype)
+
+    @at_w
+    @rule(through_file=st.booleans())
+    def round_trip_state(self, through_file):
+        state = self.opt.state_dict()
+        if through_file:
+            file = io.BytesIO()
+            torch.save(state, file)
+            file.seek(0)
+            state = torch.load(file)
+        self.opt.load_state_dict(state)
+
+    @at_w
+    @rule()
+    def go_on_with_a_copy(self):
+        frozen = [p.requires_grad for p in params_of(self.opt)]
+        old = [p.detach().clone() for p in params_of(self.opt)]
+        self.opt = copy.deepcopy(self.opt)
+        for p, w, flag in zip(params_of(self.opt), old, frozen, strict=True):
+            assert_same_bits(p, w)
+            assert p.requires_grad == flag
+
+    # ---- what always holds
+
+    @invariant()
+    def one_truth(self):
+        if not hasattr(self, "opt"):
+            return
+        base = self.opt.base_optimizer
+        assert self.opt.param_groups is base.param_groups and self.opt.state is base.state
+        assert self.opt.is_perturbed == (self.saved is not None)
+
+    @invariant()
+    def weights_are_finite_and_state_fits(self):
+        for p in params_of(self.opt) if hasattr(self, "opt") else ():
+            assert exact(p).isfinite().all()
+            for name, value in self.opt.state.get(p, {}).items():
+                assert name == "step" or value.shape == p.shape
+
+
+def test_any_sequence(backend):
+    """Guards what no single test thinks of: see the module's docstring."""
+    from hypothesis.stateful import run_state_machine_as_test
+
+    machine = type("Training", (Training,), {"backend": backend})
+    run_state_machine_as_test(machine, settings=SETTINGS)
