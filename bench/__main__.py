@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,7 +47,9 @@ def _run_suites(suites: Sequence[str], device: str, quick: bool, path: Path) -> 
     command += [f"--bench-device={device}", *(["--quick"] if quick else [])]
     command += [f"--benchmark-json={path.resolve()}", "--benchmark-columns=median,rounds"]
     command += ["--benchmark-disable-gc", "--benchmark-quiet", "--durations=5"]
-    return subprocess.run(command, cwd=ROOT, check=False).returncode
+    with tempfile.TemporaryDirectory() as cache:  # first steps are to be first steps
+        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
+        return subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -64,7 +64,9 @@ def _caches() -> dict[str, str]:
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         kind = (index / "type").read_text().strip()
         if kind != "Instruction":
-            found[f"L{(index / 'level').read_text().strip()}"] = (index / "size").read_text().strip()
+            found[f"L{(index / 'level').read_text().strip()}"] = (
+                (index / "size").read_text().strip()
+            )
     return found
 
 

@@ -160,7 +160,7 @@ class Arena:
         assert max(relative) < 1e-3, f"{runner.peer.name} walks elsewhere: {relative}"
 
     def others_turn(self) -> None:
-        """Every peer but the first, and the copy: one measurement each; then get the first ready."""
+        """All peers but the first, and the copy: one measurement each; then ready the first."""
         rotation = len(self.seconds[self.runners[0].peer.name]) % max(1, len(self.runners) - 1)
         others = self.runners[1:]
         for runner in others[rotation:] + others[:rotation]:

@@ -10,6 +10,8 @@ from bench.measure import timed
 from bench.models import MODULES
 from bench.peers import BASES, best_peers, peers
 from fused_sam.batchnorm import frozen_running_stats
+
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 from fused_sam.demo.data import CLASSES, load_digits, shuffled_batches
 from fused_sam.demo.threads import one_thread
 from fused_sam.demo.training import BATCH_SIZE, accuracy, make_model
@@ -130,7 +132,7 @@ def test_end_to_end(benchmark, device, quick, name):
                 "optimizer": sum(t.share),
                 "median_step": statistics.median(t.whole),
                 "distance": max(
-                    float((a - b).abs().max())
+                    float((a - b).detach().abs().max())
                     for a, b in zip(t.network.parameters(), reference, strict=True)
                 ),
             }

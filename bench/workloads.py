@@ -123,8 +123,8 @@ def gpt2_small() -> list[Shape]:
     width = 768
     shapes: list[Shape] = [(50257, width), (1024, width)]
     for _ in range(12):
-        shapes += _norm(width) + [(width, 3 * width), (3 * width,), (width, width), (width,)]
-        shapes += _norm(width) + [(width, 4 * width), (4 * width,), (4 * width, width), (width,)]
+        shapes += [*_norm(width), (width, 3 * width), (3 * width,), (width, width), (width,)]
+        shapes += [*_norm(width), (width, 4 * width), (4 * width,), (4 * width, width), (width,)]
     return shapes + _norm(width)
 
 
