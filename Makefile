@@ -4,6 +4,7 @@
 #   VENV         where the virtual environment goes
 #   TORCH_INDEX  a package index to take torch from besides pip's own; PyTorch's CPU builds, where
 #                there is no NVIDIA driver, because on Linux PyPI's torch brings CUDA along
+#   FUSED_SAM_BUILD  which native libraries are built: auto, none, cpu or cuda (see setup.py)
 #   ARGS         passed on to the demo, to pytest, or to the benchmarks
 PYTHON ?= python3
 VENV ?= .venv
@@ -82,16 +83,16 @@ $(VENV)/.torch: $(VENV)/.created constraints.txt
 	else \
 		cp constraints.txt $(VENV)/constraints.txt; \
 	fi
-	$(PIP) install --constraint $(VENV)/constraints.txt setuptools wheel
+	$(PIP) install --constraint $(VENV)/constraints.txt setuptools wheel ninja
 	$(INSTALL) $(if $(TORCH_INDEX),--retries 2 --extra-index-url $(TORCH_INDEX)) torch
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
 	@rm -f $@
 	$(INSTALL) --editable '.[demo]'
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
 	@rm -f $@
 	$(INSTALL) --editable '.[demo,dev]'
 	touch $@

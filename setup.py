@@ -1,7 +1,166 @@
-"""Build script: only what must be computed stands here, the metadata is in pyproject.toml."""
+"""Build script: only what must be computed stands here, the metadata is in pyproject.toml.
 
-from setuptools import setup
+The environment variable FUSED_SAM_BUILD says which native libraries to build from csrc/:
 
-# The native extension (csrc/) is added here. Import torch.utils.cpp_extension only where it is
-# built, so that a build without torch gives the pure-Python package.
-setup(ext_modules=[])
+    auto   (default) the CPU library where torch and a C++ compiler are, and the CUDA library too
+           where nvcc is, in CUDA_HOME or on the PATH
+    none   no library: the pure-Python package
+    cpu    the CPU library, or an error
+    cuda   both, or an error; CUDA for TORCH_CUDA_ARCH_LIST, by default 8.0, 9.0, 10.0 and 12.0
+
+No GPU is looked for, and nothing is downloaded. The libraries are for the stable ABIs of Python
+and LibTorch: one binary serves Python >= 3.10 and torch >= 2.10.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.errors import CompileError
+
+MODES = ("auto", "none", "cpu", "cuda")
+ARCHITECTURES = "8.0;9.0;10.0;12.0"
+CSRC = Path("csrc")
+DEFINES = [("TORCH_TARGET_VERSION", "0x020a000000000000")]  # 2.10
+# Never -ffast-math: the checks for infinity and NaN must work. Without contraction all instruction
+# sets give the same bits; the last two allow square roots and comparisons to vectorise.
+OPTIMIZE = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+OPTIMIZE += ["-fno-unswitch-loops"]  # or it makes so many versions that it vectorises none
+REMEDY = (
+    "install torch >= 2.10 and a C++ compiler, then "
+    "`FUSED_SAM_BUILD=cpu pip install --no-build-isolation fused-sam`"
+)
+
+
+def find_nvcc() -> str | None:
+    """The nvcc of CUDA_HOME or CUDA_PATH where one of them is set, else the PATH's."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=str(Path(home) / "bin") if home else None)
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler that setuptools will use."""
+    if sys.platform == "win32":
+        return "msvc"  # setuptools finds it by itself, or says what is missing
+    return shutil.which(os.environ.get("CXX", "c++").split()[0]) or shutil.which("g++")
+
+
+def why_not() -> str | None:
+    """What is missing to build the CPU library."""
+    try:
+        import torch
+    except ImportError:
+        return "torch is not there to build against (in an isolated build it never is)"
+    if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 10):
+        return f"torch {torch.__version__} is older than 2.10"
+    return None if find_compiler() else "there is no C++ compiler"
+
+
+def build_class() -> type:
+    """BuildExtension of torch, which builds the CUDA library too: by nvcc, whatever torch is."""
+    from torch.utils.cpp_extension import BuildExtension, include_paths
+
+    class BuildNative(BuildExtension):
+        def get_export_symbols(self, ext: Extension) -> list[str]:
+            return []  # a library for torch, not a module for Python
+
+        def build_extension(self, ext: Extension) -> None:
+            if ext.name != "fused_sam._native_cuda":
+                super().build_extension(ext)
+                return
+            target = Path(self.get_ext_fullpath(ext.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            newest = max(Path(path).stat().st_mtime for path in [*ext.sources, *ext.depends])
+            if not self.force and target.exists() and target.stat().st_mtime >= newest:
+                return
+            host = [] if sys.platform == "win32" else ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+            command = [
+                *[find_nvcc(), "-shared", "-o", str(target), "-std=c++20", "-O3", "--threads=0"],
+                *[f"-D{name}={value}" for name, value in [*DEFINES, ("FUSED_SAM_CUDA", 1)]],
+                *[f"-I{path}" for path in include_paths()],
+                *[*architecture_flags(), *host, "--cudart=static"],
+                *[*ext.sources, *(path for path in ext.depends if path.endswith(".cu"))],
+            ]
+            print(" ".join(map(str, command)), flush=True)
+            if subprocess.run(command).returncode:
+                raise CompileError(
+                    "nvcc failed; without the CUDA library: FUSED_SAM_BUILD=cpu, or none"
+                )
+
+    return BuildNative
+
+
+def architecture_flags() -> list[str]:
+    """For TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"); the newest one as PTX too, for what is to come."""
+    names = re.split(r"[\s;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+    names = [name for name in names if name] or ARCHITECTURES.split(";")
+    if "+PTX" not in "".join(names):
+        names[-1] += "+PTX"
+    flags = []
+    for name in names:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST has {name!r}; write numbers such as {ARCHITECTURES!r}"
+            )
+        number = name.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if name.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def native(mode: str) -> dict[str, object]:
+    """Arguments of setup() for the libraries of this mode."""
+    if mode not in MODES:
+        raise SystemExit(f"FUSED_SAM_BUILD={mode!r} is not known; choose one of {', '.join(MODES)}")
+    why = "FUSED_SAM_BUILD=none asks for it" if mode == "none" else why_not()
+    if why is None and mode == "cuda" and find_nvcc() is None:
+        why = "there is no nvcc, neither in CUDA_HOME nor on the PATH"
+    if why is not None:
+        if mode in ("cpu", "cuda"):
+            raise SystemExit(f"FUSED_SAM_BUILD={mode} cannot be met: {why}; {REMEDY}")
+        print(
+            f"fused-sam: building the pure-Python package, without the native backend: {why}. "
+            f"To have it: {REMEDY}",
+            file=sys.stderr,
+        )
+        return {}
+    from torch.utils.cpp_extension import CppExtension
+
+    headers = sorted(str(path) for path in CSRC.rglob("*") if path.suffix in (".h", ".cuh"))
+    sources = [str(CSRC / "bindings.cpp")]
+    extensions = [
+        CppExtension(
+            "fused_sam._native",
+            [*sources, *sorted(str(path) for path in CSRC.glob("cpu/*.cpp"))],
+            depends=headers,
+            define_macros=DEFINES,
+            extra_compile_args=["/O2"]
+            if sys.platform == "win32"
+            else [*OPTIMIZE, "-g0", "-fvisibility=hidden"],
+            py_limited_api=True,
+        )
+    ]
+    if mode == "cuda" or (mode == "auto" and find_nvcc()):
+        # Among the sources torch's BuildExtension would refuse a .cu where torch is for the CPU.
+        kernels = sorted(str(path) for path in CSRC.glob("cuda/*.cu"))
+        extensions.append(
+            Extension(
+                "fused_sam._native_cuda",
+                sources,
+                depends=[*headers, *kernels],
+                py_limited_api=True,
+            )
+        )
+    return {
+        "ext_modules": extensions,
+        "cmdclass": {"build_ext": build_class()},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+setup(**native(os.environ.get("FUSED_SAM_BUILD", "auto").strip().lower()))

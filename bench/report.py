@@ -175,8 +175,8 @@ def page(results: dict[str, Any], suffix: str, path: Path, *, plots: bool = True
 _METHOD = [
     "A time is that of `first_step` and `second_step`, forward and backward left out, with random "
     "gradients. Peers step in turn (A B C A B C …) in one process; a ratio is taken round by "
-    "round. Figures are medians with the 20th and the 80th percentile in brackets. Every peer's weights "
-    "are first compared with FusedSAM's after the climb and after three steps. *Warm*: each "
+    "round. Figures are medians with the 20th and the 80th percentile in brackets. Every peer's "
+    "weights are first compared with FusedSAM's after the climb and after three steps. *Warm*: each "
     "measurement follows a step of the same peer. *Cold*: it follows a pass over memory twice the "
     "size of the largest cache. The *limit* is the traffic budget (SGD with momentum: 10 accesses "
     "of 4 bytes per parameter; AdamW: 12) at the speed of a copy between two tensors of 128 MiB, "

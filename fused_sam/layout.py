@@ -10,7 +10,8 @@ where they are, and only their saved weights and state live in the bucket.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, MutableMapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,14 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from .rules import STEP, Rule
+
+_TensorGuards: Any
+try:
+    from torch._C._dynamo.guards import TensorGuards as _TensorGuards
+except ImportError:
+    _TensorGuards = None
+
+_GRAD = operator.attrgetter("grad")
 
 ALIGNMENT = 64
 """Elements; a parameter's offset is a multiple, so every window is 128-byte aligned or better."""
@@ -201,6 +210,8 @@ class Bucket:
         self.states: dict[str, StateBuffer] = {}
         self.perturbed = [False] * len(self.slots)
         self.cache: dict[Any, Any] = {}
+        self.params = [slot.param for slot in self.slots]
+        self._fit: Callable[..., bool] | None = None
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -237,27 +248,49 @@ class Bucket:
             Stale: a parameter's shape or strides changed.
             RuntimeError: a gradient is sparse.
         """
-        grads: list[Tensor | None] = []
-        for slot in self.slots:
-            grad = slot.param.grad
-            if grad is not None:
-                if grad.layout is not torch.strided:
-                    raise RuntimeError(
-                        f"a parameter of shape {tuple(slot.shape)} has a gradient of layout "
-                        f"{grad.layout}; FusedSAM needs dense gradients: build the layer with "
-                        f"sparse=False, or keep its parameters in another optimizer"
-                    )
-                if (
-                    grad.shape != slot.shape
-                    or grad.stride() != slot.stride
-                    or grad.dtype is not slot.dtype
-                    or grad.is_neg()
-                ):
-                    grad = _match(grad, slot)
-                if grad.is_complex():
-                    grad = as_real(grad)
-            grads.append(grad)
+        raw = list(map(_GRAD, self.params))
+        if self._fit is not None and self._fit(*raw):
+            return raw
+        grads = [
+            None if grad is None else _usable(grad, slot)
+            for grad, slot in zip(raw, self.slots, strict=True)
+        ]
+        self._fit = _same_kind(raw) if all(map(operator.is_, raw, grads)) else None
         return grads
+
+
+def _same_kind(tensors: Sequence[Tensor | None]) -> Callable[..., bool] | None:
+    """A test, in C++, whether tensors are like these in all but their values and addresses.
+
+    That is: type, dtype, device, layout, negation, shape, strides. What torch.compile guards its
+    compiled functions with does it in a sixth of the time of Python. None, so that every tensor is
+    looked at in Python, where one is missing or this torch has no such test.
+    """
+    if _TensorGuards is None or any([tensor is None for tensor in tensors]):
+        return None
+    check: Callable[..., bool] = _TensorGuards(
+        *tensors,
+        dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors if tensor is not None],
+        dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors if tensor is not None],
+    ).check
+    return check
+
+
+def _usable(grad: Tensor, slot: Slot) -> Tensor:
+    if grad.layout is not torch.strided:
+        raise RuntimeError(
+            f"a parameter of shape {tuple(slot.shape)} has a gradient of layout "
+            f"{grad.layout}; FusedSAM needs dense gradients: build the layer with "
+            f"sparse=False, or keep its parameters in another optimizer"
+        )
+    if (
+        grad.shape != slot.shape
+        or grad.stride() != slot.stride
+        or grad.dtype is not slot.dtype
+        or grad.is_neg()
+    ):
+        grad = _match(grad, slot)
+    return as_real(grad)
 
 
 def _match(grad: Tensor, slot: Slot) -> Tensor:
@@ -363,7 +396,11 @@ class Layout:
     ) -> None:
         """Show in ``state`` what an update with these gradients has written for the first time."""
         assert self.rule is not None
+        if all(all(buffer.present) for buffer in bucket.states.values()) and bucket.states:
+            return
         names = [self.rule.state(group) for group in groups]
+        if all(False not in bucket.states[name].present for row in names for name in row):
+            return
         new = [
             (slot, i, name)
             for i, (slot, grad) in enumerate(zip(bucket.slots, grads, strict=True))
@@ -388,14 +425,14 @@ class Layout:
         return (
             state is self._state
             and len(state) == len(self._entries)
-            and all(a is b for a, b in zip(state.values(), self._entries, strict=True))
-            and all(entry.get(name) is window for entry, name, window in self._shown)
+            and all(map(operator.is_, state.values(), self._entries))
+            and all(map(operator.is_, map(dict.get, *self._shown), self._windows))
         )
 
     def _record_state(self, state: State) -> None:
         self._state = state
         self._entries = list(state.values())
-        self._shown = [
+        shown = [
             (state[slot.param], name, window)
             for bucket in self.buckets
             for name, buffer in bucket.states.items()
@@ -404,6 +441,8 @@ class Layout:
             )
             if present
         ]
+        self._shown = [entry for entry, _, _ in shown], [name for _, name, _ in shown]
+        self._windows = [window for _, _, window in shown]
 
 
 def _must_stay(param: Tensor) -> bool:
@@ -415,8 +454,8 @@ def _must_stay(param: Tensor) -> bool:
 def _addresses(groups: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int], list[int]]:
     params = [p for group in groups for p in group["params"]]
     sizes = [len(group["params"]) for group in groups]
-    return sizes, list(map(id, params)), [p.data_ptr() for p in params]
+    return sizes, list(map(id, params)), list(map(Tensor.data_ptr, params))
 
 
 def _strides(groups: Sequence[Mapping[str, Any]]) -> list[tuple[int, ...]]:
-    return [p.stride() for group in groups for p in group["params"]]
+    return [stride for group in groups for stride in map(Tensor.stride, group["params"])]

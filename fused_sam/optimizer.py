@@ -230,10 +230,8 @@ class FusedSAM(Optimizer):
             grads = self._gradients()
             for group in self.param_groups:
                 check_ascent(group)
-            sq_norm = self._sum_sq_norms(grads, self.param_groups)
-            for backend, bucket, bucket_grads in self._each(grads):
-                total = sq_norm.to(bucket.device, bucket.compute_dtype, non_blocking=True)
-                backend.perturb_(bucket, bucket_grads, self.param_groups, total)
+            sq_norm = self._climb(grads)
+            for _, bucket, bucket_grads in self._each(grads):
                 bucket.perturbed = [grad is not None for grad in bucket_grads]
                 _bump_versions(bucket, bucket_grads)
         self._sq_norm = sq_norm
@@ -253,9 +251,7 @@ class FusedSAM(Optimizer):
         Raises:
             RuntimeError: a gradient is sparse; nothing was changed, and restore() goes back to w.
         """
-        self._descend()
-        if zero_grad:
-            self.zero_grad()
+        self._descend(zero_grad=zero_grad)
 
     def step(self, closure: Closure | None = None) -> Any:
         """A whole SAM step with ``closure``; without one, the second half of a step.
@@ -295,7 +291,7 @@ class FusedSAM(Optimizer):
             )
         loss, found_inf = None, getattr(self, "found_inf", None)
         try:
-            if not self._has_fresh_gradients(scaled):
+            if not self._has_fresh_gradients():
                 self.zero_grad()
                 with torch.enable_grad():
                     loss = closure()
@@ -326,18 +322,28 @@ class FusedSAM(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set the gradients to None, or to zero."""
-        super().zero_grad(set_to_none)
-        if not set_to_none:
+        if set_to_none:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.grad = None
+        else:
+            super().zero_grad(set_to_none)
             self._mark_consumed()  # zeros are no fresh gradients
 
     # ----------------------------------------------------------------------------------- internals
 
-    def _descend(self, found_inf: Tensor | None = None, check_finite: bool = False) -> None:
+    def _descend(
+        self,
+        found_inf: Tensor | None = None,
+        check_finite: bool = False,
+        zero_grad: bool = False,
+    ) -> None:
         """Return to w and update.
 
         Args:
             found_inf: overrides what a GradScaler has set.
             check_finite: skip the update also if a gradient of either pass is not finite.
+            zero_grad: set the gradients to None afterwards.
         """
         base = self.base_optimizer
         grad_scale = getattr(self, "grad_scale", None)
@@ -365,7 +371,10 @@ class FusedSAM(Optimizer):
                 self._step_base(grad_scale, found_inf)
         for post_hook in list(base._optimizer_step_post_hooks.values()):
             post_hook(base, (), {})
-        self._mark_consumed()
+        if zero_grad:
+            self.zero_grad()
+        else:
+            self._mark_consumed()
         # Learning-rate schedulers, of either optimizer, look for this.
         self._opt_called = base._opt_called = True  # type: ignore[attr-defined]
 
@@ -407,6 +416,18 @@ class FusedSAM(Optimizer):
         step = type(self.base_optimizer).step
         step = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
         step(self.base_optimizer)
+
+    def _climb(self, grads: list[Gradients]) -> Tensor:
+        """Save w and climb; return the squared norm as partial sums."""
+        groups = self.param_groups
+        if len(grads) == 1 and (climb_ := getattr(self._backends[0], "climb_", None)):
+            sq_norm: Tensor = climb_(self._layout.buckets[0], grads[0], groups)
+            return sq_norm
+        sq_norm = self._sum_sq_norms(grads, groups)
+        for backend, bucket, bucket_grads in self._each(grads):
+            total = sq_norm.to(bucket.device, bucket.compute_dtype, non_blocking=True)
+            backend.perturb_(bucket, bucket_grads, groups, total)
+        return sq_norm
 
     def _sum_sq_norms(self, grads: list[Gradients], groups: list[dict[str, Any]] | None) -> Tensor:
         """The squared global norm as partial sums, (k,), on the first bucket's device."""
@@ -465,11 +486,9 @@ class FusedSAM(Optimizer):
                 if (grad := p.grad) is not None:
                     grad._fused_sam_consumed = grad._version
 
-    def _has_fresh_gradients(self, scaled: bool) -> bool:
-        # A GradScaler's check for inf is an in-place operation on the gradients.
-        looked = int(scaled)
+    def _has_fresh_gradients(self) -> bool:
         return any(
-            getattr(p.grad, "_fused_sam_consumed", -1) + looked != p.grad._version
+            getattr(p.grad, "_fused_sam_consumed", None) != p.grad._version
             for group in self.param_groups
             for p in group["params"]
             if p.grad is not None
@@ -535,11 +554,14 @@ class FusedSAM(Optimizer):
 
 def _bump_versions(bucket: Bucket, grads: Gradients) -> None:
     """Tell autograd that parameters were written in place through other tensors."""
+    if grads and all([grad is not None for grad in grads]):
+        increment_version(bucket.params)
+        return
     present = grads or [None] * len(bucket.slots)
     increment_version(
         [
-            slot.param
-            for slot, grad, perturbed in zip(bucket.slots, present, bucket.perturbed, strict=True)
+            param
+            for param, grad, perturbed in zip(bucket.params, present, bucket.perturbed, strict=True)
             if perturbed or grad is not None
         ]
     )

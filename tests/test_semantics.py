@@ -64,6 +64,10 @@ class SubclassOfSGD(SGD):
                     p.sub_(p.grad.sign(), alpha=group["lr"])
 
 
+class RenamedSGD(SGD):
+    """Does what SGD does, but unfused, because it is not that very class."""
+
+
 OTHERS |= {"own": (Lion, {}), "subclass": (SubclassOfSGD, {"momentum": 0.9})}
 ALL = FUSED | OTHERS
 
@@ -741,6 +745,31 @@ def test_closure_that_raises_under_a_scaler_leaves_no_scale_behind(backend):
     second_step(opt, grads_like(params))
 
 
+@pytest.mark.parametrize("left", ["stale", "zeroed in place"])
+def test_scaler_looking_at_used_gradients_does_not_make_them_fresh(left, backend):
+    """Its check for inf writes to them in place; the closure must still run twice."""
+    params, targets, opt = setup(backend=backend)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    scaled_backward(scaler, params, targets)
+    opt.first_step(zero_grad=True)
+    scaled_backward(scaler, params, targets)
+    scaler.step(opt)
+    scaler.update()
+    if left == "zeroed in place":
+        opt.zero_grad(set_to_none=False)
+    expected, calls = closure_twin(params, targets, rho=0.3, lr=0.05), []
+
+    def closure():
+        calls.append(1)
+        opt.zero_grad()
+        scaled_backward(scaler, params, targets)
+
+    scaler.step(opt, closure)
+    assert len(calls) == 2
+    for p, e in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.detach(), e, rtol=0, atol=1e-6)
+
+
 def test_unscale_then_step_clips_as_usual(backend):
     """scaler.unscale_ before scaler.step, between which users clip."""
     params, targets, opt = setup(backend=backend)
@@ -799,16 +828,12 @@ def test_disabled_scaler_is_not_there(backend):
 @pytest.mark.parametrize("strided", [False, True])
 def test_max_grad_norm_with_an_unfused_base(strided, backend):
     p = nn.Parameter(torch.randn(6, 5))
-    opt = FusedSAM([p], SubclassOfSGDWithPlainStep, max_grad_norm=0.5, backend=backend, lr=1.0)
+    opt = FusedSAM([p], RenamedSGD, max_grad_norm=0.5, backend=backend, lr=1.0)
     before = p.detach().clone()
     grad = torch.randn(6, 5)
     p.grad = grad.t().contiguous().t() if strided else grad.clone()
     opt.second_step()
     torch.testing.assert_close(p.detach(), before - grad * (0.5 / grad.norm()))
-
-
-class SubclassOfSGDWithPlainStep(SGD):
-    pass
 
 
 def test_nan_gradient_with_max_grad_norm_poisons_nothing_that_is_skipped(backend):

@@ -1,77 +1,19 @@
-"""Backends: who does the arithmetic. All take the same buckets and follow the same rules."""
+"""Backends: who does the arithmetic, and which one does it where."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
-
 import torch
-from torch import Tensor
 
-from ..layout import Bucket
-from ..rules import Rule
+from . import native
+from .interface import Backend, Gradients, Groups
+from .reference import ReferenceBackend
 
-Groups = Sequence[dict[str, Any]]
-Gradients = Sequence[Tensor | None]
-"""A bucket's gradients, one for each slot, as ``Bucket.gradients`` returns them."""
+__all__ = ["NAMES", "Backend", "Gradients", "Groups", "missing", "resolve"]
 
+NAMES = ("triton", "native", "reference")
+"""The fastest first, on a GPU."""
 
-class Backend(Protocol):
-    """Three operations on a bucket, and the way back. None of them waits for the device."""
-
-    name: str
-
-    def sq_norm(self, bucket: Bucket, grads: Gradients, groups: Groups | None) -> Tensor:
-        """Partial sums of the squared norm of the gradients.
-
-        Args:
-            bucket: whose gradients.
-            grads: the gradients; None counts as zero.
-            groups: with groups, of ``T * g``, T = ``|w| + eta`` where a group is adaptive and 1
-                elsewhere (ASAM); with None, of ``g``.
-
-        Returns:
-            (k,), k >= 1, in the bucket's compute dtype; their sum is the squared norm.
-        """
-
-    def perturb_(self, bucket: Bucket, grads: Gradients, groups: Groups, sq_norm: Tensor) -> None:
-        """Save w, then climb: ``w += rho * T**2 * g / norm`` (Foret et al. 2021, eq. 2).
-
-        Touches the slots that have a gradient. If the norm is zero or not finite nothing moves;
-        w is saved all the same. A group with ``maximize`` moves against its gradient.
-
-        Args:
-            bucket: ``bucket.saved`` is written, and the weights in place.
-            grads: as for ``sq_norm``.
-            groups: rho, adaptive, eta and maximize of each row.
-            sq_norm: (k,), on the bucket's device; the sum is the squared norm over all buckets.
-        """
-
-    def update_(
-        self,
-        bucket: Bucket,
-        grads: Gradients,
-        groups: Groups,
-        rule: Rule,
-        *,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-    ) -> None:
-        """Return the perturbed slots to w, and step those that have a gradient by the rule.
-
-        A slot without a gradient is only restored. With lr 0 the weights are the saved bits.
-
-        Args:
-            bucket: weights and states, in place.
-            grads: as for ``sq_norm``; may be overwritten.
-            groups: the hyperparameters of each row.
-            rule: the base optimizer's rule.
-            grad_scale: (), compute dtype, on the bucket's device: gradients are divided by it.
-            found_inf: (), float32, on the bucket's device: if it is not 0, restore and no more.
-        """
-
-    def restore_(self, bucket: Bucket) -> None:
-        """Return the perturbed slots to w."""
+_TRITON_DEVICES = ("cuda", "xpu")  # ROCm calls itself cuda
 
 
 def resolve(name: str, device: torch.device) -> Backend:
@@ -79,9 +21,51 @@ def resolve(name: str, device: torch.device) -> Backend:
 
     Raises:
         ValueError: there is no backend of that name.
+        RuntimeError: it cannot run on this device; the message says why, and the remedy.
     """
-    from .reference import ReferenceBackend
+    if name == "auto":
+        return _make(_fastest(device))
+    if name not in NAMES:
+        raise ValueError(f"backend={name!r} is not known; choose from 'auto', {str(NAMES)[1:-1]}")
+    if (why := missing(name, device)) is not None:
+        raise RuntimeError(f"backend={name!r} cannot run on {device}: {why}")
+    return _make(name)
 
-    if name in ("auto", "reference"):
-        return ReferenceBackend()
-    raise ValueError(f"backend={name!r} is not known; choose 'auto' or 'reference'")
+
+def missing(name: str, device: torch.device) -> str | None:
+    """Why a backend cannot run on a device, with the remedy; None if it can."""
+    if name == "native":
+        return native.missing(device.type)
+    return _no_triton(device) if name == "triton" else None
+
+
+def _fastest(device: torch.device) -> str:
+    # Triton's interpreter, the only way it has on a CPU, is for tests.
+    candidates = NAMES if device.type in _TRITON_DEVICES else ("native", "reference")
+    return next(name for name in candidates if missing(name, device) is None)
+
+
+def _make(name: str) -> Backend:
+    if name == "triton":
+        from .triton import TritonBackend
+
+        return TritonBackend()
+    return native.NativeBackend() if name == "native" else ReferenceBackend()
+
+
+def _no_triton(device: torch.device) -> str | None:
+    """Why Triton cannot serve this device, with the remedy; None if it can."""
+    try:
+        from .triton import INTERPRETED
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); install it: pip install 'triton>=3.6'"
+    if device.type == "cpu" and not INTERPRETED:
+        return (
+            "Triton has no CPU target; move the model to a GPU, or choose backend='auto' "
+            "(for tests, set TRITON_INTERPRET=1 before the first import of triton)"
+        )
+    if device.type in _TRITON_DEVICES and INTERPRETED:
+        return "TRITON_INTERPRET=1 is set, and the interpreter reaches CPU memory only; unset it"
+    if device.type not in ("cpu", *_TRITON_DEVICES):
+        return "Triton has no such target; choose backend='auto'"
+    return None

@@ -18,7 +18,7 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from ..layout import Bucket, Slot, as_real
 from ..rules import STEP, Group, Rule
-from . import Gradients, Groups
+from .interface import Gradients, Groups
 
 _RUN_ELEMENTS = 1 << 20
 """Runs end here, so that what one operation writes is still in cache when the next one reads it."""

@@ -1,0 +1,220 @@
+"""What the compiler makes of the Triton kernels, for GPUs that need not be there.
+
+    python bench/codegen.py [results.json]
+
+For each kernel, dtype and target it compiles the variant that runs on aligned memory, and reads
+from the intermediate code what one element costs on the path of full chunks, and from the machine
+code how wide the accesses are, how many registers it takes and whether any are spilled. Prints a
+table: all kernels for sm_90, those of the traffic budget and RMSprop for the other targets.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # the compiler is wanted
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fused_sam.backends import triton as backend
+from fused_sam.backends import triton_kernels as kernels
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
+UPDATES = {
+    "sgd": ("sgd", (False,)),
+    "sgd-momentum": ("sgd", (True,)),
+    "adamw": ("adam", (True, True, False)),
+    "adam-amsgrad": ("adam", (True, True, True)),
+    "rmsprop": ("rmsprop", (True, False, False)),
+    "rmsprop-all": ("rmsprop", (True, True, True)),
+}
+"""Rule and the state buffers that it keeps."""
+KERNELS = ["sq_norm", "sq_norm-asam", "perturb", *UPDATES, "restore"]
+EVERYWHERE = ("sq_norm", "perturb", "sgd-momentum", "adamw", "rmsprop")
+NOT_ALIGNED = ("sq_norm_ptr", "grad_scale_ptr", "found_inf_ptr")
+REGISTER_FILE, THREADS = 65536, {"sm_80": 2048, "sm_90": 2048, "sm_100": 2048, "sm_120": 1536}
+"""Per multiprocessor (CUDA programming guide, table of compute capabilities)."""
+
+
+def build(name, dtype, target):
+    """Kernel ``name`` compiled for ``target``, as the backend would for aligned memory."""
+    compute = "*fp64" if dtype == "fp64" else "*fp32"
+    types = dict.fromkeys(("chunks_ptr", "ticket_ptr"), "*i32")
+    types |= dict.fromkeys(("slots_ptr", "live_ptr"), "*i64")
+    types |= dict.fromkeys(("n_chunks", "n_slots", "n_partials"), "i32")
+    types |= dict.fromkeys(("saved_ptr", "like_ptr"), "*" + dtype)
+    types |= dict.fromkeys(("partials_ptr", "sq_norm_ptr", "hyper_ptr"), compute)
+    types |= dict.fromkeys(("grad_scale_ptr", "found_inf_ptr"))
+    constants = {"ALIGNED": True, "ADAPTIVE": name == "sq_norm-asam"}
+    if name in UPDATES:
+        rule, kept = UPDATES[name]
+        spec = backend.RULES[rule]
+        constants |= {"RULE": spec.function, "KEPT": kept, "MIXED": False, "TENSOR_LR": False}
+        constants["HYPER"] = HYPER[rule]
+        types["states"] = tuple("*" + dtype if there else None for there in kept)
+        types["step_ptr"] = None if rule == "sgd" else "*fp32"
+        function = kernels.update_kernel
+    else:
+        function = getattr(kernels, name.removesuffix("-asam") + "_kernel")
+        if name == "sq_norm":
+            types["hyper_ptr"] = None
+    constants["BLOCK"] = backend.TILE_BYTES[function.__name__] // ITEMSIZE[dtype]
+    constants["TILES"] = backend.CHUNK // constants["BLOCK"]
+    options = {"num_warps": backend.THREADS // target.warp_size}
+    if target.backend == "cuda":
+        options |= backend.CUDA_OPTIONS
+    source = ASTSource(function, *signature(function, types, constants))
+    return triton.compile(source, target=target, options=options), constants["BLOCK"]
+
+
+HYPER = {"sgd": 6, "adam": 12, "rmsprop": 8}
+
+
+def signature(function, types, constants):
+    """Types, constants and alignments of the arguments, as ASTSource wants them."""
+    sig, const, attrs = {}, {}, {}
+    for i, name in enumerate(function.arg_names):
+        kind = types.get(name)
+        if name in constants:
+            sig[name], const[(i,)] = "constexpr", constants[name]
+        elif isinstance(kind, tuple):
+            sig[name] = tuple(item or "constexpr" for item in kind)
+            for j, item in enumerate(kind):
+                if item is None:
+                    const[(i, j)] = None
+                else:
+                    attrs[(i, j)] = [["tt.divisibility", 16]]
+        elif kind is None:
+            sig[name], const[(i,)] = "constexpr", None
+        else:
+            sig[name] = kind
+            if kind.startswith("*") and name not in NOT_ALIGNED:
+                attrs[(i,)] = [["tt.divisibility", 16]]
+    return sig, const, attrs
+
+
+def tile_loops(ttir):
+    """(loads, stores) of a tile in each loop over full tiles: those without a mask."""
+    loops, stack = [], []
+    for line in map(str.strip, ttir.splitlines()):
+        if line.startswith("}") and stack:
+            counts = stack.pop()
+            if counts is not None and (counts["load"] or counts["store"]):
+                loops.append((counts["load"], counts["store"]))
+        if line.endswith("{"):
+            stack.append(Counter() if "scf.for" in line else None)
+        access = re.search(r"tt\.(load|store) ([^:{]*).*: tensor<", line)
+        if access and access[2].count("%") == (1 if access[1] == "load" else 2):
+            innermost = next(counts for counts in reversed(stack) if counts is not None)
+            innermost[access[1]] += 1
+    return sorted(loops, reverse=True)
+
+
+def scalar_accesses(ttir):
+    """Loads and stores of single numbers: the tables."""
+    return len(re.findall(r"tt\.(?:load|store) .*: !tt\.ptr<", ttir))
+
+
+def wide_and_narrow(compiled, target):
+    """Accesses to global memory that no mask guards: how many are 128 bits wide, how many not."""
+    if target.backend == "cuda":
+        found = re.findall(r"^\s*(?:ld|st)\.global\.(\S+)", compiled.asm["ptx"], re.MULTILINE)
+        wide = [kind for kind in found if kind in ("v4.b32", "v2.b64")]
+    else:
+        found = re.findall(r"(?:global|buffer)_(?:load|store)_(\w+)", compiled.asm["amdgcn"])
+        wide = [kind for kind in found if kind == "dwordx4"]
+    return len(wide), len(found) - len(wide)
+
+
+def resources(compiled, target):
+    """Registers of a thread, and bytes of stack and local memory (0: nothing spilled)."""
+    if target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        spilled = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1])
+        scratch = int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", text)[1])
+        return int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1]), scratch + 4 * spilled
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        machine_code = _tool("cuobjdump", "-sass", file.name)
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups()
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", machine_code))
+    return int(registers), int(stack) + int(local) + spills
+
+
+def _tool(name, *args):
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    return subprocess.run([tool, *args], capture_output=True, text=True, check=True).stdout
+
+
+def occupancy(registers, arch):
+    """Share of a multiprocessor's threads that its registers allow; warps take 256 at a time."""
+    per_warp = -(-registers * 32 // 256) * 256
+    programs = REGISTER_FILE // (per_warp * backend.THREADS // 32)
+    return min(1.0, programs * backend.THREADS / THREADS[arch])
+
+
+def report(name, dtype, arch):
+    """All facts about one kernel as a dict."""
+    target = TARGETS[arch]
+    compiled, block = build(name, dtype, target)
+    wide, narrow = wide_and_narrow(compiled, target)
+    registers, spilled = resources(compiled, target)
+    loops = tile_loops(compiled.asm["ttir"])
+    return {
+        "kernel": name,
+        "dtype": dtype,
+        "arch": arch,
+        "loops": loops,
+        "bytes_per_element": sum(loops[0]) * ITEMSIZE[dtype],
+        "accesses_per_thread": block * ITEMSIZE[dtype] / 16 / backend.THREADS,
+        "scalar_accesses": scalar_accesses(compiled.asm["ttir"]),
+        "wide": wide,
+        "narrow": narrow,
+        "registers": registers,
+        "spilled": spilled,
+        "flushes": compiled.asm.get("ptx", "").count(".ftz"),
+        "occupancy": occupancy(registers, arch) if arch in THREADS else None,
+    }
+
+
+def main():
+    """Compile everything, print the table, and write it as JSON where asked."""
+    results = [
+        report(name, dtype, arch)
+        for name in KERNELS
+        for dtype in ("fp32", "bf16")
+        for arch in TARGETS
+        if arch == "sm_90" or name in EVERYWHERE
+    ]
+    print(f"Triton {triton.__version__}\n")
+    print("| kernel | dtype | target | loads + stores | bytes/element | registers | occupancy |")
+    print("|---|---|---|---|---|---|---|")
+    for r in results:
+        loads, stores = r["loops"][0]
+        share = "" if r["occupancy"] is None else f"{r['occupancy']:.0%}"
+        print(
+            f"| {r['kernel']} | {r['dtype']} | {r['arch']} | {loads} + {stores} "
+            f"| {r['bytes_per_element']} | {r['registers']} | {share} |"
+        )
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

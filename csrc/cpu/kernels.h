@@ -1,0 +1,50 @@
+// The CPU kernels as plain functions on memory, one set for each instruction set.
+//
+// Work is cut into spans of the flat buffers, kSpan elements each, whatever the number of threads:
+// so the partial sums, and with them every bit of the result, do not depend on it.
+#pragma once
+
+#include <cstdint>
+
+#include "../tables.h"
+
+namespace fused_sam {
+
+// 64 KiB of float32: several buffers of it fit a core's L2, and a span takes some 10 us.
+constexpr int64_t kSpan = 16384;
+
+// A bucket's memory and tables; T is the compute type, S the storage type of the dtype.
+struct Problem {
+  void* weights;         // S (moved,)
+  void* const* pinned;   // the weights of the last slots, which stay where they are
+  void* saved;           // S (size,)
+  void* states[3];       // S (size,) or null
+  float* step;           // (num_slots,) or null
+  const Slot* slots;     // (num_slots,), by rising start
+  const int64_t* grads;  // (num_slots,): addresses of S (numel,), or 0
+  const uint8_t* flags;  // (num_slots,), update_ only
+  const void* hyper;     // Hyper<T> (rows,)
+  int64_t num_slots;
+  int64_t num_moved;  // slots in the flat weights
+  int64_t size;
+  bool stream;  // buffers too large for the caches: store past them what is not read again soon
+};
+
+inline int64_t num_spans(int64_t size) { return (size + kSpan - 1) / kSpan; }
+
+struct Kernels {
+  const char* name;
+  // partials: T (num_spans,). Writes those of the spans [begin, end).
+  void (*sq_norm[kNumDtypes])(const Problem&, bool by_group, void* partials, int64_t begin,
+                              int64_t end);
+  // sq_norm: T, the squared norm over all buckets.
+  void (*perturb_[kNumDtypes])(const Problem&, const void* sq_norm, int64_t begin, int64_t end);
+  // skip: restore only. `step` counts the running step already.
+  void (*update_[kNumRules][kNumDtypes])(const Problem&, double grad_scale, bool skip,
+                                         int64_t begin, int64_t end);
+};
+
+// The best set that this machine can run; FUSED_SAM_CPU names another one.
+const Kernels& kernels();
+
+}  // namespace fused_sam

@@ -1,0 +1,445 @@
+"""The native backend: C++ on a CPU, CUDA C++ on a GPU (csrc/), one operation for each pass.
+
+The kernels reach gradients by address through a table, and everything else through the flat
+buffers and small tables that this module fills. What they compute is stated in csrc/rules.h.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from array import array
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layout import Bucket
+from ..rules import STEP, Rule
+from .interface import Gradients, Groups
+
+HYPER = (
+    "rho",
+    "adaptive",
+    "eta",
+    "maximize",
+    "lr",
+    "weight_decay",
+    "options",
+    "eps",
+    "momentum",
+    "one_minus_dampening",
+    "nesterov",
+    "decoupled_weight_decay",
+    "one_minus_beta1",
+    "log_beta1",
+    "beta2",
+    "one_minus_beta2",
+    "log_beta2",
+)
+"""The columns of the table of hyperparameters, as ``Hyper`` in csrc/rules.h has them."""
+
+SPAN = 16384
+"""Elements for each partial sum on a CPU: ``kSpan`` in csrc/cpu/kernels.h."""
+
+CHUNK = 4096
+"""Elements that a block of threads takes at a time: ``kChunk`` in csrc/cuda/launch.h."""
+
+PARTIALS = 2048
+"""Partial sums on a GPU: ``kPartials`` in csrc/cuda/launch.h."""
+
+_PERTURBED, _FRESH = 1, 2
+_MAX_UPLOADED = 16
+_EMPTY = 64
+"""The address of a gradient without elements, which is there all the same."""
+
+_NOT_BUILT = (
+    "was not built, for which torch and {} must be there; install with "
+    "`FUSED_SAM_BUILD={} pip install --no-build-isolation fused-sam`"
+)
+
+
+# ------------------------------------------------------------------------------------ the libraries
+
+
+def _library(name: str) -> Path | None:
+    found = sorted(Path(__file__).parent.parent.glob(f"{name}.*"))
+    return next((path for path in found if path.suffix in (".so", ".pyd", ".dll")), None)
+
+
+@functools.cache
+def missing(device_type: str = "cpu") -> str | None:
+    """Why the backend cannot run on this kind of device, with the remedy; None if it can.
+
+    The first call for a kind of device loads its library.
+    """
+    if device_type not in ("cpu", "cuda"):
+        return f"it runs on cpu and cuda, not on {device_type}; use backend='auto'"
+    if torch.version.hip and device_type == "cuda":
+        return "its GPU kernels are CUDA, and this torch is for ROCm; use backend='triton'"
+    if device_type == "cuda":
+        if (why := missing("cpu")) is not None:
+            return why
+        if not torch.version.cuda:
+            return "this torch has no CUDA; install one that has"
+    library = _library("_native" if device_type == "cpu" else "_native_cuda")
+    if library is None:
+        tool = "a C++ compiler" if device_type == "cpu" else "nvcc"
+        return f"its {device_type} library {_NOT_BUILT.format(tool, device_type)}"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return (
+            f"its {device_type} library {library} cannot be loaded ({error}); build it again with "
+            f"this torch: `FUSED_SAM_BUILD={device_type} pip install --no-build-isolation "
+            f"--force-reinstall --no-deps fused-sam`"
+        )
+    if device_type == "cpu":
+        _register_fakes()
+    return None
+
+
+def _register_fakes() -> None:
+    """What torch.compile and torch.export need to know: shapes and dtypes of the results."""
+
+    def norm(weights: Tensor, pinned: Any, saved: Tensor, *_: Any) -> Tensor:
+        dtype = torch.float64 if saved.dtype == torch.float64 else torch.float32
+        spans = max(1, -(-saved.numel() // SPAN))
+        return saved.new_empty(PARTIALS if saved.is_cuda else spans, dtype=dtype)
+
+    def nothing(*_: Any) -> None:
+        return None
+
+    torch.library.register_fake("fused_sam::sq_norm")(norm)
+    torch.library.register_fake("fused_sam::climb_")(norm)
+    torch.library.register_fake("fused_sam::perturb_")(nothing)
+    torch.library.register_fake("fused_sam::update_")(nothing)
+
+
+# ---------------------------------------------------------------------------------- hyperparameters
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta > 0 else -math.inf
+
+
+def _ascent_row(rho: float, adaptive: bool, eta: float, maximize: bool) -> dict[str, float]:
+    return {"rho": -rho if maximize else rho, "adaptive": adaptive, "eta": eta}
+
+
+def _sgd_row(
+    lr: float,
+    weight_decay: float,
+    maximize: bool,
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+) -> dict[str, float]:
+    return {
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "maximize": maximize,
+        "options": bool(momentum),
+        "momentum": momentum,
+        "one_minus_dampening": 1 - dampening,
+        "nesterov": nesterov,
+    }
+
+
+def _adam_row(
+    lr: float,
+    weight_decay: float,
+    maximize: bool,
+    betas: tuple[float, float],
+    eps: float,
+    amsgrad: bool,
+    decoupled_weight_decay: bool,
+) -> dict[str, float]:
+    beta1, beta2 = betas
+    return {
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "maximize": maximize,
+        "options": amsgrad,
+        "eps": eps,
+        "decoupled_weight_decay": decoupled_weight_decay,
+        "one_minus_beta1": 1 - beta1,
+        "log_beta1": _log(beta1),
+        "beta2": beta2,
+        "one_minus_beta2": 1 - beta2,
+        "log_beta2": _log(beta2),
+    }
+
+
+def _rmsprop_row(
+    lr: float,
+    weight_decay: float,
+    maximize: bool,
+    alpha: float,
+    eps: float,
+    momentum: float,
+    centered: bool,
+) -> dict[str, float]:
+    return {
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "maximize": maximize,
+        "options": (momentum > 0) + 2 * bool(centered),
+        "eps": eps,
+        "momentum": momentum,
+        "beta2": alpha,
+        "one_minus_beta2": 1 - alpha,
+    }
+
+
+_Row = tuple[Callable[..., dict[str, float]], tuple[str, ...]]
+_NOTHING: _Row = (dict, ())
+_ASCENT: _Row = (_ascent_row, ("rho", "adaptive", "eta", "maximize"))
+_UPDATE: dict[str, tuple[int, tuple[str, ...], _Row]] = {
+    "sgd": (
+        0,
+        ("momentum_buffer",),
+        (
+            _sgd_row,
+            ("lr", "weight_decay", "maximize", "momentum", "dampening", "nesterov"),
+        ),
+    ),
+    "adam": (
+        1,
+        ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+        (
+            _adam_row,
+            ("lr", "weight_decay", "maximize", "betas", "eps", "amsgrad", "decoupled_weight_decay"),
+        ),
+    ),
+    "rmsprop": (
+        2,
+        ("square_avg", "momentum_buffer", "grad_avg"),
+        (
+            _rmsprop_row,
+            ("lr", "weight_decay", "maximize", "alpha", "eps", "momentum", "centered"),
+        ),
+    ),
+}
+"""Of each rule: its number and the order of its states in csrc/, and its row."""
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return float(value)
+    if isinstance(value, (tuple, list)):
+        return tuple([float(item) for item in value])
+    return value
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+class _Tables:
+    """What the kernels need to know of a bucket beside its flat buffers."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self.device = bucket.device
+        self.on_cpu = bucket.device.type == "cpu"
+        self.pinned = [bucket.memory(slot) for slot in bucket.slots if slot.pinned]
+        self.rows = 1 + max(slot.row for slot in bucket.slots)
+        # The pinned slots are a bucket's last ones.
+        addresses = [0] * (len(bucket.slots) - len(self.pinned))
+        addresses += [memory.data_ptr() for memory in self.pinned]
+        table = [
+            number
+            for slot, address in zip(bucket.slots, addresses, strict=True)
+            for number in (slot.start, slot.numel, slot.row, address)
+        ]
+        if not self.on_cpu:
+            table += [
+                number
+                for i, slot in enumerate(bucket.slots)
+                for offset in range(0, slot.numel, CHUNK)
+                for number in (i, offset)
+            ]
+        self.slots = torch.tensor(table, dtype=torch.int64, device=self.device)
+        self.ticket = None if self.on_cpu else torch.zeros(1, dtype=torch.int32, device=self.device)
+        self._hyper: dict[Any, tuple[Any, Tensor]] = {}
+        self._uploaded: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def grads(self, grads: Gradients) -> Tensor:
+        """(slots,), int64: where the gradients are; 0 for none."""
+        return self._small(
+            "q", torch.int64, [0 if g is None else g.data_ptr() or _EMPTY for g in grads]
+        )
+
+    def flags(self, bucket: Bucket, states: Sequence[str]) -> Tensor:
+        """(slots,), uint8: which slots are perturbed, and whose state is still zero."""
+        present = [bucket.states[name].present for name in states]
+        flags: list[Any] = bucket.perturbed
+        if any(False in has for has in present):
+            fresh = [not all(has) for has in zip(*present, strict=True)]
+            flags = [
+                _PERTURBED * perturbed + _FRESH * new
+                for perturbed, new in zip(bucket.perturbed, fresh, strict=True)
+            ]
+        return self._small("B", torch.uint8, flags)
+
+    def hyper(self, bucket: Bucket, groups: Groups, row: _Row) -> Tensor:
+        """(groups, len(HYPER)) in the compute dtype; made anew where a number has changed."""
+        make, names = row
+        on_device = {}
+        values = []
+        for i, group in enumerate(groups):
+            lr = group.get("lr")
+            if "lr" in names and isinstance(lr, Tensor) and lr.device.type != "cpu":
+                on_device[i] = lr
+                group = {**group, "lr": 0.0}  # not read here: that would wait for the device
+            values.append([_number(group.get(name, False)) for name in names])
+        known, table = self._hyper.get(make, (None, None))
+        if table is None or known != values:
+            table = torch.tensor(
+                [[float(row.get(name, 0)) for name in HYPER] for row in (make(*v) for v in values)],
+                dtype=bucket.compute_dtype,
+                device="cpu",
+                pin_memory=not self.on_cpu,
+            )
+            if not self.on_cpu:
+                self._keep(table)
+                table = table.to(self.device, non_blocking=True)
+            self._hyper[make] = (values, table)
+        for i, lr in on_device.items():
+            table[i, HYPER.index("lr")].copy_(lr.squeeze(), non_blocking=True)
+        return table
+
+    def _small(self, code: str, dtype: torch.dtype, values: Sequence[int]) -> Tensor:
+        """A table of a number for each slot, where the kernels read it."""
+        table = torch.frombuffer(array(code, values), dtype=dtype)
+        if self.on_cpu:
+            return table
+        # Addresses repeat from step to step, so most tables are on the device already.
+        key = (code, *values)
+        if key not in self._uploaded:
+            if len(self._uploaded) >= _MAX_UPLOADED and not self._capturing():
+                del self._uploaded[next(iter(self._uploaded))]
+            pinned = table.pin_memory()
+            self._uploaded[key] = (pinned.to(self.device, non_blocking=True), pinned)
+            self._keep(*self._uploaded[key])
+        return self._uploaded[key][0]
+
+    def _keep(self, *tensors: Tensor) -> None:
+        """Keep for ever what a CUDA graph that is being captured will read."""
+        if self._capturing():
+            self._uploaded[object()] = tensors  # type: ignore[assignment]
+
+    @staticmethod
+    def _capturing() -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+
+def _tables(bucket: Bucket) -> _Tables:
+    tables: _Tables | None = bucket.cache.get(_Tables)
+    if tables is None:
+        tables = bucket.cache[_Tables] = _Tables(bucket)
+    return tables
+
+
+# ------------------------------------------------------------------------------------------ backend
+
+
+class NativeBackend:
+    """See the module's docstring; the methods are those of ``Backend``."""
+
+    name = "native"
+
+    def sq_norm(self, bucket: Bucket, grads: Gradients, groups: Groups | None) -> Tensor:
+        """Partial sums of the squared norm, one for each ``SPAN`` elements of the flat buffers."""
+        tables = _tables(bucket)
+        hyper = tables.hyper(bucket, groups or [{}] * tables.rows, _ASCENT if groups else _NOTHING)
+        partials: Tensor = torch.ops.fused_sam.sq_norm.default(
+            bucket.weights,
+            tables.pinned,
+            bucket.saved,
+            tables.slots,
+            tables.grads(grads),
+            hyper,
+            groups is not None,
+        )
+        return partials
+
+    def perturb_(self, bucket: Bucket, grads: Gradients, groups: Groups, sq_norm: Tensor) -> None:
+        """Save w, then climb."""
+        tables = _tables(bucket)
+        torch.ops.fused_sam.perturb_.default(
+            bucket.weights,
+            tables.pinned,
+            bucket.saved,
+            tables.slots,
+            tables.grads(grads),
+            tables.hyper(bucket, groups, _ASCENT),
+            sq_norm,
+        )
+
+    def climb_(self, bucket: Bucket, grads: Gradients, groups: Groups) -> Tensor:
+        """``sq_norm`` and ``perturb_`` in one, for a bucket that is alone."""
+        tables = _tables(bucket)
+        partials: Tensor = torch.ops.fused_sam.climb_.default(
+            bucket.weights,
+            tables.pinned,
+            bucket.saved,
+            tables.slots,
+            tables.grads(grads),
+            tables.hyper(bucket, groups, _ASCENT),
+        )
+        return partials
+
+    def update_(
+        self,
+        bucket: Bucket,
+        grads: Gradients,
+        groups: Groups,
+        rule: Rule,
+        *,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Return the perturbed slots to w, and step those that have a gradient by the rule."""
+        tables = _tables(bucket)
+        number, order, row = _UPDATE[rule.name]
+        names = {name for group in groups for name in rule.state(group)}
+        states = {name: bucket.state(name).flat for name in names}
+        torch.ops.fused_sam.update_.default(
+            bucket.weights,
+            tables.pinned,
+            *[states.get(name) for name in order],
+            *[None] * (3 - len(order)),
+            states.get(STEP),
+            tables.ticket,
+            bucket.saved,
+            tables.slots,
+            tables.grads(grads),
+            tables.hyper(bucket, groups, row),
+            tables.flags(bucket, list(names)),
+            grad_scale,
+            found_inf,
+            number,
+        )
+
+    def restore_(self, bucket: Bucket) -> None:
+        """Return the perturbed slots to w."""
+        tables = _tables(bucket)
+        torch.ops.fused_sam.update_.default(
+            bucket.weights,
+            tables.pinned,
+            None,
+            None,
+            None,
+            None,
+            tables.ticket,
+            bucket.saved,
+            tables.slots,
+            tables.grads([None] * len(bucket.slots)),
+            tables.hyper(bucket, [{}] * tables.rows, _NOTHING),
+            tables.flags(bucket, []),
+            None,
+            None,
+            0,
+        )

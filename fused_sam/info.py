@@ -1,0 +1,44 @@
+"""``python -m fused_sam.info``: versions, backends, and for each missing one why and the remedy."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from . import __version__
+from .backends import missing
+
+
+def availability() -> dict[str, str | None]:
+    """Each backend on each kind of device; None where it runs, else why not and what to do."""
+    found = {"reference": None, "native (cpu)": missing("native", torch.device("cpu"))}
+    no_gpu = None if torch.cuda.is_available() else "this torch sees no GPU"
+    for name in ("native", "triton"):
+        found[f"{name} (cuda)"] = missing(name, torch.device("cuda")) or no_gpu
+    return found
+
+
+def report() -> str:
+    """The text that ``python -m fused_sam.info`` prints."""
+    devices = [f"cpu ({torch.get_num_threads()} threads)"]
+    devices += [
+        f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())
+    ]
+    lines = [
+        f"fused-sam  {__version__}",
+        f"torch      {torch.__version__} (CUDA {torch.version.cuda}, HIP {torch.version.hip})",
+        f"python     {platform.python_version()}, {platform.platform()}",
+        f"devices    {', '.join(devices)}",
+        "backends",
+    ]
+    for name, why in availability().items():
+        note = "available" if why is None else f"missing: {why}"
+        if name == "native (cpu)" and why is None:
+            note += f" ({torch.ops.fused_sam.cpu_kernels()} kernels)"
+        lines.append(f"  {name:14} {note}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

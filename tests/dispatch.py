@@ -1,0 +1,87 @@
+"""How often Triton compiles while an optimizer trains, without a GPU: run as a script, prints JSON.
+
+The real launcher runs, with a driver that names an H100 and loads and starts nothing. So what is
+compiled is compiled for it, and whatever Triton specializes on counts as on a GPU.
+"""
+
+import json
+import os
+import sys
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from fused_sam import FusedSAM, backends
+
+
+class Driver:
+    """An H100 that is not there."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+class Counter:
+    """Counts compilations and launches by the kernel's name."""
+
+    def __init__(self):
+        self.compiled, self.launched = [], []
+        driver.set_active(Driver())
+        triton.knobs.runtime.jit_post_compile_hook = self._on_compile
+        compiled = triton.compiler.CompiledKernel
+        compiled._init_handles = lambda kernel: None
+        compiled.run = property(lambda kernel: lambda *args: self.launched.append(kernel.name))
+        compiled.function = None
+        compiled.launch_metadata = lambda kernel, grid, stream, *args: None
+
+    def _on_compile(self, *, fn, **rest):
+        self.compiled.append(fn.name)
+
+
+def main():
+    """Fifty steps in which every hyperparameter changes, with clipping and a loss scale too."""
+    counter = Counter()
+    backends._no_triton = lambda device: None
+    results = {}
+    for name, base, options in (
+        ("sgd", torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}),
+        ("adamw", torch.optim.AdamW, {"lr": 1e-3}),
+    ):
+        counter.compiled.clear()
+        params = [torch.nn.Parameter(torch.randn(16 * i)) for i in range(1, 20)]
+        groups = [{"params": params[:7]}, {"params": params[7:], "weight_decay": 0.1, "lr": 0.2}]
+        opt = FusedSAM(groups, base, backend="triton", **options)
+        for p in params:
+            p.grad = torch.randn_like(p)
+        launches = []
+        for step in range(50):
+            for group in opt.param_groups:
+                group["lr"] *= 0.9
+                group["rho"] = 0.1 + step / 100
+                group["weight_decay"] = step / 1000
+                if "momentum" in group:
+                    group["momentum"] = 0.5 + step / 200
+                else:
+                    group["betas"] = (0.5 + step / 200, 0.9 + step / 1000)
+            counter.launched.clear()
+            if step % 2:  # the backend remembers what Triton compiled; ask Triton again
+                opt._layout.buckets[0].cache["triton"].compiled.clear()
+            opt.first_step()
+            opt.second_step()
+            launches.append(list(counter.launched))
+        results[name] = {"compiled": list(counter.compiled), "launches": launches}
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

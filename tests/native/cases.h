@@ -1,0 +1,465 @@
+// Cases for the kernels of either device, and what must come out of them by the textbook, in
+// float64. Every buffer is an allocation of its own of the exact size, so that AddressSanitizer
+// sees the first element read or written beyond it.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "../../csrc/rules.h"
+#include "../../csrc/storage.h"
+#include "../../csrc/tables.h"
+
+namespace cases {
+
+using namespace fused_sam;
+
+inline int failures = 0;
+
+#define EXPECT(condition, ...)                                             \
+  do {                                                                     \
+    if (!(condition) && ++cases::failures <= 20) {                         \
+      std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      std::fprintf(stderr, __VA_ARGS__);                                   \
+      std::fprintf(stderr, "\n");                                          \
+    }                                                                      \
+  } while (0)
+
+template <typename S>
+constexpr Dtype kDtype = Dtype::kFloat32;
+template <>
+inline constexpr Dtype kDtype<double> = Dtype::kFloat64;
+template <>
+inline constexpr Dtype kDtype<BFloat16> = Dtype::kBFloat16;
+template <>
+inline constexpr Dtype kDtype<Float16> = Dtype::kFloat16;
+
+// Half an ulp, relative: of the storage type and of the compute type.
+template <typename S>
+constexpr double kRound = 0x1p-24;
+template <>
+inline constexpr double kRound<double> = 0x1p-53;
+template <>
+inline constexpr double kRound<BFloat16> = 0x1p-8;
+template <>
+inline constexpr double kRound<Float16> = 0x1p-11;
+
+template <typename S>
+double value(S x) {
+  return static_cast<double>(load(x));
+}
+
+template <typename S>
+bool same_bits(S a, S b) {
+  return std::memcmp(&a, &b, sizeof(S)) == 0;
+}
+
+// A rule with its options, as torch.optim has them; one group.
+struct Options {
+  RuleId rule;
+  int variant;  // Hyper::options
+  bool nesterov = false, maximize = false, decoupled = false, adaptive = false;
+  double lr = 0.1, weight_decay = 0.05, momentum = 0.9, dampening = 0.25, eps = 1e-3;
+  double beta1 = 0.8, beta2 = 0.95, rho = 0.5, eta = 0.01, grad_scale = 1;
+  double step = 3;  // the running one
+};
+
+template <typename T>
+Hyper<T> make_hyper(const Options& o) {
+  Hyper<T> h = {};
+  h.rho = T(o.maximize ? -o.rho : o.rho);
+  h.adaptive = T(o.adaptive);
+  h.eta = T(o.eta);
+  h.maximize = T(o.maximize);
+  h.lr = T(o.lr);
+  h.weight_decay = T(o.weight_decay);
+  h.options = T(o.variant);
+  h.eps = T(o.eps);
+  h.momentum = T(o.momentum);
+  h.one_minus_dampening = T(1 - o.dampening);
+  h.nesterov = T(o.nesterov);
+  h.decoupled_weight_decay = T(o.decoupled);
+  h.one_minus_beta1 = T(1 - o.beta1);
+  h.log_beta1 = T(o.beta1 > 0 ? std::log(o.beta1) : -std::numeric_limits<double>::infinity());
+  h.beta2 = T(o.beta2);
+  h.one_minus_beta2 = T(1 - o.beta2);
+  h.log_beta2 = T(std::log(o.beta2));
+  return h;
+}
+
+// The rules of torch.optim, written from its documentation.
+inline double textbook(double w, double g, double (&s)[3], const Options& o, bool fresh) {
+  g /= o.grad_scale;
+  if (o.maximize) g = -g;
+  if (o.decoupled) {
+    w *= 1 - o.lr * o.weight_decay;
+  } else {
+    g += o.weight_decay * w;
+  }
+  switch (o.rule) {
+    case RuleId::kSgd:
+      if (o.variant & 1) {
+        s[0] = o.momentum * s[0] + (fresh ? 1 : 1 - o.dampening) * g;
+        g = o.nesterov ? g + o.momentum * s[0] : s[0];
+      }
+      return w - o.lr * g;
+    case RuleId::kAdam: {
+      s[0] = o.beta1 * s[0] + (1 - o.beta1) * g;
+      s[1] = o.beta2 * s[1] + (1 - o.beta2) * g * g;
+      double v = s[1];
+      if (o.variant & 1) v = s[2] = std::max(s[2], v);
+      const double v_hat = v / (1 - std::pow(o.beta2, o.step));
+      return w - o.lr * s[0] / (1 - std::pow(o.beta1, o.step)) / (std::sqrt(v_hat) + o.eps);
+    }
+    case RuleId::kRmsProp: {
+      s[0] = o.beta2 * s[0] + (1 - o.beta2) * g * g;
+      double avg = s[0];
+      if (o.variant & 2) {
+        s[2] = o.beta2 * s[2] + (1 - o.beta2) * g;
+        avg -= s[2] * s[2];
+      }
+      double update = g / (std::sqrt(avg) + o.eps);
+      if (o.variant & 1) update = s[1] = o.momentum * s[1] + update;
+      return w - o.lr * update;
+    }
+  }
+  std::abort();
+}
+
+// A bucket: parameters of odd sizes, some without a gradient, some gradients off 16 bytes, the last
+// two parameters pinned (one of them off 16 bytes).
+template <typename S>
+struct Bucket {
+  struct Grad {
+    std::unique_ptr<S[]> memory;
+    S* data = nullptr;
+  };
+
+  std::vector<Slot> slots;
+  std::vector<Grad> grads;
+  std::vector<int64_t> addresses;
+  std::vector<uint8_t> flags;
+  std::vector<float> step;
+  std::unique_ptr<S[]> pinned_memory[2];
+  std::vector<void*> pinned;
+  S *weights, *saved, *states[3];
+  int64_t moved = 0, size = 0;
+
+  explicit Bucket(const std::vector<int64_t>& sizes, unsigned seed) : random_(seed) {
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      slots.push_back({size, sizes[i], 0, 0});
+      size += (sizes[i] + 63) / 64 * 64;
+      if (i + 2 < sizes.size()) moved = size;
+      Grad grad;
+      if (i % 4 != 3) {
+        // Off by one element for every third one: no 128-bit access is aligned then.
+        const int64_t off = i % 3 == 2;
+        grad.memory.reset(new (std::align_val_t(64)) S[sizes[i] + off]);
+        grad.data = grad.memory.get() + off;
+        fill(grad.data, sizes[i], -1, 1);
+      }
+      addresses.push_back(reinterpret_cast<int64_t>(grad.data));
+      grads.push_back(std::move(grad));
+      flags.push_back(static_cast<uint8_t>((i % 5 != 4 ? kPerturbed : 0) | (i % 2 ? kFresh : 0)));
+      step.push_back(2.0f);
+    }
+    weights = flat(moved);
+    saved = flat(size);
+    for (S*& state : states) state = flat(size);
+    for (int k = 0; k < 2; ++k) {
+      const Slot& slot = slots[slots.size() - 2 + k];
+      pinned_memory[k].reset(new (std::align_val_t(64)) S[slot.numel + k]);
+      pinned.push_back(pinned_memory[k].get() + k);
+      slots[slots.size() - 2 + k].pinned = reinterpret_cast<int64_t>(pinned.back());
+    }
+    for (size_t i = 0; i < slots.size(); ++i) {
+      const Slot& slot = slots[i];
+      fill(weights_of(i), slot.numel, -2, 2);
+      fill(saved + slot.start, slot.numel, -2, 2);
+      fill(states[0] + slot.start, slot.numel, 0.5, 1);
+      fill(states[1] + slot.start, slot.numel, 0.5, 1);
+      fill(states[2] + slot.start, slot.numel, -0.5, 0.5);
+    }
+  }
+
+  Bucket(const Bucket&) = delete;
+
+  ~Bucket() {
+    for (S* buffer : {weights, saved, states[0], states[1], states[2]}) std::free(buffer);
+    for (auto& memory : pinned_memory) release(memory);
+    for (Grad& grad : grads) release(grad.memory);
+  }
+
+  int num_moved() const { return static_cast<int>(slots.size()) - 2; }
+
+  S* weights_of(size_t i) {
+    return static_cast<int>(i) < num_moved() ? weights + slots[i].start
+                                             : static_cast<S*>(pinned[i - num_moved()]);
+  }
+
+  bool has_grad(size_t i) const { return addresses[i] != 0; }
+
+  // All weights, saved weights and states, to compare with later.
+  struct Copy {
+    std::vector<std::vector<S>> weights;
+    std::vector<S> saved, states[3];
+    std::vector<float> step;
+  };
+
+  Copy copy() {
+    Copy c;
+    for (size_t i = 0; i < slots.size(); ++i) {
+      c.weights.emplace_back(weights_of(i), weights_of(i) + slots[i].numel);
+    }
+    c.saved.assign(saved, saved + size);
+    for (int k = 0; k < 3; ++k) c.states[k].assign(states[k], states[k] + size);
+    c.step = step;
+    return c;
+  }
+
+  // What lies between the parameters is zero, and stays so.
+  void expect_padding() {
+    for (size_t i = 0; i < slots.size(); ++i) {
+      const int64_t end = slots[i].start + slots[i].numel;
+      const int64_t next = i + 1 < slots.size() ? slots[i + 1].start : size;
+      for (int64_t at = end; at < next; ++at) {
+        EXPECT(same_bits(saved[at], S()), "padding of saved at %ld", long(at));
+        for (S* state : states) EXPECT(same_bits(state[at], S()), "padding of a state");
+        if (at < moved) EXPECT(same_bits(weights[at], S()), "padding of the weights");
+      }
+    }
+  }
+
+  void fill(S* to, int64_t n, double low, double high) {
+    std::uniform_real_distribution<double> distribution(low, high);
+    for (int64_t i = 0; i < n; ++i) {
+      to[i] = round_to<S>(ComputeType(distribution(random_)));
+    }
+  }
+
+ private:
+  using ComputeType = typename Compute<S>::Type;
+
+  static S* flat(int64_t n) {
+    S* buffer = static_cast<S*>(std::aligned_alloc(64, (n * sizeof(S) + 63) / 64 * 64 + !n * 64));
+    std::memset(static_cast<void*>(buffer), 0, n * sizeof(S));
+    return buffer;
+  }
+
+  static void release(std::unique_ptr<S[]>& memory) {
+    ::operator delete[](memory.release(), std::align_val_t(64));
+  }
+
+  std::mt19937 random_;
+};
+
+// ------------------------------------------------------------------------------------------ checks
+
+template <typename S>
+double sq_norm_of(Bucket<S>& bucket, const Options& o) {
+  long double sum = 0;  // its own rounding must not count for float64
+  for (size_t i = 0; i < bucket.slots.size(); ++i) {
+    if (!bucket.has_grad(i)) continue;
+    for (int64_t k = 0; k < bucket.slots[i].numel; ++k) {
+      const double t = o.adaptive ? std::fabs(value(bucket.weights_of(i)[k])) + o.eta : 1;
+      const double x = t * value(bucket.grads[i].data[k]);
+      sum += static_cast<long double>(x) * x;
+    }
+  }
+  return static_cast<double>(sum);
+}
+
+template <typename S>
+void expect_sq_norm(double got, double want) {
+  using T = typename Compute<S>::Type;
+  // Each term has 4 roundings and takes part in at most 16 additions in the compute type.
+  EXPECT(std::fabs(got - want) <= 20 * 2 * kRound<T> * want, "squared norm %.9g, expected %.9g",
+         got, want);
+}
+
+// sq_norm: what the kernel was given. 0 or not finite: w is saved and nothing moves.
+template <typename S>
+void expect_perturbed(Bucket<S>& bucket, const typename Bucket<S>::Copy& before, const Options& o,
+                      double sq_norm) {
+  using T = typename Compute<S>::Type;
+  const double norm = std::sqrt(sq_norm);
+  const bool moves = std::isfinite(norm) && norm > 0;
+  for (size_t i = 0; i < bucket.slots.size(); ++i) {
+    const Slot& slot = bucket.slots[i];
+    for (int64_t k = 0; k < slot.numel; ++k) {
+      const S w = before.weights[i][k], now = bucket.weights_of(i)[k];
+      const S saved = bucket.saved[slot.start + k];
+      if (!bucket.has_grad(i)) {
+        EXPECT(same_bits(saved, before.saved[slot.start + k]), "saved without a gradient");
+        EXPECT(same_bits(now, w), "moved without a gradient");
+        continue;
+      }
+      EXPECT(same_bits(saved, w), "slot %zu, element %ld was not saved", i, long(k));
+      if (!moves) {
+        EXPECT(same_bits(now, w), "moved with norm %g", norm);
+        continue;
+      }
+      const double t = o.adaptive ? std::fabs(value(w)) + o.eta : 1;
+      const double climb =
+          (o.maximize ? -o.rho : o.rho) / norm * t * t * value(bucket.grads[i].data[k]);
+      // rho / norm, t, t * t, * g, * scale: 8 roundings of the climb, one of the sum, one stored.
+      const double want = value(w) + climb;
+      const double bound =
+          kRound<S> * std::fabs(want) + kRound<T> * (8 * std::fabs(climb) + 2 * std::fabs(want));
+      EXPECT(std::fabs(value(now) - want) <= bound * 1.001 + 1e-7 * (sizeof(S) == 2 ? 1 : 0),
+             "slot %zu, element %ld: %.9g, expected %.9g", i, long(k), value(now), want);
+    }
+  }
+  bucket.expect_padding();
+}
+
+template <typename S>
+void expect_updated(Bucket<S>& bucket, const typename Bucket<S>::Copy& before, const Options& o,
+                    bool skip) {
+  using T = typename Compute<S>::Type;
+  for (size_t i = 0; i < bucket.slots.size(); ++i) {
+    const Slot& slot = bucket.slots[i];
+    const bool perturbed = bucket.flags[i] & kPerturbed, steps = bucket.has_grad(i) && !skip;
+    if (o.rule != RuleId::kSgd) {
+      EXPECT(bucket.step[i] == before.step[i] + (steps ? 1 : 0), "step of slot %zu", i);
+    }
+    for (int64_t k = 0; k < slot.numel; ++k) {
+      const int64_t at = slot.start + k;
+      const S w = perturbed ? before.saved[at] : before.weights[i][k];
+      const S now = bucket.weights_of(i)[k];
+      EXPECT(same_bits(bucket.saved[at], before.saved[at]), "update_ wrote to saved");
+      double s[3];
+      for (int m = 0; m < 3; ++m) s[m] = value(before.states[m][at]);
+      const double old[3] = {s[0], s[1], s[2]};
+      double want = value(w);
+      if (steps) {
+        want = textbook(value(w), value(bucket.grads[i].data[k]), s, o, bucket.flags[i] & kFresh);
+      }
+      for (int m = 0; m < 3; ++m) {
+        // At most 6 roundings on terms no larger than 4: what the data above allow.
+        const bool untouched = s[m] == old[m];
+        const double bound = kRound<S> * std::fabs(s[m]) + 6 * kRound<T> * 4;
+        EXPECT(untouched ? same_bits(bucket.states[m][at], before.states[m][at])
+                         : std::fabs(value(bucket.states[m][at]) - s[m]) <= bound * 1.001,
+               "slot %zu, element %ld, state %d: %.9g, expected %.9g", i, long(k), m,
+               value(bucket.states[m][at]), s[m]);
+      }
+      if (!steps || o.lr == 0) {
+        EXPECT(same_bits(now, w), "slot %zu, element %ld was not returned", i, long(k));
+        continue;
+      }
+      // At most 24 roundings, on terms no larger than |w| + 4 * lr / sqrt(0.2).
+      const double bound =
+          kRound<S> * std::fabs(want) + 24 * kRound<T> * (std::fabs(want) + 9 * o.lr);
+      EXPECT(std::fabs(value(now) - want) <= bound * 1.001,
+             "rule %d/%d, slot %zu, element %ld: %.9g, expected %.9g", int(o.rule), o.variant, i,
+             long(k), value(now), want);
+    }
+  }
+  bucket.expect_padding();
+}
+
+inline std::vector<Options> all_options() {
+  std::vector<Options> all;
+  for (int variant = 0; variant < 2; ++variant) {
+    for (bool flip : {false, true}) {
+      Options sgd{RuleId::kSgd, variant};
+      sgd.nesterov = sgd.maximize = sgd.adaptive = flip;
+      sgd.grad_scale = flip ? 1024 : 1;
+      all.push_back(sgd);
+      Options adam{RuleId::kAdam, variant};
+      adam.decoupled = adam.maximize = adam.adaptive = flip;
+      adam.beta1 = flip ? 0 : adam.beta1;
+      adam.grad_scale = flip ? 0.75 : 1;
+      all.push_back(adam);
+    }
+  }
+  for (int variant = 0; variant < 4; ++variant) {
+    Options rmsprop{RuleId::kRmsProp, variant};
+    rmsprop.maximize = variant & 1;
+    rmsprop.grad_scale = 3;
+    all.push_back(rmsprop);
+  }
+  return all;
+}
+
+// Runner<S>: sq_norm(bucket, options, by_group) -> double, perturb_(bucket, options, sq_norm),
+// climb_(bucket, options) -> double, update_(bucket, options, skip).
+template <typename S, template <typename> class Runner>
+void run_all(const std::vector<int64_t>& sizes) {
+  constexpr double kInf = std::numeric_limits<double>::infinity();
+  Runner<S> runner;
+  for (const Options& options : all_options()) {
+    {
+      Bucket<S> bucket(sizes, 1);
+      const auto before = bucket.copy();
+      Options plain = options;
+      plain.adaptive = false;
+      expect_sq_norm<S>(runner.sq_norm(bucket, options, false), sq_norm_of(bucket, plain));
+      expect_sq_norm<S>(runner.sq_norm(bucket, options, true), sq_norm_of(bucket, options));
+      runner.perturb_(bucket, options, 9.0);
+      expect_perturbed(bucket, before, options, 9.0);
+    }
+    {
+      Bucket<S> bucket(sizes, 2);
+      const auto before = bucket.copy();
+      const double want = sq_norm_of(bucket, options), got = runner.climb_(bucket, options);
+      expect_sq_norm<S>(got, want);
+      expect_perturbed(bucket, before, options, got);
+    }
+    for (bool skip : {false, true}) {
+      Bucket<S> bucket(sizes, 3);
+      const auto before = bucket.copy();
+      runner.update_(bucket, options, skip);
+      expect_updated(bucket, before, options, skip);
+    }
+    for (double bad : {0.0, kInf, std::nan("")}) {
+      Bucket<S> bucket(sizes, 4);
+      const auto before = bucket.copy();
+      runner.perturb_(bucket, options, bad);
+      expect_perturbed(bucket, before, options, bad);
+    }
+    {
+      // With lr 0 the saved bits come back, whatever the gradients.
+      Bucket<S> bucket(sizes, 5);
+      for (size_t i = 0; i < sizes.size(); ++i) {
+        if (!bucket.has_grad(i)) continue;
+        for (int64_t k = 0; k < sizes[i]; k += 3) {
+          bucket.grads[i].data[k] =
+              round_to<S>(typename Compute<S>::Type(k % 2 ? kInf : std::nan("")));
+        }
+      }
+      const auto before = bucket.copy();
+      Options frozen = options;
+      frozen.lr = 0;
+      runner.update_(bucket, frozen, false);
+      for (size_t i = 0; i < sizes.size(); ++i) {
+        const bool perturbed = bucket.flags[i] & kPerturbed;
+        for (int64_t k = 0; k < sizes[i]; ++k) {
+          const S w = perturbed ? before.saved[bucket.slots[i].start + k] : before.weights[i][k];
+          EXPECT(same_bits(bucket.weights_of(i)[k], w), "lr = 0 moved slot %zu", i);
+        }
+      }
+    }
+  }
+}
+
+template <template <typename> class Runner>
+int run_dtypes(const std::vector<int64_t>& sizes) {
+  run_all<float, Runner>(sizes);
+#if !defined(FLOAT_ONLY)
+  run_all<double, Runner>(sizes);
+  run_all<BFloat16, Runner>(sizes);
+  run_all<Float16, Runner>(sizes);
+#endif
+  std::printf("%d failures\n", failures);
+  return failures != 0;
+}
+
+}  // namespace cases

@@ -1,0 +1,104 @@
+// The CPU kernels of the best instruction set (or FUSED_SAM_CPU's) against the textbook, with
+// threads of its own in place of torch's: one span after the other goes to the next free thread.
+#include <atomic>
+#include <thread>
+
+#include "../../csrc/cpu/kernels.h"
+#include "cases.h"
+
+namespace {
+
+using namespace cases;
+
+constexpr int kMaxThreads = 3;
+
+template <typename F>
+void parallel(int64_t spans, int threads, const F& f) {
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    for (int64_t span; (span = next++) < spans;) f(span, span + 1);
+  };
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) others.emplace_back(work);
+  work();
+  for (std::thread& other : others) other.join();
+}
+
+template <typename S>
+class Runner {
+ public:
+  using T = typename Compute<S>::Type;
+
+  double sq_norm(cases::Bucket<S>& bucket, const Options& o, bool by_group) {
+    const Problem p = problem(bucket, o);
+    const int64_t spans = num_spans(p.size);
+    std::vector<T> partials(spans, T(NAN)), again(spans, T(NAN));
+    const auto kernel = kernels().sq_norm[dtype()];
+    parallel(spans, kMaxThreads,
+             [&](int64_t begin, int64_t end) { kernel(p, by_group, partials.data(), begin, end); });
+    kernel(p, by_group, again.data(), 0, spans);
+    EXPECT(!std::memcmp(partials.data(), again.data(), spans * sizeof(T)),
+           "the number of threads changes the bits");
+    double total = 0;
+    for (T partial : partials) total += static_cast<double>(partial);
+    return total;
+  }
+
+  void perturb_(cases::Bucket<S>& bucket, const Options& o, double sq_norm) {
+    const Problem p = problem(bucket, o);
+    const T sum = T(sq_norm);
+    const auto kernel = kernels().perturb_[dtype()];
+    parallel(num_spans(p.size), kMaxThreads,
+             [&](int64_t begin, int64_t end) { kernel(p, &sum, begin, end); });
+  }
+
+  double climb_(cases::Bucket<S>& bucket, const Options& o) {
+    const double sum = sq_norm(bucket, o, true);
+    perturb_(bucket, o, sum);
+    return sum;
+  }
+
+  void update_(cases::Bucket<S>& bucket, const Options& o, bool skip) {
+    const Problem p = problem(bucket, o);
+    for (size_t i = 0; p.step && !skip && i < bucket.step.size(); ++i) {
+      if (bucket.has_grad(i)) bucket.step[i] += 1;
+    }
+    const auto kernel = kernels().update_[static_cast<int>(o.rule)][dtype()];
+    parallel(num_spans(p.size), kMaxThreads,
+             [&](int64_t begin, int64_t end) { kernel(p, o.grad_scale, skip, begin, end); });
+  }
+
+ private:
+  static int dtype() { return static_cast<int>(kDtype<S>); }
+
+  Problem problem(cases::Bucket<S>& bucket, const Options& o) {
+    hyper_ = make_hyper<T>(o);
+    Problem p = {};
+    p.weights = bucket.weights;
+    p.pinned = bucket.pinned.data();
+    p.saved = bucket.saved;
+    for (int k = 0; k < 3; ++k) p.states[k] = bucket.states[k];
+    p.step = o.rule == RuleId::kSgd ? nullptr : bucket.step.data();
+    p.slots = bucket.slots.data();
+    p.grads = bucket.addresses.data();
+    p.flags = bucket.flags.data();
+    p.hyper = &hyper_;
+    p.num_slots = static_cast<int64_t>(bucket.slots.size());
+    p.num_moved = bucket.num_moved();
+    p.size = bucket.size;
+    p.stream = runs_++ % 2;
+    return p;
+  }
+
+  Hyper<T> hyper_;
+  int runs_ = 0;
+};
+
+}  // namespace
+
+int main() {
+  std::printf("%s\n", fused_sam::kernels().name);
+  // Around a vector, a run of the sum, a tile, and a span.
+  return cases::run_dtypes<Runner>(
+      {5, 1, 64, 1025, 0, 3, 2 * 16384 + 7, 16384, 511, 513, 1030, 77});
+}

@@ -1,0 +1,154 @@
+// The CUDA kernels on a CPU, against the textbook.
+#include "emulation.h"
+
+#include "../../csrc/cuda/kernels.cuh"
+#include "cases.h"
+
+namespace {
+
+using namespace cases;
+using emulation::Order;
+
+template <typename S>
+class Runner {
+ public:
+  using T = typename Compute<S>::Type;
+
+  double sq_norm(cases::Bucket<S>& bucket, const Options& o, bool by_group) {
+    return in_every_order(bucket, [&](unsigned blocks, Order order) {
+      std::vector<T> partials(kPartials, T(NAN));
+      const DeviceProblem p = problem(bucket, o);
+      launch(blocks, order, [&] { sq_norm_kernel<S>(p, partials.data(), by_group); });
+      return sum(partials);
+    });
+  }
+
+  void perturb_(cases::Bucket<S>& bucket, const Options& o, double sq_norm) {
+    in_every_order(bucket, [&](unsigned blocks, Order order) {
+      const std::vector<T> partials = {T(sq_norm / 4), T(sq_norm / 2), T(sq_norm / 4)};
+      const DeviceProblem p = problem(bucket, o);
+      launch(blocks, order, [&] { perturb_kernel<S>(p, partials.data(), 3); });
+      return 0.0;
+    });
+  }
+
+  double climb_(cases::Bucket<S>& bucket, const Options& o) {
+    return in_every_order(bucket, [&](unsigned blocks, Order order) {
+      std::vector<T> partials(kPartials, T(NAN));
+      const DeviceProblem p = problem(bucket, o);
+      launch(blocks, order, [&] { climb_kernel<S>(p, partials.data()); });
+      return sum(partials);
+    });
+  }
+
+  void update_(cases::Bucket<S>& bucket, const Options& o, bool skip) {
+    in_every_order(bucket, [&](unsigned blocks, Order order) {
+      DeviceProblem p = problem(bucket, o);
+      const T scale = T(o.grad_scale);
+      const T* grad_scale = o.grad_scale == 1 ? nullptr : &scale;
+      const float found = skip ? 2.0f : 0.0f;
+      unsigned ticket = 0;
+      launch(blocks, order, [&] {
+        switch (o.rule) {
+          case RuleId::kSgd:
+            return update_kernel<Sgd, S>(p, grad_scale, &found, &ticket);
+          case RuleId::kAdam:
+            return update_kernel<Adam, S>(p, grad_scale, &found, &ticket);
+          case RuleId::kRmsProp:
+            return update_kernel<RmsProp, S>(p, grad_scale, skip ? &found : nullptr, &ticket);
+        }
+      });
+      EXPECT(ticket == 0, "the ticket is %u afterwards", ticket);
+      return 0.0;
+    });
+  }
+
+ private:
+  template <typename F>
+  static void launch(unsigned blocks, Order order, const F& kernel) {
+    emulation::Machine::get().launch(blocks, kThreads, order, kernel);
+  }
+
+  // The grid is never larger than the work, as in launch.cu. Whatever the order of the threads, the
+  // bits are the same; whatever the grid, those of the weights and states are.
+  template <typename F>
+  double in_every_order(cases::Bucket<S>& bucket, const F& run) {
+    make_chunks(bucket);
+    const auto before = bucket.copy();
+    double result = run(std::min<unsigned>(2, chunks_.size()), Order::kForward);
+    const auto first = bucket.copy();
+    for (Order order : {Order::kShuffled}) {
+      put_back(bucket, before);
+      const double again = run(std::min<unsigned>(2, chunks_.size()), order);
+      EXPECT(again == result || (again != again && result != result), "another order, other bits");
+      expect_same(first, bucket.copy());
+    }
+    return result;
+  }
+
+  static void put_back(cases::Bucket<S>& bucket, const typename cases::Bucket<S>::Copy& copy) {
+    for (size_t i = 0; i < copy.weights.size(); ++i) {
+      std::copy(copy.weights[i].begin(), copy.weights[i].end(), bucket.weights_of(i));
+    }
+    std::copy(copy.saved.begin(), copy.saved.end(), bucket.saved);
+    for (int k = 0; k < 3; ++k) {
+      std::copy(copy.states[k].begin(), copy.states[k].end(), bucket.states[k]);
+    }
+    bucket.step = copy.step;
+  }
+
+  static void expect_same(const typename cases::Bucket<S>::Copy& a,
+                          const typename cases::Bucket<S>::Copy& b) {
+    const auto same = [](const std::vector<S>& x, const std::vector<S>& y) {
+      return std::memcmp(x.data(), y.data(), x.size() * sizeof(S)) == 0;
+    };
+    for (size_t i = 0; i < a.weights.size(); ++i) {
+      EXPECT(a.weights[i].empty() || same(a.weights[i], b.weights[i]), "slot %zu differs", i);
+    }
+    EXPECT(same(a.saved, b.saved), "saved differs");
+    for (int k = 0; k < 3; ++k) EXPECT(same(a.states[k], b.states[k]), "state %d differs", k);
+    EXPECT(a.step == b.step, "step differs");
+  }
+
+  void make_chunks(const cases::Bucket<S>& bucket) {
+    chunks_.clear();
+    for (size_t i = 0; i < bucket.slots.size(); ++i) {
+      for (int64_t offset = 0; offset < bucket.slots[i].numel; offset += kChunk) {
+        chunks_.push_back({static_cast<int64_t>(i), offset});
+      }
+    }
+  }
+
+  DeviceProblem problem(cases::Bucket<S>& bucket, const Options& o) {
+    hyper_ = make_hyper<T>(o);
+    DeviceProblem p = {};
+    p.weights = bucket.weights;
+    p.saved = bucket.saved;
+    for (int k = 0; k < 3; ++k) p.states[k] = bucket.states[k];
+    p.step = o.rule == RuleId::kSgd ? nullptr : bucket.step.data();
+    p.slots = bucket.slots.data();
+    p.chunks = chunks_.data();
+    p.grads = bucket.addresses.data();
+    p.flags = bucket.flags.data();
+    p.hyper = &hyper_;
+    p.num_slots = static_cast<int>(bucket.slots.size());
+    p.num_chunks = static_cast<int>(chunks_.size());
+    return p;
+  }
+
+  static double sum(const std::vector<T>& partials) {
+    double total = 0;
+    for (T partial : partials) total += static_cast<double>(partial);
+    return total;
+  }
+
+  Hyper<T> hyper_;
+  std::vector<Chunk> chunks_;
+};
+
+}  // namespace
+
+int main() {
+  // Around the width of an access, of a block's stride, and of a chunk.
+  return cases::run_dtypes<Runner>({5, 1, 64, 1025, 0, 3, 4096, 2 * 4096 + 7, 16, 257, 1030, 77});
+}

@@ -1,0 +1,94 @@
+"""The Triton kernels as the compiler makes them, for GPUs that are not here.
+
+The interpreter cannot be switched off in this process once triton is imported: scripts do the work.
+"""
+
+import itertools
+import json
+import operator
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[1]
+ARCHS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]
+BUDGET = {"sq_norm": 1, "perturb": 4, "sgd-momentum": 5, "adamw": 7}
+"""Accesses to each element, DESIGN.md section 2."""
+
+
+def _run(script, *args):
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *args], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    path = tmp_path_factory.mktemp("codegen") / "results.json"
+    print(_run("bench/codegen.py", str(path)))
+    return {(r["kernel"], r["dtype"], r["arch"]): r for r in json.loads(path.read_text())}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kernel", BUDGET)
+def test_traffic_is_the_budget(kernel, dtype, arch, kernels):
+    loads_and_stores, *others = kernels[kernel, dtype, arch]["loops"]
+    assert sum(loads_and_stores) == BUDGET[kernel]
+    # The other path of update_: a parameter without a gradient is read and written once.
+    assert others == ([] if kernel in ("sq_norm", "perturb") else [[1, 1]])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_full_chunks_are_accessed_in_128_bits(arch, kernels):
+    """What no mask guards is a full tile, in accesses of 16 bytes, or a number from a table.
+
+    LLVM unrolls the loops over tiles, each by a power of 2.
+    """
+    for r in kernels.values():
+        if r["arch"] != arch or arch == "gfx942":
+            continue
+        tiles = [sum(loop) * r["accesses_per_thread"] for loop in r["loops"]]
+        unrolled = itertools.product([1, 2, 4, 8, 16], repeat=len(tiles))
+        assert r["wide"] in [sum(map(operator.mul, tiles, times)) for times in unrolled], r
+        assert r["narrow"] <= r["scalar_accesses"], r
+
+
+def test_amd_has_128_bit_accesses(kernels):
+    """There masks are branches, not predicates: masked accesses cannot be told from the others."""
+    for r in kernels.values():
+        if r["arch"] == "gfx942":
+            assert r["wide"] >= sum(map(sum, r["loops"])) * r["accesses_per_thread"], r
+
+
+def test_nothing_is_spilled(kernels):
+    assert {key: r["spilled"] for key, r in kernels.items() if r["spilled"]} == {}
+
+
+def test_small_numbers_are_not_flushed_to_zero(kernels):
+    """Guards g**2 below 1e-38 under a small eps: a root that flushes it makes 1 / 0."""
+    assert {key: r["flushes"] for key, r in kernels.items() if r["flushes"]} == {}
+
+
+def test_registers_leave_half_of_the_threads_on_sm_90(kernels):
+    crowded = {k: r["occupancy"] for k, r in kernels.items() if r["arch"] == "sm_90"}
+    assert len(crowded) == 20
+    assert all(share >= 0.5 for share in crowded.values()), crowded
+
+
+def test_hyperparameters_do_not_recompile():
+    """Guards run-time hyperparameters: 50 steps in which lr, rho, decay, momentum, betas change."""
+    results = json.loads(_run("tests/dispatch.py"))
+    assert results["sgd"]["compiled"] == ["sq_norm_kernel", "perturb_kernel", "update_kernel"]
+    assert results["adamw"]["compiled"] == ["update_kernel"]
+    three = ["sq_norm_kernel", "perturb_kernel", "update_kernel"]
+    for rule in results.values():
+        assert rule["launches"] == [three] * 50

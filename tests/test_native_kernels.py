@@ -1,0 +1,172 @@
+"""The kernels of csrc/ by themselves, without torch: in C++ programs under the sanitizers, and the
+CUDA ones as machine code."""
+
+import collections
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import fused_sam
+
+ROOT = Path(__file__).parent.parent
+CPU_SOURCES = [str(path) for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
+ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+THREAD = ["-fsanitize=thread", "-DFLOAT_ONLY"]
+ARCHITECTURES = (80, 90, 100, 120)
+
+pytestmark = pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="csrc/ is not here")
+
+
+def build(tmp_path, source, *options):
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler: install g++ or clang++")
+    sanitize = [option for option in options if option.startswith("-fsanitize")]
+    empty = tmp_path / "empty.cpp"
+    empty.write_text("int main() {}")
+    probe = [compiler, *sanitize, str(empty), "-o", str(tmp_path / "empty")]
+    if subprocess.run(probe, capture_output=True).returncode:
+        pytest.skip(f"{compiler} cannot link {' '.join(sanitize)}: install its sanitizer runtime")
+    program = tmp_path / "program"
+    command = [
+        *[compiler, "-std=c++17", "-O1", "-Wall", "-Wno-unknown-pragmas", "-pthread"],
+        *[*options, str(ROOT / "tests" / "native" / source), "-o", str(program)],
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
+    return program
+
+
+def run(program, **environment):
+    done = subprocess.run(
+        [program], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_cpu_kernels_match_the_textbook_without_memory_errors(tmp_path):
+    """Every rule, option and dtype, odd sizes; each instruction set; ASan and UBSan watch."""
+    program = build(tmp_path, "cpu_kernels.cpp", *ADDRESS, *CPU_SOURCES)
+    best = run(program).split()[0]
+    for instructions in {"baseline", "avx2", best} - {best}:
+        run(program, FUSED_SAM_CPU=instructions)
+
+
+def test_cpu_kernels_have_no_data_races(tmp_path):
+    """Spans share no element: ThreadSanitizer sees three threads take them in any order."""
+    run(build(tmp_path, "cpu_kernels.cpp", *THREAD, *CPU_SOURCES))
+
+
+def test_cuda_kernels_match_the_textbook_under_emulation(tmp_path):
+    """The CUDA kernels as they are, threads as fibres in several orders; ASan and UBSan watch."""
+    run(build(tmp_path, "cuda_kernels.cpp", *ADDRESS))
+
+
+# ------------------------------------------------------------------------------------- machine code
+
+
+def find_cuobjdump():
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = [Path(home) / "bin"] if home else []
+    try:
+        import triton
+    except ImportError:
+        pass
+    else:
+        places.append(Path(triton.__file__).parent / "backends" / "nvidia" / "bin")
+    path = os.pathsep.join([*map(str, places), os.environ.get("PATH", "")])
+    return shutil.which("cuobjdump", path=path)
+
+
+@pytest.fixture(scope="module")
+def cuda_library():
+    found = sorted(Path(fused_sam.__file__).parent.glob("_native_cuda.*"))
+    if not found:
+        pytest.skip("the CUDA library was not built: FUSED_SAM_BUILD=cuda, with nvcc")
+    if find_cuobjdump() is None:
+        pytest.skip("there is no cuobjdump: install the CUDA toolkit, or triton")
+    return str(found[0])
+
+
+def cuobjdump(*arguments):
+    done = subprocess.run([find_cuobjdump(), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def kernel_name(mangled):
+    """'update Sgd float' of a mangled kernel name."""
+    kernel = re.search(r"(sq_norm|perturb|climb|update)_kernel", mangled)[1]
+    rule = re.search(r"\d(Sgd|Adam|RmsProp)E", mangled)
+    after = mangled[(rule or re.search(r"_kernelI", mangled)).end() :]
+    dtype = re.match(r"f|d|NS\w*?(BFloat16|Float16)", after)
+    dtype = dtype[1] or {"f": "float", "d": "double"}[dtype[0]]
+    return " ".join([kernel, *([rule[1]] if rule else []), dtype])
+
+
+DTYPES = ("float", "double", "BFloat16", "Float16")
+
+
+def budget():
+    """128-bit loads and stores that each kernel's code must have.
+
+    A loop over ``n`` accesses in flight stands twice in the code, for n and for 1 (n + 1 in all),
+    or once where n is 1. It loads and stores each buffer of the traffic budget once per element.
+    """
+    counts = {}
+    copy = 2 + 1
+    states = {"Sgd": (0, 1), "Adam": (2, 3), "RmsProp": (1, 2, 2, 3)}
+    for dtype in DTYPES:
+        norm = (4 + 1) * (1 + 2)  # g; and for ASAM g and w
+        climb = (2 + 1) * 2 * 2  # w, g -> w, saved; SAM and ASAM
+        counts[f"sq_norm {dtype}"] = norm, 0
+        counts[f"perturb {dtype}"] = climb + copy, climb + copy
+        counts[f"climb {dtype}"] = norm + climb + copy, climb + copy
+        for rule, variants in states.items():
+            loads = stores = copy
+            for i, n in enumerate(variants):
+                uses_third = rule != "Sgd" and i >= len(variants) // 2
+                loops = 2 + 1 if dtype == "float" and not uses_third else 1
+                loads += loops * (2 + n)  # saved, g', states
+                stores += loops * (1 + n)  # w, states
+            counts[f"update {rule} {dtype}"] = loads, stores
+    return counts
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_cuda_traffic_is_the_budget_in_128_bit_accesses(cuda_library, architecture):
+    """Each buffer of the budget is read or written once per element; nothing spills."""
+    text = cuobjdump("-sass", "-arch", f"sm_{architecture}", cuda_library)
+    seen = {}
+    for part in text.split("Function : ")[1:]:
+        mangled, code = part.split("\n", 1)
+        access = collections.Counter(re.findall(r"\b(LDG?|STG?|LDL|STL)\.(E?[A-Z0-9.]*)", code))
+        wide = collections.Counter()
+        for (operation, modifiers), n in access.items():
+            assert operation not in ("LDL", "STL"), f"{mangled} spills: {operation}"
+            if ".128" in modifiers:
+                wide[operation[:2]] += n
+        seen[kernel_name(mangled)] = wide["LD"], wide["ST"]
+    assert seen == budget()
+
+
+def test_cuda_kernels_keep_everything_in_registers(cuda_library):
+    """No stack, no spills, and at least two blocks of 256 threads on a multiprocessor."""
+    text = cuobjdump("-res-usage", cuda_library)
+    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+    assert len(usage) == len(ARCHITECTURES) * len(budget())
+    for name, registers, stack, _, local in usage:
+        assert (int(stack), int(local)) == (0, 0), name
+        assert int(registers) <= 128, name
+
+
+def test_cuda_library_is_for_all_architectures(cuda_library):
+    text = cuobjdump("-lelf", cuda_library)
+    for architecture in ARCHITECTURES:
+        assert f"sm_{architecture}" in text

@@ -1,0 +1,350 @@
+"""The Triton backend's tables and launches; its arithmetic is in test_table.py, with all others'."""
+
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from oracle import first_step, inject, second_step, step
+
+from fused_sam import FusedSAM, backends
+
+triton = pytest.importorskip("fused_sam.backends.triton")
+pytestmark = pytest.mark.skipif(not triton.INTERPRETED, reason="TRITON_INTERPRET=1 is not set")
+
+CHUNK = triton.CHUNK
+SGD, ADAMW, RMSPROP = torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop
+MOMENTUM = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+
+
+def make(sizes, base=SGD, dtype=torch.float32, seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    params = [torch.nn.Parameter(torch.randn(n, generator=generator).to(dtype)) for n in sizes]
+    return params, FusedSAM(params, base, backend="triton", **options)
+
+
+def random_grads(params, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {p: torch.randn(p.shape, generator=generator).to(p.dtype) for p in params}
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The names of the kernels that were to be launched; none is."""
+    names = []
+
+    def record(tables, bucket, kernel, args, constants):
+        names.append(kernel.fn.__name__)
+
+    monkeypatch.setattr(triton, "_launch", record)
+    return names
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    """How many tables were uploaded."""
+    sizes = []
+    upload = triton._upload
+
+    def record(staging, *args):
+        sizes.append(staging.numel())
+        return upload(staging, *args)
+
+    monkeypatch.setattr(triton, "_upload", record)
+    return sizes
+
+
+THREE = ["sq_norm_kernel", "perturb_kernel", "update_kernel"]
+
+
+@pytest.mark.parametrize("base", [SGD, ADAMW, RMSPROP])
+@pytest.mark.parametrize("n_params, n_groups", [(1, 1), (161, 1), (64, 64), (10_000, 64)])
+def test_launches_do_not_grow_with_parameters_or_groups(n_params, n_groups, base, launches):
+    """Guards 2 + 1 launches with mixed learning rates, weight decays and options."""
+    params = [torch.nn.Parameter(torch.randn(3)) for _ in range(n_params)]
+    groups = [
+        {"params": params[i::n_groups], "lr": 0.1 + i, "weight_decay": i / 10, "rho": 0.1 * i}
+        for i in range(n_groups)
+    ]
+    if n_groups > 1:
+        groups[1].update({"maximize": True, "adaptive": True})
+        groups[-1].update({SGD: {"momentum": 0.5}, ADAMW: {"amsgrad": True}}.get(base, {}))
+    opt = FusedSAM(groups, base, backend="triton", lr=0.1)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.first_step()
+    opt.second_step()
+    assert launches == THREE
+
+
+def test_clipping_costs_one_launch_more(launches):
+    params, opt = make([5, 6], max_grad_norm=1.0, lr=0.1)
+    inject(random_grads(params, 0))
+    opt.first_step()
+    opt.second_step()
+    assert launches == [*THREE[:2], "sq_norm_kernel", "update_kernel"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("base", [SGD, ADAMW])
+def test_sizes_around_a_chunk(base, dtype):
+    """Guards the tail: sizes one off the chunk, and a tensor of several chunks."""
+    tile = 2048 // dtype.itemsize
+    sizes = [CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5, tile - 1, tile, tile + 1, 1]
+    options = MOMENTUM if base is SGD else {"lr": 0.1, "weight_decay": 0.1}
+    params, opt = make(sizes, base, dtype, **options)
+    for i in range(2):
+        step(opt, random_grads(params, 2 * i), random_grads(params, 2 * i + 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_unaligned_gradients(dtype):
+    """Guards views into DDP's buckets, which start anywhere."""
+    sizes = [CHUNK + 3, 17, 1]
+    params, opt = make(sizes, dtype=dtype, **MOMENTUM)
+    twins, twin = make(sizes, dtype=dtype, **MOMENTUM)
+    for i in range(2):
+        for method, seed in (("first_step", 2 * i), ("second_step", 2 * i + 1)):
+            grads = random_grads(params, seed)
+            flat = torch.cat([torch.zeros(1, dtype=dtype), *grads.values()])
+            for p, view in zip(params, flat[1:].split(sizes), strict=True):
+                p.grad = view
+            for p, g in zip(twins, grads.values(), strict=True):
+                p.grad = g
+            getattr(opt, method)()
+            getattr(twin, method)()
+    lives = [bucket.cache["triton"].lives.values() for bucket in opt._layout.buckets]
+    assert not any(live.aligned for table in lives for live in table)
+    for p, q in zip(params, twins, strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(opt.state[p]["momentum_buffer"], twin.state[q]["momentum_buffer"])
+
+
+def test_pinned_parameters_are_reached_by_address():
+    """Guards parameters that share their storage, at an unaligned address."""
+    base = torch.randn(CHUNK + 40)
+    params = [torch.nn.Parameter(base[3 : CHUNK + 20]), torch.nn.Parameter(torch.randn(9))]
+    address = params[0].data_ptr()
+    opt = FusedSAM(params, ADAMW, backend="triton", lr=0.1)
+    for i in range(2):
+        step(opt, random_grads(params, 2 * i), random_grads(params, 2 * i + 1))
+    assert params[0].data_ptr() == address
+    assert torch.equal(base[3 : CHUNK + 20], params[0])
+
+
+def test_offsets_beyond_two_to_the_31():
+    """Guards 64-bit offsets: tables that say a chunk begins 2**31 + elements into its tensor.
+
+    The addresses and the flat offset are shifted back by as much, so that the memory is the same.
+    """
+    number = 2**31 // CHUNK + 3
+    shift = number * CHUNK
+    assert shift > 2**31
+    params, opt = make([CHUNK + 7], ADAMW, lr=0.1)
+    twins, twin = make([CHUNK + 7], ADAMW, lr=0.1)
+    for i in range(4):
+        grads = torch.randn(CHUNK + 7)
+        params[0].grad, twins[0].grad = grads, grads.clone()
+        if i == 0:
+            tables = triton._tables(opt._layout.buckets[0])
+            tables.chunks[:, 1] += number
+            tables.slots[0] += torch.tensor([-shift * 4, shift, -shift, 0])
+            plain = tables._live
+            tables._live = lambda key, addresses: plain(
+                key, tuple(address - shift * 4 for address in addresses)
+            )
+        for optimizer in (opt, twin):
+            (optimizer.second_step if i % 2 else optimizer.first_step)()
+        assert torch.equal(params[0], twins[0])
+
+
+class Traffic:
+    """Counts the elements that kernels read and write in given tensors."""
+
+    def __init__(self, monkeypatch, tensors):
+        from triton.runtime.interpreter import InterpreterBuilder as Builder
+
+        spans = {
+            name: (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size())
+            for name, t in tensors.items()
+        }
+        self.counts = dict.fromkeys([f"{d} {n}" for d in ("read", "write") for n in tensors], 0)
+        for direction, method in (
+            ("read", "create_masked_load"),
+            ("write", "create_masked_store"),
+        ):
+            original = getattr(Builder, method)
+
+            def counted(builder, ptrs, *args, original=original, direction=direction):
+                mask = args[0] if direction == "read" else args[1]
+                for name, (begin, end) in spans.items():
+                    inside = (ptrs.data >= begin) & (ptrs.data < end) & mask.data
+                    self.counts[f"{direction} {name}"] += int(np.sum(inside))
+                return original(builder, ptrs, *args)
+
+            monkeypatch.setattr(Builder, method, counted)
+
+
+def test_every_element_is_moved_once(monkeypatch):
+    """Guards the traffic budget as the kernels run, tails included: 1 + 4 + 5 for momentum."""
+    n = 2 * CHUNK + 77
+    params, opt = make([n], **MOMENTUM)
+    inject(random_grads(params, 0))
+    opt.first_step()
+    opt.second_step()
+    bucket = opt._layout.buckets[0]
+    tensors = {
+        "w": params[0].detach(),
+        "g": params[0].grad,
+        "saved": bucket.saved[:n],
+        "m": bucket.states["momentum_buffer"].flat[:n],
+    }
+    first = {"read g": 2, "read w": 1, "write w": 1, "write saved": 1}
+    second = {"read saved": 1, "read g": 1, "read m": 1, "write w": 1, "write m": 1}
+    for method, expected in ((opt.first_step, first), (opt.second_step, second)):
+        with monkeypatch.context() as patch:
+            traffic = Traffic(patch, tensors)
+            method()
+        assert {k: v / n for k, v in traffic.counts.items() if v} == expected
+
+
+def test_tables_are_uploaded_when_they_change(uploads):
+    """Guards the steady state: no upload, no new table while addresses and options repeat."""
+    params, opt = make([5, 6], ADAMW, lr=0.1)
+    inject(random_grads(params, 0))
+
+    def one_step():
+        uploads.clear()
+        opt.first_step()
+        opt.second_step()
+        return len(uploads)
+
+    assert one_step() == 4  # gradients twice, with flags and without; ascent; update
+    assert one_step() == 1  # the state is not fresh any more
+    assert [one_step() for _ in range(3)] == [0, 0, 0]
+    opt.param_groups[0]["lr"] = 0.2
+    assert one_step() == 1
+    opt.param_groups[0]["rho"] = 0.2
+    assert one_step() == 1
+    assert one_step() == 0
+    params[0].grad = None
+    assert one_step() == 2
+
+
+def test_new_addresses_at_every_step_reuse_the_tables():
+    """Guards against growth where gradients never come back to an address."""
+    params, opt = make([3, 2 * CHUNK + 1], **MOMENTUM)
+    kept = []
+    for i in range(2 * triton._KEPT_TABLES):
+        grads = random_grads(params, i)
+        inject(grads)
+        kept.append([p.grad for p in params])  # so that no address comes back
+        if i < 60:
+            opt.first_step()
+            opt.second_step()
+        else:
+            saved = first_step(opt, grads) if i % 40 == 0 else opt.first_step()
+            kept.append([p.grad for p in params])
+            if saved:
+                second_step(opt, grads, saved)
+            else:
+                opt.second_step()
+    tables = opt._layout.buckets[0].cache["triton"]
+    assert len(tables.lives) == triton._KEPT_TABLES
+    storages = {live.table.data_ptr() for live in tables.lives.values()}
+    assert len(storages) == triton._KEPT_TABLES
+
+
+def test_a_captured_graph_owns_its_tables(monkeypatch, uploads):
+    """Guards replay: what a graph reads is uploaded by the graph, and stays as long as the bucket."""
+    params, opt = make([5, CHUNK + 6], ADAMW, lr=0.1)
+    inject(random_grads(params, 0))
+    opt.first_step()
+    opt.second_step()
+    tables = opt._layout.buckets[0].cache["triton"]
+    before = list(tables.lives), dict(tables.hypers)
+    uploads.clear()
+    monkeypatch.setattr(triton, "_is_capturing", lambda device: True)
+    step(opt, random_grads(params, 1), random_grads(params, 2))
+    assert len(uploads) == 4 == len(tables.captured)  # even what has not changed
+    assert (list(tables.lives), dict(tables.hypers)) == before
+    monkeypatch.setattr(triton, "_is_capturing", lambda device: False)
+    step(opt, random_grads(params, 3), random_grads(params, 4))
+
+
+def test_step_counts_are_each_parameters_own():
+    """Guards the counting by whichever program comes last: once for every slot that steps."""
+    params, opt = make([1, 0, CHUNK + 1, 5 * CHUNK], ADAMW, lr=0.1)
+    for missing in (None, 0, 2, 2, 3):
+        for i, p in enumerate(params):
+            p.grad = None if i == missing else torch.ones_like(p)
+        opt.second_step()
+    assert [opt.state[p]["step"].item() for p in params] == [4.0, 5.0, 3.0, 4.0]
+    assert opt._layout.buckets[0].cache["triton"].ticket.item() == 0
+
+
+def test_more_slots_than_a_block_count_their_steps():
+    params, opt = make([1] * 1200, ADAMW, lr=0.1)
+    inject(random_grads(params, 0))
+    opt.second_step()
+    assert torch.equal(opt._layout.buckets[0].states["step"].flat, torch.ones(1200))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.9, 0.99, 0.999, 0.999999])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_bias_correction(beta, dtype):
+    """Guards 1 - beta**step from the first step to the ten millionth.
+
+    With lr 1, eps 0 and gradients of 1 every step of Adam is 1: the moments are exactly what the
+    corrections divide them by. They are set to that in float64. Each of them, its update (3
+    operations, 2 rounded hyperparameters) and its correction (log(beta), the product, the series'
+    last three operations) are good to 11 u; a quotient and a root halve and add: 32 u in all.
+    """
+    u = torch.finfo(dtype).eps / 2
+    params, opt = make([1], torch.optim.Adam, dtype, lr=1.0, betas=(beta, beta), eps=0.0)
+    inject({params[0]: torch.ones(1, dtype=dtype)})
+    opt.second_step()
+    state = opt.state[params[0]]
+    for count in (1, 2, 5, 30, 1000, 10**5, 10**7):
+        past = -math.expm1((count - 1) * math.log(beta)) if beta else float(count > 1)
+        params[0].data.zero_()
+        state["step"].fill_(count - 1)
+        state["exp_avg"].fill_(past)
+        state["exp_avg_sq"].fill_(past)
+        opt.second_step()
+        assert abs(params[0].item() + 1) <= 32 * u, count
+
+
+# ------------------------------------------------------------------------------------- failures
+
+
+def test_without_triton_it_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fused_sam.backends.triton", None)
+    with pytest.raises(RuntimeError, match="pip install 'triton"):
+        backends.resolve("triton", torch.device("cpu"))
+    assert backends.resolve("auto", torch.device("cuda", 0)).name == "reference"
+
+
+def test_on_a_cpu_without_the_interpreter_it_says_so(monkeypatch):
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        FusedSAM([torch.nn.Parameter(torch.ones(2))], backend="triton", lr=0.1)
+    with pytest.raises(RuntimeError, match="no such target"):
+        backends.resolve("triton", torch.device("mps"))
+
+
+def test_the_interpreter_does_not_reach_a_gpu():
+    with pytest.raises(RuntimeError, match="CPU memory only"):
+        backends.resolve("triton", torch.device("cuda", 0))
+    assert backends.resolve("auto", torch.device("cuda", 0)).name == "reference"
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "xpu:0"])
+def test_auto_is_triton_on_gpus(device, monkeypatch):
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    assert backends.resolve("auto", torch.device(device)).name == "triton"
+
+
+def test_auto_is_not_triton_on_a_cpu():
+    assert backends.resolve("auto", torch.device("cpu")).name != "triton"
