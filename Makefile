@@ -97,7 +97,7 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
 	$(INSTALL) --editable '.[demo,dev]'
 	touch $@
 
-$(VENV)/.bench: $(VENV)/.torch pyproject.toml setup.py
+$(VENV)/.bench: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
 	@rm -f $@
 	$(INSTALL) --editable '.[bench]'
 	touch $@

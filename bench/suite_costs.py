@@ -3,7 +3,7 @@
 import pytest
 
 from bench.peers import peers
-from bench.profile import costs
+from bench.costs import costs
 from bench.workloads import Workload, model
 
 

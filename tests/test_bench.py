@@ -7,7 +7,7 @@ import torch
 
 from bench import compare, losses, models, peers, report, results, stats, workloads
 from bench.measure import Arena
-from bench.profile import costs
+from bench.costs import costs
 
 CPU = torch.device("cpu")
 
