@@ -2,8 +2,8 @@
 
 import pytest
 
-from bench.peers import peers
 from bench.costs import costs
+from bench.peers import peers
 from bench.workloads import Workload, model
 
 

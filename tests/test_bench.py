@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bench import compare, losses, models, peers, report, results, stats, workloads
-from bench.measure import Arena
 from bench.costs import costs
+from bench.measure import Arena
 
 CPU = torch.device("cpu")
 
