@@ -94,7 +94,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
 	@rm -f $@
-	$(INSTALL) --editable '.[demo,dev]'
+	$(INSTALL) --editable '.[demo,dev,triton]'
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.torch pyproject.toml setup.py $(CSRC)

@@ -1,5 +1,10 @@
+import importlib.util
+
 import pytest
 import torch
+
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    import interpreter  # noqa: F401  (before anything imports triton)
 
 from fused_sam import backends
 

@@ -46,8 +46,8 @@ def quick(monkeypatch):
 
 def test_demo_prints_table_and_writes_picture(quick, tmp_path, capsys):
     picture = tmp_path / "demo.png"
-    options = ["--epochs", "1", "--seeds", "2", "--noise", "0", "0.4", "--device", "cpu"]
-    __main__.main([*options, "--output", str(picture)])
+    options = ["--epochs", "1", "--seeds", "2", "--noise", "0", "0.4", "--rho", "0.1"]
+    __main__.main([*options, "--device", "cpu", "--output", str(picture)])
     out = capsys.readouterr().out
 
     value = r"-?\d+\.\d+ ± \d+\.\d+"
@@ -272,6 +272,13 @@ def test_tuning_returns_the_best_trial(capsys):
     best = tune.tune(trials, epochs=1, seeds=[0])
     assert best in trials
     assert str(best.setting) in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_tuning_covers_both_methods(monkeypatch):
+    tuned = []
+    monkeypatch.setattr(tune, "tune", lambda trials, epochs, seeds: tuned.append(trials[0].name))
+    tune.main()
+    assert tuned == ["SGD", "SAM"]
 
 
 def test_demo_uses_settings_that_were_tried():

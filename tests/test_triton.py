@@ -1,5 +1,6 @@
-"""The Triton backend's tables and launches; its arithmetic is in test_table.py, with all others'."""
+"""The Triton backend's tables and launches; for its arithmetic see test_table.py."""
 
+import functools
 import math
 import sys
 
@@ -150,13 +151,14 @@ def test_offsets_beyond_two_to_the_31():
             tables = triton._tables(opt._layout.buckets[0])
             tables.chunks[:, 1] += number
             tables.slots[0] += torch.tensor([-shift * 4, shift, -shift, 0])
-            plain = tables._live
-            tables._live = lambda key, addresses: plain(
-                key, tuple(address - shift * 4 for address in addresses)
-            )
+            tables._live = functools.partial(_shifted, tables._live, 4 * shift)
         for optimizer in (opt, twin):
             (optimizer.second_step if i % 2 else optimizer.first_step)()
         assert torch.equal(params[0], twins[0])
+
+
+def _shifted(live, shift, key, addresses):
+    return live(key, tuple(address - shift for address in addresses))
 
 
 class Traffic:
@@ -257,7 +259,7 @@ def test_new_addresses_at_every_step_reuse_the_tables():
 
 
 def test_a_captured_graph_owns_its_tables(monkeypatch, uploads):
-    """Guards replay: what a graph reads is uploaded by the graph, and stays as long as the bucket."""
+    """Guards replay: a graph uploads what it reads, and that stays as long as the bucket."""
     params, opt = make([5, CHUNK + 6], ADAMW, lr=0.1)
     inject(random_grads(params, 0))
     opt.first_step()

@@ -16,8 +16,9 @@ How the setting was chosen
     images too; the test images took no part in any choice.
 
     Batch size 64, momentum 0.9, a cosine schedule and 30 epochs are the same for all and were not
-    tuned. SAM takes two gradients per step, so that it computes twice as long as SGD in as many
-    epochs.
+    tuned. SAM takes two gradients per step, and so computes twice as long in as many epochs; SGD
+    with twice the epochs read 98.0 % and 91.3 % of the validation images (0 % and 40 % flipped),
+    with as many 97.8 % and 92.8 %, and SAM 98.2 % and 94.1 %.
 
 Where to read
     ``training.py`` is the training loop, to copy from; ``textbook.py`` is SAM as everybody writes

@@ -11,7 +11,7 @@ import torch
 EPOCHS = 30
 SEEDS = 5
 NOISE = (0.0, 0.4)
-RHO = 0.1
+RHO = 0.2
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from .training import Method, Run, train
 
 TIMED_STEPS = 300
 DIRECTIONS = 5
-DISTANCES = [i / 20 for i in range(-20, 21)]
+DISTANCES = [i / 10 for i in range(-10, 11)]
 
 Runs = Mapping[tuple[float, str], Sequence[Run]]
 """For each share of flipped labels and each method's name, a run for each seed."""

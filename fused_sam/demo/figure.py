@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Colours of Okabe and Ito, told apart by colour-blind readers too. What is hidden below another
 # curve is drawn wider, so that both are seen where they coincide.
@@ -34,24 +35,27 @@ def save_figure(
         distances: the abscissae of ``loss``.
         noise: the share of flipped labels in what is shown.
     """
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_accuracy(left, accuracy)
     _draw_loss(right, loss, distances)
-    figure.suptitle(f"Handwritten digits, {noise:.0%} of the training labels flipped")
+    figure.suptitle(
+        f"Handwritten digits, {noise:.0%} of the training labels flipped "
+        "(line: mean, band: ± standard deviation)"
+    )
     figure.savefig(path, dpi=150, format="png")
 
 
 def _draw_accuracy(axes: Axes, curves: Curves) -> None:
-    seeds = len(next(iter(curves.values())))
     for name, runs in curves.items():
         percent = 100 * np.array(runs)
         _band(axes, range(1, percent.shape[1] + 1), percent, name)
     axes.set(
-        title=f"Test accuracy: mean ± standard deviation of {seeds} seeds",
+        title="Test accuracy",
         xlabel="epoch",
         ylabel="test accuracy [%]",
     )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _finish(axes)
 
 
@@ -59,8 +63,8 @@ def _draw_loss(axes: Axes, curves: Curves, distances: Sequence[float]) -> None:
     for name, profiles in curves.items():
         _band(axes, distances, np.array(profiles), name)
     axes.set(
-        title="Loss around the minima: mean ± standard deviation",
-        xlabel="distance along a random direction [norms of the filters]",
+        title="Training loss around the minima",
+        xlabel="distance along a random filter-normalised direction [filter norms]",
         ylabel="training loss [nats]",
     )
     _finish(axes)

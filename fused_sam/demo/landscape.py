@@ -16,7 +16,7 @@ from fused_sam.batchnorm import frozen_running_stats
 from .data import Labelled
 
 STARTS = 2
-ASCENT_STEPS = 15
+ASCENT_STEPS = 10
 STEP_LENGTH = 0.3
 """In units of the ball's radius."""
 
@@ -55,6 +55,9 @@ def sharpness(surface: LossSurface, radius: float, seed: int) -> float:
     and the others random: ``ASCENT_STEPS`` steps of ``STEP_LENGTH`` radii along the normalised
     gradient, each followed by the projection onto the ball. The result is the largest loss met
     less the loss at the weights: a lower bound of the true maximum.
+
+    A radius means more to smaller weights, and more weight decay makes them smaller; for a measure
+    that does without the weights' size see :func:`filter_normalised_direction`.
     """
     generator = torch.Generator().manual_seed(seed)
     slope = grad_and_value(surface)

@@ -11,7 +11,7 @@ from .training import Method, Setting
 
 # With RHO, what fused_sam.demo.tune found.
 SGD_SETTING = {"lr": 0.003, "weight_decay": 0.2}
-SAM_SETTING = {"lr": 0.1, "weight_decay": 0.05}
+SAM_SETTING = {"lr": 0.1, "weight_decay": 0.02}
 
 
 def make_methods(rho: float) -> tuple[Method, Method, Method]:

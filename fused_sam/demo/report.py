@@ -39,10 +39,11 @@ def announcement(config: Config, methods: Sequence[Method]) -> str:
     """What is about to be done, with which settings."""
     networks = len(methods) * len(config.noise) * config.seeds
     lines = [
-        f"Training {networks} small convolutional networks to read handwritten digits: "
-        f"{len(methods)} methods, {len(config.noise)} shares",
-        f"of flipped training labels, {config.seeds} seeds, {config.epochs} epochs each, "
-        f"on {config.device}. Settings, chosen on {VALIDATION_SIZE} validation images:",
+        f"Training {networks} small convolutional networks to read handwritten digits (methods: "
+        f"{len(methods)},",
+        f"shares of flipped labels: {len(config.noise)}, seeds: {config.seeds}, "
+        f"epochs: {config.epochs}) on {config.device}.",
+        f"Settings, chosen on {VALIDATION_SIZE} validation images:",
     ]
     for method in methods:
         setting = method.setting
@@ -71,11 +72,12 @@ def legend(config: Config, timed_steps: int) -> str:
     """What the table's columns are."""
     return f"""\
 accuracy   share of {TEST_SIZE} test images read rightly after the last epoch,
-           mean ± standard deviation of {config.seeds} seeds
+           mean ± standard deviation over the seeds
 sharpness  largest rise of the training loss [nats] found within an L2 distance of {config.rho}
            of the weights, by projected gradient ascent ({STARTS} starts, {ASCENT_STEPS} steps each)
-optimizer  time of the optimizer's calls, without forward and backward; median of {timed_steps}
-           steps that the methods took in turn"""
+optimizer  time of the optimizer's calls per step, without forward and backward; median of
+           {timed_steps} steps that the methods took in turn. So small a network costs what Python
+           costs: this tells nothing about large ones"""
 
 
 def trajectory(differences: Mapping[torch.dtype, Sequence[float]], noise: float) -> str:

@@ -1,0 +1,302 @@
+"""The Triton backend on a real GPU. bench/gpu.sh runs these; elsewhere they are skipped."""
+
+import copy
+
+import pytest
+import torch
+from oracle import same_bits, step
+
+from fused_sam import FusedSAM
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU"),
+]
+
+SGD, ADAMW, RMSPROP = torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop
+RULES = {
+    "sgd": (SGD, {}),
+    "sgd-nesterov": (SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.05}),
+    "sgd-dampening": (SGD, {"momentum": 0.8, "dampening": 0.3, "maximize": True}),
+    "adam-amsgrad": (torch.optim.Adam, {"amsgrad": True, "weight_decay": 0.1}),
+    "adamw": (ADAMW, {"weight_decay": 0.1, "betas": (0.85, 0.97)}),
+    "rmsprop-all": (RMSPROP, {"centered": True, "momentum": 0.5, "weight_decay": 0.05}),
+}
+SIZES = [1, 0, 63, 4095, 4096, 4097, 100_003]
+
+
+@pytest.fixture(autouse=True)
+def _on_the_gpu():
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        yield
+
+
+def make_params(sizes=SIZES, dtype=torch.float32):
+    return [torch.nn.Parameter(torch.randn(n).to(dtype)) for n in sizes]
+
+
+def make(sizes=SIZES, base=SGD, dtype=torch.float32, **options):
+    params = make_params(sizes, dtype)
+    return params, FusedSAM(params, base, backend="triton", **{"lr": 0.05, **options})
+
+
+def random_grads(params, missing=()):
+    return {p: None if i in missing else torch.randn_like(p) for i, p in enumerate(params)}
+
+
+@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
+@pytest.mark.parametrize("rule", RULES)
+def test_steps_as_the_textbook(rule, dtype, adaptive):
+    """Guards every rule on the real compiler, with gradients missing in either pass."""
+    base, options = RULES[rule]
+    params, opt = make(SIZES, base, dtype, rho=0.3, adaptive=adaptive, eta=0.01, **options)
+    for first, second in (((), ()), ((3,), (2, 6)), ((), ())):
+        step(opt, random_grads(params, first), random_grads(params, second))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_groups_keep_their_own_options(rule):
+    base, options = RULES[rule]
+    params = make_params()
+    groups = [
+        {"params": params[:3], "rho": 0.5},
+        {"params": params[3:5], "adaptive": True, "eta": 0.1, "weight_decay": 0.2, "lr": 0.01},
+        {"params": params[5:], "lr": torch.tensor(0.02)},
+    ]
+    opt = FusedSAM(groups, base, backend="triton", lr=0.05, **options)
+    for _ in range(3):
+        step(opt, random_grads(params), random_grads(params))
+        opt.param_groups[2]["lr"].mul_(0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_unaligned_gradients(dtype):
+    params, opt = make([4099, 17, 100_001], dtype=dtype, momentum=0.9)
+    for _ in range(2):
+        passes = []
+        for _ in range(2):
+            flat = torch.randn(1 + sum(p.numel() for p in params)).to(dtype)
+            views = flat[1:].split([p.numel() for p in params])
+            passes.append(dict(zip(params, views, strict=True)))
+        step(opt, *passes)
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+def test_found_inf_restores_exactly(max_grad_norm):
+    params, opt = make(base=ADAMW, max_grad_norm=max_grad_norm)
+    for found_inf in (0.0, 1.0, 0.0):
+        opt.grad_scale, opt.found_inf = torch.tensor(4.0), torch.tensor(found_inf)
+        step(
+            opt,
+            random_grads(params),
+            random_grads(params, (2,)),
+            grad_scale=4.0,
+            found_inf=found_inf != 0,
+        )
+
+
+def test_lr_zero_returns_the_same_bits():
+    params, opt = make(lr=0.0, momentum=0.9)
+    before = [p.detach().clone() for p in params]
+    for value in (1.0, torch.inf, torch.nan):
+        for method in (opt.first_step, opt.second_step):
+            for p in params:
+                p.grad = torch.full_like(p, value)
+            method()
+        assert all(same_bits(p, q) for p, q in zip(params, before, strict=True))
+
+
+def test_runs_give_the_same_bits():
+    """Guards the two-stage reduction: no order depends on who comes first."""
+    results = []
+    for _ in range(3):
+        torch.manual_seed(3)
+        params, opt = make([3_000_001, 77], ADAMW, adaptive=True, rho=0.5)
+        for _ in range(3):
+            for method in (opt.first_step, opt.second_step):
+                for p in params:
+                    p.grad = torch.randn_like(p)
+                method()
+        results.append(torch.cat([p.detach() for p in params]))
+    assert same_bits(results[0], results[1]) and same_bits(results[0], results[2])
+
+
+def test_denormal_second_moments_are_no_zero():
+    """Guards square roots of denormal numbers: g**2 = 1e-40 under a small eps."""
+    params, opt = make([1000], RMSPROP, lr=1e-3, eps=1e-30)
+    params[0].data.zero_()
+    params[0].grad = torch.full_like(params[0], 1e-20)
+    opt.second_step()
+    # alpha = 0.99: sqrt(0.01 * 1e-40) = 1e-21, and a denormal has few digits.
+    assert (params[0] / -1e-2 - 1).abs().max() < 1e-2
+
+
+def test_more_than_two_to_the_31_elements():
+    free, _ = torch.cuda.mem_get_info()
+    n = 2**31 + 5
+    if free < 4.5 * 2 * n:
+        pytest.skip(f"needs {9 * n / 1e9:.0f} GB of free GPU memory, there are {free / 1e9:.0f}")
+    p = torch.nn.Parameter(torch.zeros(n, dtype=torch.bfloat16))
+    opt = FusedSAM([p], backend="triton", rho=1.0, lr=1.0)
+    p.grad = torch.zeros_like(p)
+    for i in (0, 2**31 - 1, 2**31, n - 1):
+        p.grad[i] = 2.0
+    opt.first_step()
+    assert p[[0, 2**31 - 1, 2**31, n - 1]].tolist() == [0.5] * 4
+    assert opt.grad_norm.item() == 4.0
+    opt.second_step()
+    assert p[[0, 1, 2**31 - 1, 2**31, n - 1]].tolist() == [-2.0, 0.0, -2.0, -2.0, -2.0]
+
+
+def make_model():
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 16, 3, padding=1),
+        torch.nn.BatchNorm2d(16),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(16 * 64, 10),
+    )
+
+
+@pytest.mark.parametrize("base, options", [(SGD, {"momentum": 0.9}), (ADAMW, {})])
+def test_graph_replay_is_eager(base, options):
+    """Guards capture of a whole step; later eager steps must not disturb what a graph reads."""
+    torch.backends.cudnn.deterministic = True
+    batches = [(torch.randn(8, 3, 8, 8), torch.randint(10, (8,))) for _ in range(8)]
+    model = make_model()
+    twin = copy.deepcopy(model)
+    opts = [
+        FusedSAM(m.parameters(), base, backend="triton", lr=0.01, **options) for m in (model, twin)
+    ]
+
+    def whole_step(net, opt, x, y):
+        for method in (opt.first_step, opt.second_step):
+            torch.nn.functional.cross_entropy(net(x), y).backward()
+            method(zero_grad=True)
+
+    x, y = (t.clone() for t in batches[0])
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for batch in batches[:3]:
+            x.copy_(batch[0])
+            y.copy_(batch[1])
+            whole_step(model, opts[0], x, y)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        whole_step(model, opts[0], x, y)
+    for batch in batches[3:6]:
+        x.copy_(batch[0])
+        y.copy_(batch[1])
+        graph.replay()
+    opts[0].param_groups[0]["lr"] = 0.02  # for the eager step; the graph keeps its own
+    whole_step(model, opts[0], *batches[6])
+    x.copy_(batches[7][0])
+    y.copy_(batches[7][1])
+    graph.replay()
+    for i, batch in enumerate(batches):
+        opts[1].param_groups[0]["lr"] = 0.02 if i == 6 else 0.01
+        whole_step(twin, opts[1], *batch)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_two_streams():
+    """Guards launches on the current stream: the second step on another, ordered by an event."""
+    params, opt = make([1_000_003], momentum=0.9)
+    twins, twin = make([1_000_003], momentum=0.9)
+    twins[0].data.copy_(params[0].data)
+    side = torch.cuda.Stream()
+    for _ in range(5):
+        grads = torch.randn_like(params[0]), torch.randn_like(params[0])
+        params[0].grad, twins[0].grad = grads[0], grads[0].clone()
+        opt.first_step()
+        twin.first_step()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            params[0].grad = grads[1]
+            opt.second_step()
+        torch.cuda.current_stream().wait_stream(side)
+        twins[0].grad = grads[1].clone()
+        twin.second_step()
+        assert same_bits(params[0], twins[0])
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_nothing_waits_for_the_gpu(max_grad_norm):
+    params, opt = make(base=ADAMW, max_grad_norm=max_grad_norm)
+    opt.param_groups[0]["lr"] = torch.tensor(0.01)
+    grads = [random_grads(params) for _ in range(2)]
+    try:
+        for i in range(4):
+            torch.cuda.set_sync_debug_mode("error" if i else "default")
+            for method, own in zip((opt.first_step, opt.second_step), grads, strict=True):
+                for p in params:
+                    p.grad = own[p]
+                method()
+            opt.param_groups[0]["rho"] *= 2
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_steady_state_allocates_nothing():
+    params, opt = make(base=ADAMW)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    counts = []
+    for _ in range(4):
+        opt.first_step()
+        opt.second_step()
+        counts.append(torch.cuda.memory_stats()["allocation.all.allocated"])
+    assert counts[2] == counts[3]
+
+
+@pytest.mark.parametrize("style", ["closure", "steps"])
+def test_grad_scaler_on_a_small_convnet(style):
+    """Guards AMP: the loss falls, a step whose gradients overflow changes no weight."""
+    model = make_model()
+    opt = FusedSAM(model.parameters(), backend="triton", lr=0.02, momentum=0.9)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
+    x, y = torch.randn(32, 3, 8, 8), torch.randint(10, (32,))
+    losses = []
+
+    def backward(factor=1.0):
+        opt.zero_grad()
+        with torch.autocast("cuda", torch.float16):
+            loss = torch.nn.functional.cross_entropy(model(x), y) * factor
+        scaler.scale(loss).backward()
+        return loss
+
+    for i in range(12):
+        factor = torch.inf if i == 6 else 1.0
+        before = [p.detach().clone() for p in model.parameters()]
+        if style == "closure":
+            losses.append(float(scaler.step(opt, lambda: backward(factor))))  # noqa: B023
+        else:
+            losses.append(float(backward()))
+            opt.first_step(zero_grad=True)
+            backward(factor)
+            scaler.step(opt)
+        scaler.update()
+        moved = [not same_bits(p, q) for p, q in zip(model.parameters(), before, strict=True)]
+        assert not any(moved) if i == 6 else any(moved)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_one_norm_over_two_devices():
+    params = [torch.nn.Parameter(torch.randn(5000, device=f"cuda:{i}")) for i in range(2)]
+    opt = FusedSAM(params, ADAMW, backend="triton", rho=1.0, lr=0.1)
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    norm = sum(p.grad.double().square().sum().item() for p in params) ** 0.5
+    opt.first_step()
+    for p, w in zip(params, before, strict=True):
+        torch.testing.assert_close(p.detach(), w + p.grad / norm)
+    opt.second_step()
