@@ -49,10 +49,12 @@ class Runner:
         base: str,
         gradients: Sequence[Sequence[Tensor]],
         groups: int = 1,
+        start: Sequence[Tensor] | None = None,
     ) -> None:
         self.peer, self.gradients = peer, gradients
         self.device = gradients[0][0].device
-        self.params = parameters(workload.shapes, self.device, seed=0)
+        start = parameters(workload.shapes, self.device, seed=0) if start is None else start
+        self.params = [torch.nn.Parameter(p.detach().clone()) for p in start]
         cls, options = BASES[base]
         self.construction = timed(self.device, lambda: self._make(cls, options, groups))
         self.first: float | None = None
@@ -110,11 +112,12 @@ class Arena:
         self.runners: list[Runner] = []
         self.skipped: dict[str, str] = {}
         gradients = random_gradients(workload, device)
+        self._start = parameters(workload.shapes, device, seed=0)
         self._first_points: list[list[Tensor]] | None = None
         self.distance: dict[str, float] = {}
         for peer in peers:
             try:
-                runner = Runner(peer, workload, base, gradients, groups)
+                runner = Runner(peer, workload, base, gradients, groups, self._start)
                 self._check_trajectory(runner)
             except (RuntimeError, ImportError, torch._dynamo.exc.TorchDynamoException) as error:
                 if peer is peers[0]:
@@ -123,6 +126,7 @@ class Arena:
                 continue
             self.runners.append(runner)
         self._first_points = None
+        self._start = []
         self.seconds: dict[str, list[float]] = {runner.peer.name: [] for runner in self.runners}
         self._copy = None
         if workload.numel >= _LIMIT_FROM:
@@ -140,7 +144,6 @@ class Arena:
         the weights themselves (2**-24 of about 0.02, against a climb of 0.05 over all weights).
         """
         points = []
-        start = [p.detach().clone() for p in runner.params]
         for step in range(_TRAJECTORY_STEPS):
             seconds = runner.climb()
             # All weights of the first step and those after the last; others would take memory.
@@ -151,7 +154,7 @@ class Arena:
         points.append([p.detach().clone() for p in runner.params])
         if self._first_points is None:
             self._first_points = points
-            self._moves = [_distance(point, start) for point in points]
+            self._moves = [_distance(point, self._start) for point in points]
         relative = [
             _distance(point, ours) / move
             for point, ours, move in zip(points, self._first_points, self._moves, strict=True)
@@ -217,6 +220,7 @@ class Arena:
         }
 
 
+@torch.no_grad()
 def _distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    squares = [(a - b).double().square().sum() for a, b in zip(one, other, strict=True)]
-    return float(torch.stack(squares).sum().sqrt())
+    norms = [torch.linalg.vector_norm(a - b) for a, b in zip(one, other, strict=True)]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
