@@ -65,7 +65,7 @@ def build(name, dtype, target):
         spec = backend.RULES[rule]
         constants |= {"RULE": spec.function, "KEPT": kept, "MIXED": False, "TENSOR_LR": False}
         constants["HYPER"] = HYPER[rule]
-        types["states"] = tuple("*" + dtype if there else None for there in kept)
+        types["states"] = ("*" + dtype,) * len(kept)
         types["step_ptr"] = None if rule == "sgd" else "*fp32"
         function = kernels.update_kernel
     else:
@@ -92,12 +92,8 @@ def signature(function, types, constants):
         if name in constants:
             sig[name], const[(i,)] = "constexpr", constants[name]
         elif isinstance(kind, tuple):
-            sig[name] = tuple(item or "constexpr" for item in kind)
-            for j, item in enumerate(kind):
-                if item is None:
-                    const[(i, j)] = None
-                else:
-                    attrs[(i, j)] = [["tt.divisibility", 16]]
+            sig[name] = kind
+            attrs |= {(i, j): [["tt.divisibility", 16]] for j in range(len(kind))}
         elif kind is None:
             sig[name], const[(i,)] = "constexpr", None
         else:

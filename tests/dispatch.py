@@ -37,15 +37,16 @@ class Counter:
     def __init__(self):
         self.compiled, self.launched = [], []
         driver.set_active(Driver())
-        triton.knobs.runtime.jit_post_compile_hook = self._on_compile
+        self._compile, triton.compiler.compile = triton.compiler.compile, self._on_compile
         compiled = triton.compiler.CompiledKernel
         compiled._init_handles = lambda kernel: None
         compiled.run = property(lambda kernel: lambda *args: self.launched.append(kernel.name))
         compiled.function = None
         compiled.launch_metadata = lambda kernel, grid, stream, *args: None
 
-    def _on_compile(self, *, fn, **rest):
-        self.compiled.append(fn.name)
+    def _on_compile(self, source, **options):
+        self.compiled.append(source.name)
+        return self._compile(source, **options)
 
 
 def main():

@@ -3,6 +3,7 @@
 Importing this sets TRITON_INTERPRET=1, so that ``backend="triton"`` runs on the CPU.
 """
 
+import functools
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -13,7 +14,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 _cast = interpreter.InterpreterBuilder.cast_impl
-_call = interpreter.InterpretedFunction.__call__
+_patch_lang = interpreter._patch_lang
 
 
 def _cast_to_nearest(self, src, dst_type):
@@ -24,16 +25,30 @@ def _cast_to_nearest(self, src, dst_type):
     return _cast(self, src, dst_type)
 
 
-def _call_device_function(self, *args, **kwargs):
-    """The interpreter patches triton.language anew for each call, which takes half of its time.
+class _Kept:
+    """What was patched stays patched: in this process nothing compiles."""
 
-    For a function of the kernels' own module their launch has done that already.
-    """
-    if self.fn.__module__.startswith("fused_sam."):
-        return self.rewrite()(*args, **kwargs)
-    return _call(self, *args, **kwargs)
+    def restore(self):
+        """Nothing to do."""
+
+
+@functools.cache
+def _patch_once(fn):
+    """Patching triton.language anew for each launch and each call takes half of the time."""
+    _patch_lang(fn)
+    return _Kept()
+
+
+_get_np_dtype = interpreter._get_np_dtype
+_np_dtype_of = functools.cache(_get_np_dtype)
+
+
+def _np_dtype(dtype):
+    """The interpreter makes a dictionary of all dtypes for each look-up."""
+    return _np_dtype_of(dtype) if type(dtype) is tl.dtype else _get_np_dtype(dtype)
 
 
 np.seterr(all="ignore")  # lanes without an element may compute 0 / 0, as on a GPU
 interpreter.InterpreterBuilder.cast_impl = _cast_to_nearest
-interpreter.InterpretedFunction.__call__ = _call_device_function
+interpreter._patch_lang = _patch_once
+interpreter._get_np_dtype = _np_dtype

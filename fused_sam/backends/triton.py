@@ -437,7 +437,7 @@ class TritonBackend:
             live = tables.live_with(grads, bucket.perturbed, present, tuple(addresses))
             args = (
                 bucket.saved,
-                tuple([None if b is None else b.flat for b in buffers]),
+                tuple([bucket.saved if b is None else b.flat for b in buffers]),
                 bucket.state(STEP).flat if STEP in names else None,
                 *(tables.ticket, tables.chunks, tables.slots, live.table, hyper),
                 *(grad_scale, found_inf, tables.n_chunks, tables.n_slots),

@@ -400,11 +400,12 @@ def update_kernel(
     A slot that is not perturbed takes w from its weights. Nothing is computed if ``found_inf`` is
     not 0: then perturbed slots are restored and no more.
 
-    ``saved_ptr`` and ``states`` are (size,) in the bucket's dtype, a state None that no group
-    keeps; ``step_ptr`` (n,) float32 is incremented for the slots that step; ``ticket_ptr`` () int32
-    is 0 before and after; ``grad_scale_ptr`` and ``found_inf_ptr`` are () float32; None where there
-    is none. KEPT says which states are not None. HYPER counts the rule's hyperparameters; in a
-    MIXED launch some groups lack some state, and len(states) columns more say who keeps what.
+    ``saved_ptr`` and ``states`` are (size,) in the bucket's dtype; KEPT says which states some
+    group keeps, and the others point anywhere (Triton 3.6 takes no None in a tuple). ``step_ptr``
+    (n,) float32 is incremented for the slots that step; ``ticket_ptr`` () int32 is 0 before and
+    after; ``grad_scale_ptr`` and ``found_inf_ptr`` are () float32; None where there is none. HYPER
+    counts the rule's hyperparameters; in a MIXED launch some groups lack some state, and
+    len(states) columns more say who keeps what.
     """
     dtype = hyper_ptr.dtype.element_ty
     lanes = tl.arange(0, BLOCK)
