@@ -93,6 +93,7 @@ class Arena:
     """Peers on one workload, stepping in turn.
 
     Attributes:
+        norm_error: relative error of the gradients' norm as torch computes it.
         runners: the peers that work here, in the order given.
         skipped: peers that do not, with the reason.
         seconds: for each name the time of each round; rounds correspond.
@@ -112,6 +113,7 @@ class Arena:
         self.runners: list[Runner] = []
         self.skipped: dict[str, str] = {}
         gradients = random_gradients(workload, device)
+        self.norm_error = _norm_error(gradients[0])
         self._start = parameters(workload.shapes, device, seed=0)
         self._first_points: list[list[Tensor]] | None = None
         self.distance: dict[str, float] = {}
@@ -141,7 +143,8 @@ class Arena:
         """Take the first steps; assert that the weights go where the first peer's went.
 
         Distances are relative to how far the weights moved. What is tolerated is the rounding of
-        the weights themselves (2**-24 of about 0.02, against a climb of 0.05 over all weights).
+        the weights themselves (2**-24 of about 0.02, against a climb of 0.05 over all weights), and
+        in the climb the error of torch's own norm, which peers inherit.
         """
         points = []
         for step in range(_TRAJECTORY_STEPS):
@@ -160,7 +163,9 @@ class Arena:
             for point, ours, move in zip(points, self._first_points, self._moves, strict=True)
         ]
         self.distance[runner.peer.name] = max(relative)
-        assert max(relative) < 1e-3, f"{runner.peer.name} walks elsewhere: {relative}"
+        climb, steps = relative
+        same = climb < 1e-3 + 1.1 * self.norm_error and steps < 1e-3
+        assert same, f"{runner.peer.name} walks elsewhere: {relative}"
 
     def others_turn(self) -> None:
         """All peers but the first, and the copy: one measurement each; then ready the first."""
@@ -216,6 +221,7 @@ class Arena:
             "first": {runner.peer.name: runner.first for runner in self.runners},
             "construction": {runner.peer.name: runner.construction for runner in self.runners},
             "distance": self.distance,
+            "norm_error": self.norm_error,
             "skipped": self.skipped,
         }
 
@@ -224,3 +230,12 @@ class Arena:
 def _distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     norms = [torch.linalg.vector_norm(a - b) for a, b in zip(one, other, strict=True)]
     return float(torch.linalg.vector_norm(torch.stack(norms)))
+
+
+def _norm_error(grads: Sequence[Tensor]) -> float:
+    """How wrong torch's float32 norm is: on a CPU it loses small addends in tensors of millions."""
+    norm, exact = (
+        torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, dtype=dtype)).double())
+        for dtype in (torch.float32, torch.float64)
+    )
+    return abs(float(norm / exact) - 1)
