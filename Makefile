@@ -5,7 +5,7 @@
 #   TORCH_INDEX  a package index to take torch from besides pip's own; PyTorch's CPU builds, where
 #                there is no NVIDIA driver, because on Linux PyPI's torch brings CUDA along
 #   FUSED_SAM_BUILD  which native libraries are built: auto, none, cpu or cuda (see setup.py)
-#   ARGS         passed on to the demo, or to pytest
+#   ARGS         passed on to the demo, to pytest, or to the benchmarks
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
@@ -25,16 +25,25 @@ HAS_GPU_TORCH := $(PYTHON) -c 'import sys, torch; sys.exit(not (torch.cuda.is_av
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check format clean distclean
+.PHONY: help demo test bench bench-quick bench-report check format clean distclean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
 demo: $(VENV)/.demo ## train with SGD and with SAM on real data, print a table, write a picture
 	$(BIN)/python -m fused_sam.demo $(ARGS)
 
 test: $(VENV)/.dev ## run the tests; fails under 95 % coverage by lines and branches
 	$(BIN)/python -m pytest --cov $(ARGS)
+
+bench: $(VENV)/.bench ## measure against the peers, under 15 minutes; writes docs/benchmarks.md
+	$(BIN)/python -m bench --keep $(ARGS)
+
+bench-quick: $(VENV)/.bench ## the same in under 2 minutes: a smoke test, not to be published
+	$(BIN)/python -m bench --quick $(ARGS)
+
+bench-report: $(VENV)/.bench ## write docs/benchmarks.md and README's section from the last results
+	$(BIN)/python -m bench.report bench/results/cpu.json
 
 check: $(VENV)/.dev ## check style, format and types
 	$(BIN)/ruff check
@@ -86,4 +95,9 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
 	@rm -f $@
 	$(INSTALL) --editable '.[demo,dev,triton]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
+	@rm -f $@
+	$(INSTALL) --editable '.[bench]'
 	touch $@

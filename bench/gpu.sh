@@ -46,6 +46,11 @@ part steps 100 "$python" -m bench.gpu steps "$results"
 part host 30 "$python" -m bench.gpu host "$results"
 part training 50 "$python" -m bench.gpu training "$results"
 part compiled 90 "$python" -m bench.gpu compiled "$results"
+if "$python" -c 'import pytest_benchmark, pytorch_optimizer' 2> /dev/null; then
+    part suites 75 "$python" -m bench --device cuda --quick --out "$results"
+else
+    echo "pytest-benchmark or pytorch_optimizer is not there: the suites of make bench are left out"
+fi
 remaining=$((585 - (SECONDS - started)))
 [ "$remaining" -gt 20 ] && part sweep "$remaining" "$python" -m bench.gpu sweep "$results"
 "$python" -m bench.gpu table "$results" > "$results/README.md" || failures+=("table")

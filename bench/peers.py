@@ -7,6 +7,7 @@ and all walk the same trajectory: ``tests/test_bench.py`` and every benchmark ch
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -116,6 +117,8 @@ class CompiledSAM:
         self, groups: Iterable[Any], base: type[Optimizer], rho: float = RHO, **options: Any
     ) -> None:
         options["lr"] = torch.tensor(options["lr"])
+        if "capturable" in inspect.signature(base).parameters:  # else Adam takes no tensor
+            options["capturable"] = True
         self.base_optimizer = base(groups, **options, foreach=True)
         self.param_groups = self.base_optimizer.param_groups
         for group in self.param_groups:

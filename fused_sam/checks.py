@@ -172,6 +172,8 @@ def _check_param(param: Any) -> None:
             f"{what} is a {type(param).__name__}, whose memory FusedSAM cannot reach; use plain "
             f"tensors (replicated by DistributedDataParallel rather than sharded)"
         )
+    if param.is_inference():
+        raise ValueError(f"{what} was made in inference mode; .clone() it outside of that")
     if param.is_meta:
         raise ValueError(
             f"{what} is on the meta device; materialise it first (model.to_empty(...))"

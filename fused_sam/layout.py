@@ -277,6 +277,11 @@ def _same_kind(tensors: Sequence[Tensor | None]) -> Callable[..., bool] | None:
 
 
 def _usable(grad: Tensor, slot: Slot) -> Tensor:
+    if type(grad).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise RuntimeError(
+            f"a parameter of shape {tuple(slot.shape)} has a gradient of type "
+            f"{type(grad).__name__}, whose memory FusedSAM cannot reach; use plain tensors"
+        )
     if grad.layout is not torch.strided:
         raise RuntimeError(
             f"a parameter of shape {tuple(slot.shape)} has a gradient of layout "
@@ -288,6 +293,7 @@ def _usable(grad: Tensor, slot: Slot) -> Tensor:
         or grad.stride() != slot.stride
         or grad.dtype is not slot.dtype
         or grad.is_neg()
+        or grad._is_zerotensor()
     ):
         grad = _match(grad, slot)
     return as_real(grad)
@@ -302,7 +308,8 @@ def _match(grad: Tensor, slot: Slot) -> Tensor:
         size == 1 or ours == theirs
         for size, ours, theirs in zip(slot.shape, slot.stride, grad.stride(), strict=True)
     )
-    if same_order and grad.dtype is slot.dtype and not grad.is_neg():
+    lazy = grad.is_neg() or grad._is_zerotensor()
+    if same_order and grad.dtype is slot.dtype and not lazy:
         return grad.detach().as_strided(slot.shape, slot.stride)
     matched = torch.empty_strided(slot.shape, slot.stride, dtype=slot.dtype, device=param.device)
     return matched.copy_(grad.detach())
@@ -339,9 +346,12 @@ class Layout:
         for bucket in self.buckets:
             bucket.move_in()
             for i, slot in enumerate(bucket.slots):
-                if slot.param in carried:
-                    slot.shaped(slot.of(bucket.saved)).copy_(carried[slot.param])
+                saved = carried.pop(slot.param, None)
+                if saved is not None:
+                    slot.shaped(slot.of(bucket.saved)).copy_(saved)
                     bucket.perturbed[i] = True
+        for param, saved in carried.items():
+            param.data.copy_(saved)  # it left the groups while it was perturbed
         self._addresses = _addresses(groups)
         self._strides = _strides(groups)
         self.adopt({} if state is None else state)

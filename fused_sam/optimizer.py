@@ -233,9 +233,9 @@ class FusedSAM(Optimizer):
             sq_norm = self._climb(grads)
             for _, bucket, bucket_grads in self._each(grads):
                 bucket.perturbed = [grad is not None for grad in bucket_grads]
+            self._sq_norm, self._perturbed = sq_norm, True
+            for _, bucket, bucket_grads in self._each(grads):
                 _bump_versions(bucket, bucket_grads)
-        self._sq_norm = sq_norm
-        self._perturbed = True
         if zero_grad:
             self.zero_grad()
 
@@ -441,7 +441,10 @@ class FusedSAM(Optimizer):
             return torch.zeros(1, device="cpu")
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parts) else torch.float32
         device = parts[0].device
-        return torch.stack([p.sum().to(device, dtype, non_blocking=True) for p in parts])
+        largest = min(torch.finfo(p.dtype).max for p in parts)
+        sums = torch.stack([p.sum().to(device, dtype, non_blocking=True) for p in parts])
+        # All buckets climb or none: what is infinite for one is infinite for all.
+        return torch.where(sums.sum() > largest, torch.inf, sums)
 
     def _each(self, grads: list[Gradients]) -> list[tuple[Backend, Bucket, Gradients]]:
         return list(zip(self._backends, self._layout.buckets, grads, strict=True))
@@ -483,12 +486,12 @@ class FusedSAM(Optimizer):
         # On the gradient itself: a weak reference to it would keep torch from swapping it.
         for group in self.param_groups:
             for p in group["params"]:
-                if (grad := p.grad) is not None:
+                if (grad := p.grad) is not None and not grad.is_inference():
                     grad._fused_sam_consumed = grad._version
 
     def _has_fresh_gradients(self) -> bool:
         return any(
-            getattr(p.grad, "_fused_sam_consumed", None) != p.grad._version
+            p.grad.is_inference() or getattr(p.grad, "_fused_sam_consumed", None) != p.grad._version
             for group in self.param_groups
             for p in group["params"]
             if p.grad is not None

@@ -359,3 +359,11 @@ def test_unknown_backend_by_name():
 def test_backend_is_named():
     assert FusedSAM(weights(), backend="reference", lr=0.1).backend == "reference"
     assert FusedSAM(weights(), lr=0.1).backend
+
+
+def test_inference_parameters_are_refused():
+    """They have no version counter to bump: first_step would fail after it has climbed."""
+    with torch.inference_mode():
+        p = torch.nn.Parameter(torch.randn(5), requires_grad=False)
+    with pytest.raises(ValueError, match="inference mode"):
+        FusedSAM([p], lr=0.1)

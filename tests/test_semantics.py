@@ -1152,3 +1152,45 @@ def test_gradients_of_gradients_are_accepted(backend):
     opt.second_step()
     twin.second_step()
     assert_weights(opt, twins)
+
+
+def test_a_parameter_that_leaves_while_perturbed_returns_to_w(backend):
+    """Freezing callbacks change groups at any time; nothing may stay at w + epsilon."""
+    stays, leaves = (torch.nn.Parameter(torch.randn(5)) for _ in range(2))
+    opt = FusedSAM([stays, leaves], lr=0.1, backend=backend)
+    before = leaves.detach().clone()
+    inject({stays: torch.randn(5), leaves: torch.randn(5)})
+    opt.first_step()
+    opt.param_groups[0]["params"] = [stays]
+    opt.restore()
+    assert torch.equal(leaves, before)
+
+
+def test_inference_gradients_step_once(backend):
+    """They have no version counter: the step must not fail after it has updated."""
+    p = torch.nn.Parameter(torch.zeros(3))
+    opt = FusedSAM([p], lr=0.1, backend=backend)
+    with torch.inference_mode():
+        grad = torch.ones(3)
+    p.grad = grad
+    opt.second_step()
+    assert torch.equal(p, torch.full((3,), -0.1))
+
+
+def test_gradients_without_memory_count_as_the_zeros_they_are(backend):
+    """Autograd leaves ZeroTensors in .grad, whose address is 0."""
+    p = torch.nn.Parameter(torch.ones(100))
+    opt = FusedSAM([p], lr=0.1, weight_decay=0.5, backend=backend)
+    p.grad = torch._efficientzerotensor((100,))
+    opt.first_step()
+    opt.second_step()
+    assert torch.equal(p, torch.full((100,), 1 - 0.1 * 0.5))
+
+
+def test_what_overflows_for_one_dtype_moves_none(backend):
+    """A norm beyond float32 in a model that mixes dtypes: no bucket climbs alone."""
+    params = [torch.nn.Parameter(torch.ones(2, dtype=d)) for d in (torch.float32, torch.float64)]
+    opt = FusedSAM(params, lr=0.1, backend=backend)
+    inject({params[0]: torch.ones(2), params[1]: torch.full((2,), 1e30, dtype=torch.float64)})
+    opt.first_step()
+    assert all(torch.equal(p, torch.ones_like(p)) for p in params)

@@ -295,7 +295,8 @@ class _Tables:
                 group = {**group, "lr": 0.0}  # not read here: that would wait for the device
             values.append([_number(group.get(name, False)) for name in names])
         known, table = self._hyper.get(make, (None, None))
-        if table is None or known != values:
+        # Which rates are on the device belongs to the comparison: a plain 0.0 looks like one.
+        if table is None or known != (values, on_device.keys()):
             table = torch.tensor(
                 [[float(row.get(name, 0)) for name in HYPER] for row in (make(*v) for v in values)],
                 dtype=bucket.compute_dtype,
@@ -305,7 +306,7 @@ class _Tables:
             if not self.on_cpu:
                 self._keep(table)
                 table = table.to(self.device, non_blocking=True)
-            self._hyper[make] = (values, table)
+            self._hyper[make] = ((values, on_device.keys()), table)
         for i, lr in on_device.items():
             table[i, HYPER.index("lr")].copy_(lr.squeeze(), non_blocking=True)
         return table

@@ -1,0 +1,56 @@
+"""Run the suites and write the report: ``python -m bench [--quick] [--device cuda]``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import report
+from .machine import ROOT
+from .results import RESULTS, keep, tidy
+
+SUITES = ("suite_models", "suite_sweeps", "suite_costs", "suite_training")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns pytest's exit status: a suite that failed fails the run, and the rest is reported."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="under two minutes, nothing published")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--suite", choices=SUITES, action="append", help="only these")
+    parser.add_argument("--keep", action="store_true", help="keep the results under the commit too")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where results go")
+    args = parser.parse_args(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{args.device}{'-quick' if args.quick else ''}.json"
+    status = _run_suites(args.suite or SUITES, args.device, args.quick, path)
+    if not path.exists():
+        return status or 1
+    tidy(path)
+    if args.keep:
+        print(f"kept as {keep(path)}")
+    if args.quick or args.suite:
+        report.write_quick(path, path.with_suffix(".md"))
+    else:
+        report.write(path)
+    return status
+
+
+def _run_suites(suites: Sequence[str], device: str, quick: bool, path: Path) -> int:
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider"]
+    command += [f"bench/{suite}.py" for suite in suites]
+    command += [f"--bench-device={device}", *(["--quick"] if quick else [])]
+    command += [f"--benchmark-json={path.resolve()}", "--benchmark-columns=median,rounds"]
+    command += ["--benchmark-disable-gc", "--benchmark-quiet", "--durations=5"]
+    with tempfile.TemporaryDirectory() as cache:  # first steps are to be first steps
+        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
+        return subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

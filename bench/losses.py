@@ -1,0 +1,78 @@
+"""Where a peer is faster than FusedSAM, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .stats import Spread, ratio
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A case in which a peer took less time; ``factor`` is its time over FusedSAM's."""
+
+    case: str
+    peer: str
+    factor: Spread
+    certain: bool
+    reason: str
+
+
+def losses(records: Mapping[str, dict[str, Any]]) -> Iterator[Loss]:
+    """All of them, by the backend that ``"auto"`` takes."""
+    for record in records.values():
+        ours = next(iter(record["families"]))
+        for peer, family in record["families"].items():
+            if family == "FusedSAM":
+                continue
+            factor = ratio(record["seconds"][peer], record["seconds"][ours])
+            if factor.median < 1:
+                yield Loss(
+                    describe(record), peer, factor, factor.p80 < 1, _reason(record, ours, family)
+                )
+
+
+def describe(record: dict[str, Any]) -> str:
+    """The case in words."""
+    words = [record["workload"], record["base"]]
+    words += ["cold caches"] if record["cache"] == "cold" else []
+    words += [f"{record['groups']} groups"] if record["groups"] > 1 else []
+    words += [f"{record['threads']} thread" + ("s" if record["threads"] > 1 else "")]
+    return ", ".join(words)
+
+
+def _reason(record: dict[str, Any], ours: str, family: str) -> str:
+    large = record["numel"] / record["tensors"] >= 20_000 and record["numel"] >= 4_000_000
+    parts = []
+    if ours.endswith("reference"):
+        parts.append(
+            "the reference backend is written in PyTorch's own operations, which pass over "
+            "memory more often than the traffic budget has it"
+        )
+    if family == "compiled foreach SAM":
+        parts.append(
+            "the compiler fuses the same passes, for exactly these shapes and options; it pays "
+            "with the first step's time, which stands below, and again for every new shape"
+        )
+    elif family == "foreach SAM" and large:
+        parts.append(
+            "it saves w and returns to it by moving pointers, and so has 9 accesses per parameter "
+            "with SGD's fused form where FusedSAM has 10. The price is that every parameter "
+            "changes its memory twice in every step, which breaks views of it, CUDA graphs and "
+            "whatever else holds an address, and that missing or infinite gradients go wrong; "
+            "FusedSAM does not trade that"
+        )
+    elif family == "textbook SAM" and large:
+        parts.append(
+            "returning by pointer costs it no pass, so that with a fused base optimizer it has 13 "
+            "accesses per parameter, as many as the reference backend, which copies w back"
+        )
+    elif not large:
+        parts.append(
+            "there is little to compute, and what counts is the host's work: FusedSAM looks for "
+            "changed parameters, groups, states and gradients in every step, which the peer takes "
+            "as given"
+        )
+    return "; ".join(parts) or "no explanation yet: it must be looked into"
