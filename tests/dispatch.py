@@ -15,8 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+import fused_sam.backends.triton  # noqa: F401  (makes it backends.triton)
 from fused_sam import FusedSAM, backends
-from fused_sam.backends import triton as _  # noqa: F401  (backends.triton)
 
 
 class Driver:
