@@ -225,6 +225,14 @@ def _ascent_weight(weights: Tensor, group: Group) -> Tensor:
     return weights.abs().add_(group["eta"])
 
 
+def _pieces(grad: Tensor) -> Sequence[Tensor]:
+    """A gradient in pieces: torch sums many squares naively, 25 million come out 0.15 % short."""
+    if grad.numel() <= _CHUNK_ELEMENTS:
+        return (grad,)
+    pieces: Sequence[Tensor] = grad.as_strided((grad.numel(),), (1,)).split(_CHUNK_ELEMENTS)
+    return pieces
+
+
 def _present(grads: Gradients) -> tuple[Hashable, ...]:
     return tuple([None if grad is None else True for grad in grads])
 
@@ -244,9 +252,10 @@ class ReferenceBackend:
                 scaled = _gather(bucket, run, grads)
                 for chunk in run.chunks():
                     scaled[chunk].mul_(_ascent_weight(run.weights[chunk].to(dtype), group))
-                norms.append(torch.linalg.vector_norm(scaled))
+                norms += torch._foreach_norm(list(scaled.split(_CHUNK_ELEMENTS)), 2)
             else:
-                norms += torch._foreach_norm(run.pick(grads), 2, dtype=dtype)
+                pieces = [piece for grad in run.pick(grads) for piece in _pieces(grad)]
+                norms += torch._foreach_norm(pieces, 2, dtype=dtype)
         if not norms:
             return torch.zeros(1, dtype=dtype, device=bucket.device)
         return torch.stack(norms).square_()
