@@ -416,10 +416,11 @@ def _training(results: dict[str, Any]) -> list[str]:
         head += ["wall time [s]", "optimizer [s]", "share [%]"]
         lines += [
             f"End to end: {name} on handwritten digits, one thread, "
-            " every batch with all peers in turn. In float64, "
+            "every batch with all peers in turn. In float64, "
             f"{found['exact_epochs']} epoch{'s' if found['exact_epochs'] > 1 else ''}: test "
             "accuracy, and the largest difference of any weight from FusedSAM's at the end; the "
-            f"trajectories are equal. In float32, {found['epochs']} epochs, the times; there "
+            "trajectories are equal, but that pytorch_optimizer adds its norm up in float32 in any "
+            f"case. In float32, {found['epochs']} epochs, the times; there "
             "rounding differs between peers and early training amplifies it, so that accuracies "
             "scatter as they do between seeds.",
             "",

