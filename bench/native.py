@@ -16,33 +16,12 @@ import torch
 
 from fused_sam import FusedSAM
 from fused_sam.backends import native
+from fused_sam.demo.textbook import TextbookSAM
 
 SETTINGS = (
     ("SGD", torch.optim.SGD, dict(lr=0.1, momentum=0.9, weight_decay=5e-4), 10),
     ("AdamW", torch.optim.AdamW, dict(lr=1e-3), 12),
 )
-
-
-class Textbook(torch.optim.Optimizer):
-    """SAM as everybody writes it, parameter by parameter (davda54/sam)."""
-
-    def __init__(self, params, base, rho=0.05, **options):
-        super().__init__(params, dict(rho=rho, **options))
-        self.base = base(self.param_groups, **options)
-
-    @torch.no_grad()
-    def first_step(self):
-        params = self.param_groups[0]["params"]
-        norm = torch.norm(torch.stack([p.grad.norm() for p in params]))
-        for p in params:
-            self.state[p]["old_p"] = p.data.clone()
-            p.add_(p.grad * (self.param_groups[0]["rho"] / (norm + 1e-12)))
-
-    @torch.no_grad()
-    def second_step(self):
-        for p in self.param_groups[0]["params"]:
-            p.data = self.state[p]["old_p"]
-        self.base.step()
 
 
 def resnet50():
@@ -95,7 +74,7 @@ def compare(name, shapes, rounds):
     source, target = torch.randn(numel), torch.empty(numel)
     for label, base, options, passes in SETTINGS:
         contestants = {
-            form: Textbook(parameters(shapes), base, **options, **extra)
+            form: TextbookSAM(parameters(shapes), base, **options, **extra)
             for form, extra in (
                 ("textbook", {}),
                 ("textbook foreach", dict(foreach=True)),
