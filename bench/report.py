@@ -180,7 +180,9 @@ _METHOD = [
     "each measurement follows a step of the same peer. *Cold*: it follows a pass over twice the "
     "size of the largest cache. The *limit* is the traffic budget (SGD with momentum: 10 accesses "
     "of 4 bytes per parameter; AdamW: 12) at the speed of a copy between two tensors of 128 MiB, "
-    "measured in the same rounds; models that fit into the caches have none. The options: SGD with "
+    "measured in the same rounds; models that fit into the caches have none. On a CPU more than "
+    "100 % is possible: torch's copy reads the lines that it will overwrite, which FusedSAM's "
+    "streamed stores do not. The options: SGD with "
     "momentum 0.9 and weight decay, AdamW with weight decay, float32, gradients of all parameters.",
     "",
     "The peers: *textbook SAM*, the loop over the parameters that everybody writes "
