@@ -277,6 +277,22 @@ def test_sparse_gradient_in_the_second_pass(rule, backend):
     assert_same_bits(embedding.weight, before)
 
 
+def test_gradient_of_a_subclass(backend):
+    """After a step with plain ones, so that it is the quick look at gradients that must see it."""
+    params = weights()
+    opt = FusedSAM(params, backend=backend, lr=0.1)
+    inject({p: torch.randn_like(p) for p in params})
+    opt.first_step()
+    opt.second_step()
+    before = [p.detach().clone() for p in params]
+    params[1].grad = Opaque(torch.ones(5))
+    with pytest.raises(RuntimeError, match=r"\(5,\).*Opaque.*plain tensors"):
+        opt.first_step()
+    assert not opt.is_perturbed
+    for p, w in zip(params, before, strict=True):
+        assert_same_bits(p, w)
+
+
 # ----------------------------------------------------------------------------- options set later
 
 

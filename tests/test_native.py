@@ -106,6 +106,37 @@ def test_operations_refuse_tables_that_do_not_fit():
         )
 
 
+class OnDevice(torch.Tensor):
+    """A number that says it is on a device of its own, as a learning rate may be on a GPU."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, device="meta")
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args = [arg.inner if isinstance(arg, cls) else arg for arg in args]
+        result = func(*args, **(kwargs or {}))
+        return cls(result) if func is torch.ops.aten.squeeze.default else result
+
+
+def test_learning_rate_on_a_device_and_a_plain_zero_are_told_apart():
+    """The host does not read a rate on a device; where it puts 0.0 meanwhile is no known rate."""
+    params = [torch.nn.Parameter(torch.ones(3))]
+    bucket = Bucket([(p, 0) for p in params], set())
+    tables = native._tables(bucket)
+    group = dict(torch.optim.SGD(params).param_groups[0])
+    column = native.HYPER.index("lr")
+    for lr, expected in ((OnDevice(torch.tensor(0.5)), 0.5), (0.0, 0.0), (0.25, 0.25)):
+        group["lr"] = lr
+        for _ in range(2):
+            row = tables.hyper(bucket, [group], native._UPDATE["sgd"][2])[0]
+            assert row[column] == expected
+
+
 @needs_native
 def test_constants_agree_with_the_sources():
     """Python fills the tables that csrc/ reads: the order of their columns is one."""
