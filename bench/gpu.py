@@ -36,7 +36,7 @@ ROUNDS = 30
 SIZES = [1_000_000, 11_700_000, 25_600_000, 86_000_000, 340_000_000, 1_000_000_000]
 STEP_MODELS = ["ResNet-18", "ResNet-50", "WRN-28-10", "ViT-B/16", "GPT-2-small"]
 BUDGET = {"sq_norm": 1, "perturb_": 4, "update_ SGD": 5, "update_ AdamW": 7}
-"""Accesses to each element, DESIGN.md section 2."""
+"""Accesses to each element: the traffic budget of docs/predicted.md."""
 
 Work = Callable[[], Any]
 

@@ -44,7 +44,7 @@ def describe(record: dict[str, Any]) -> str:
 
 
 def _reason(record: dict[str, Any], ours: str, family: str) -> str:
-    large = record["numel"] / record["tensors"] >= 20_000 and record["numel"] >= 4_000_000
+    small = record["numel"] < 500_000 or record["numel"] / record["tensors"] < 20_000
     parts = []
     if ours.endswith("reference"):
         parts.append(
@@ -56,7 +56,7 @@ def _reason(record: dict[str, Any], ours: str, family: str) -> str:
             "the compiler fuses the same passes, for exactly these shapes and options; it pays "
             "with the first step's time, which stands below, and again for every new shape"
         )
-    elif family == "foreach SAM" and large:
+    elif family == "foreach SAM":
         parts.append(
             "it saves w and returns to it by moving pointers, and so has 9 accesses per parameter "
             "with SGD's fused form where FusedSAM has 10. The price is that every parameter "
@@ -64,14 +64,14 @@ def _reason(record: dict[str, Any], ours: str, family: str) -> str:
             "whatever else holds an address, and that missing or infinite gradients go wrong; "
             "FusedSAM does not trade that"
         )
-    elif family == "textbook SAM" and large:
+    elif family == "textbook SAM" and ours.endswith("reference") and not small:
         parts.append(
             "returning by pointer costs it no pass, so that with a fused base optimizer it has 13 "
             "accesses per parameter, as many as the reference backend, which copies w back"
         )
-    elif not large:
+    if small:
         parts.append(
-            "there is little to compute, and what counts is the host's work: FusedSAM looks for "
+            "there is little to compute, so that the host's work counts: FusedSAM looks for "
             "changed parameters, groups, states and gradients in every step, which the peer takes "
             "as given"
         )

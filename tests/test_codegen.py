@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
 ARCHS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]
 BUDGET = {"sq_norm": 1, "perturb": 4, "sgd-momentum": 5, "adamw": 7}
-"""Accesses to each element, DESIGN.md section 2."""
+"""Accesses to each element: the traffic budget of docs/predicted.md."""
 
 
 def _run(script, *args):
