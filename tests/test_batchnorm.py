@@ -373,7 +373,8 @@ def test_distributed_data_parallel(process_group):
 
 def test_scripted_model():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript as a whole
+        for category in (DeprecationWarning, FutureWarning):  # of TorchScript as a whole
+            warnings.simplefilter("ignore", category)
         model = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
     x, before = torch.randn(2, 3, 8, 8), snapshot(model)
 
