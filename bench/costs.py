@@ -47,7 +47,7 @@ def _profile(device: torch.device) -> profile:
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    return profile(activities=activities, profile_memory=True)
+    return profile(activities=activities, profile_memory=True, acc_events=True)
 
 
 def _calls(found: profile) -> int:

@@ -36,7 +36,13 @@ class _Kept:
 def _patch_once(fn):
     """Patching triton.language anew for each launch and each call takes half of the time."""
     _patch_lang(fn)
+    tl.tensor.__index__ = _index
     return _Kept()
+
+
+def _index(tensor):
+    """Triton 3.6's own makes a number of an array of one, which NumPy 2.4 refuses."""
+    return tensor.handle.data.item()
 
 
 _get_np_dtype = interpreter._get_np_dtype

@@ -207,7 +207,7 @@ def test_steady_state_allocates_nothing_of_a_parameters_size(rule, adaptive, bac
         opt.first_step()
         opt.second_step()
     with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:
         opt.first_step()
         opt.second_step()

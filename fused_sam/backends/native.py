@@ -101,6 +101,7 @@ def missing(device_type: str = "cpu") -> str | None:
     return None
 
 
+@functools.cache  # torch before 2.13 refuses a second time
 def _register_fakes() -> None:
     """What torch.compile and torch.export need to know: shapes and dtypes of the results."""
 
