@@ -14,6 +14,7 @@ and LibTorch: one binary serves Python >= 3.10 and torch >= 2.10.
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,8 +32,8 @@ DEFINES = [("TORCH_TARGET_VERSION", "0x020a000000000000")]  # 2.10
 OPTIMIZE = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 OPTIMIZE += ["-fno-unswitch-loops"]  # or it makes so many versions that it vectorises none
 REMEDY = (
-    "install torch >= 2.10 and a C++ compiler, then "
-    "`FUSED_SAM_BUILD=cpu pip install --no-build-isolation fused-sam`"
+    "install torch >= 2.10 and a C++ compiler, and for CUDA nvcc, then `FUSED_SAM_BUILD={} pip "
+    "install --no-build-isolation --force-reinstall --no-deps --no-cache-dir fused-sam`"
 )
 
 
@@ -43,10 +44,11 @@ def find_nvcc() -> str | None:
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler that setuptools will use."""
+    """The C++ compiler that torch will use."""
     if sys.platform == "win32":
         return "msvc"  # setuptools finds it by itself, or says what is missing
-    return shutil.which(os.environ.get("CXX", "c++").split()[0]) or shutil.which("g++")
+    words = shlex.split(os.environ.get("CXX", "c++"))
+    return shutil.which(words[0]) if words else None
 
 
 def why_not() -> str | None:
@@ -68,15 +70,18 @@ def build_class() -> type:
         def get_export_symbols(self, ext: Extension) -> list[str]:
             return []  # a library for torch, not a module for Python
 
+        def run(self) -> None:
+            # What an earlier build left would be packed too.
+            for left in Path(self.build_lib).glob("fused_sam/_native*"):
+                left.unlink()
+            super().run()
+
         def build_extension(self, ext: Extension) -> None:
             if ext.name != "fused_sam._native_cuda":
                 super().build_extension(ext)
                 return
             target = Path(self.get_ext_fullpath(ext.name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            newest = max(Path(path).stat().st_mtime for path in [*ext.sources, *ext.depends])
-            if not self.force and target.exists() and target.stat().st_mtime >= newest:
-                return
             host = [] if sys.platform == "win32" else ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
             command = [
                 *[find_nvcc(), "-shared", "-o", str(target), "-std=c++20", "-O3", "--threads=0"],
@@ -122,10 +127,10 @@ def native(mode: str) -> dict[str, object]:
         why = "there is no nvcc, neither in CUDA_HOME nor on the PATH"
     if why is not None:
         if mode in ("cpu", "cuda"):
-            raise SystemExit(f"FUSED_SAM_BUILD={mode} cannot be met: {why}; {REMEDY}")
+            raise SystemExit(f"FUSED_SAM_BUILD={mode} cannot be met: {why}; {REMEDY.format(mode)}")
         print(
             f"fused-sam: building the pure-Python package, without the native backend: {why}. "
-            f"To have it: {REMEDY}",
+            f"To have it: {REMEDY.format('cpu')}",
             file=sys.stderr,
         )
         return {}
@@ -163,4 +168,4 @@ def native(mode: str) -> dict[str, object]:
     }
 
 
-setup(**native(os.environ.get("FUSED_SAM_BUILD", "auto").strip().lower()))
+setup(**native(os.environ.get("FUSED_SAM_BUILD", "").strip().lower() or "auto"))

@@ -112,10 +112,11 @@ struct Bucket {
     for (int64_t i = 0; i < p.num_slots; ++i) {
       const Slot& slot = p.slots[i];
       const bool moved = i < p.num_moved;
+      const int64_t limit = moved ? moved_size : p.size;
       STD_TORCH_CHECK(slot.start >= (i ? p.slots[i - 1].start + p.slots[i - 1].numel : 0) &&
-                          slot.numel >= 0 &&
-                          slot.start + slot.numel <= (moved ? moved_size : p.size) &&
-                          slot.row >= 0 && slot.row < hyper.numel() / kHyperSize,
+                          slot.start <= limit && slot.numel >= 0 &&
+                          slot.numel <= limit - slot.start && slot.row >= 0 &&
+                          slot.row < hyper.numel() / kHyperSize,
                       "fused_sam: slot ", i, " does not fit its bucket");
       if (!moved) {
         const Tensor& memory = pinned_weights[i - p.num_moved];
@@ -353,7 +354,7 @@ void update_(Tensor weights, std::vector<Tensor> /*pinned*/, std::optional<Tenso
 
 // pinned: the weights of the last slots, which are not in `weights`. grads: their addresses.
 // The tables are described in tables.h and rules.h (Hyper), the operations in
-// fused_sam/backends/__init__.py; climb_ is sq_norm and perturb_ in one.
+// fused_sam/backends/interface.py; climb_ is sq_norm and perturb_ in one.
 STABLE_TORCH_LIBRARY(fused_sam, m) {
   m.def(
       "sq_norm(Tensor weights, Tensor[] pinned, Tensor saved, Tensor slots, Tensor grads, "

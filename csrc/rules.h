@@ -122,6 +122,7 @@ FUSED_SAM_INLINE T ascent_scale(T rho, T sq_norm) {
 
 // A rule is a struct with
 //   kVariants        how many combinations of options touch different states; group.options is one
+//   kCounts          whether it keeps "step"
 //   uses(o, k)       whether variant o has the state k
 //   update<o>(...)   -> the new param; state[k] is updated in place where used
 
@@ -144,7 +145,7 @@ constexpr int kMaxStates = 3;
 struct Sgd {
   static constexpr int kVariants = 2;
   static constexpr int kMomentum = 1;
-  static constexpr bool kCounts = false;  // whether it keeps "step"
+  static constexpr bool kCounts = false;
 
   static FUSED_SAM_INLINE constexpr bool uses(int options, int k) {
     return k == 0 && (options & kMomentum);

@@ -183,6 +183,7 @@ class Bucket:
     Attributes:
         device, dtype: of all buffers; the dtype is real (complex64 parameters: float32).
         slots: one for each parameter; those that moved first, pinned ones last.
+        rows: the indices of the groups that have parameters here, rising.
         size: elements of a flat buffer, padding included. Padding is zero and stays zero.
         weights: (size of the moved slots,), the flat buffer whose windows the parameters are.
         saved: (size,), the weights w while the parameters hold w + epsilon.
@@ -205,6 +206,7 @@ class Bucket:
             start += -(-numel // ALIGNMENT) * ALIGNMENT
             moved = moved if param in pinned else start
         self.size = start
+        self.rows = sorted({slot.row for slot in self.slots})
         self.weights = torch.zeros(moved, dtype=self.dtype, device=self.device)
         self.saved = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         self.states: dict[str, StateBuffer] = {}
@@ -408,8 +410,8 @@ class Layout:
         assert self.rule is not None
         if all(all(buffer.present) for buffer in bucket.states.values()) and bucket.states:
             return
-        names = [self.rule.state(group) for group in groups]
-        if all(False not in bucket.states[name].present for row in names for name in row):
+        names = {row: self.rule.state(groups[row]) for row in bucket.rows}
+        if all(False not in bucket.states[name].present for row in names.values() for name in row):
             return
         new = [
             (slot, i, name)

@@ -1,4 +1,4 @@
-"""The Triton backend on a real GPU. bench/gpu.sh runs these; elsewhere they are skipped."""
+"""Triton and, where it was built, native on a real GPU. bench/gpu.sh runs these."""
 
 import copy
 
@@ -7,6 +7,7 @@ import torch
 from oracle import same_bits, step
 
 from fused_sam import FusedSAM
+from fused_sam.backends import native
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,6 +26,21 @@ RULES = {
 SIZES = [1, 0, 63, 4095, 4096, 4097, 100_003]
 
 
+@pytest.fixture(
+    params=[
+        "triton",
+        pytest.param(
+            "native",
+            marks=pytest.mark.skipif(
+                native.missing("cuda") is not None, reason=f"native: {native.missing('cuda')}"
+            ),
+        ),
+    ]
+)
+def backend(request):
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _on_the_gpu():
     torch.manual_seed(0)
@@ -36,9 +52,9 @@ def make_params(sizes=SIZES, dtype=torch.float32):
     return [torch.nn.Parameter(torch.randn(n).to(dtype)) for n in sizes]
 
 
-def make(sizes=SIZES, base=SGD, dtype=torch.float32, **options):
+def make(sizes=SIZES, base=SGD, dtype=torch.float32, backend="triton", **options):
     params = make_params(sizes, dtype)
-    return params, FusedSAM(params, base, backend="triton", **{"lr": 0.05, **options})
+    return params, FusedSAM(params, base, backend=backend, **{"lr": 0.05, **options})
 
 
 def random_grads(params, missing=()):
@@ -50,16 +66,16 @@ def random_grads(params, missing=()):
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
 )
 @pytest.mark.parametrize("rule", RULES)
-def test_steps_as_the_textbook(rule, dtype, adaptive):
+def test_steps_as_the_textbook(rule, dtype, adaptive, backend):
     """Guards every rule on the real compiler, with gradients missing in either pass."""
     base, options = RULES[rule]
-    params, opt = make(SIZES, base, dtype, rho=0.3, adaptive=adaptive, eta=0.01, **options)
+    params, opt = make(SIZES, base, dtype, backend, rho=0.3, adaptive=adaptive, eta=0.01, **options)
     for first, second in (((), ()), ((3,), (2, 6)), ((), ())):
         step(opt, random_grads(params, first), random_grads(params, second))
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_groups_keep_their_own_options(rule):
+def test_groups_keep_their_own_options(rule, backend):
     base, options = RULES[rule]
     params = make_params()
     groups = [
@@ -67,15 +83,15 @@ def test_groups_keep_their_own_options(rule):
         {"params": params[3:5], "adaptive": True, "eta": 0.1, "weight_decay": 0.2, "lr": 0.01},
         {"params": params[5:], "lr": torch.tensor(0.02)},
     ]
-    opt = FusedSAM(groups, base, backend="triton", lr=0.05, **options)
+    opt = FusedSAM(groups, base, backend=backend, lr=0.05, **options)
     for _ in range(3):
         step(opt, random_grads(params), random_grads(params))
         opt.param_groups[2]["lr"].mul_(0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_unaligned_gradients(dtype):
-    params, opt = make([4099, 17, 100_001], dtype=dtype, momentum=0.9)
+def test_unaligned_gradients(dtype, backend):
+    params, opt = make([4099, 17, 100_001], dtype=dtype, backend=backend, momentum=0.9)
     for _ in range(2):
         passes = []
         for _ in range(2):
@@ -86,8 +102,8 @@ def test_unaligned_gradients(dtype):
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
-def test_found_inf_restores_exactly(max_grad_norm):
-    params, opt = make(base=ADAMW, max_grad_norm=max_grad_norm)
+def test_found_inf_restores_exactly(max_grad_norm, backend):
+    params, opt = make(base=ADAMW, backend=backend, max_grad_norm=max_grad_norm)
     for found_inf in (0.0, 1.0, 0.0):
         opt.grad_scale, opt.found_inf = torch.tensor(4.0), torch.tensor(found_inf)
         step(
@@ -163,14 +179,14 @@ def make_model():
 
 
 @pytest.mark.parametrize("base, options", [(SGD, {"momentum": 0.9}), (ADAMW, {})])
-def test_graph_replay_is_eager(base, options):
+def test_graph_replay_is_eager(base, options, backend):
     """Guards capture of a whole step; later eager steps must not disturb what a graph reads."""
     torch.backends.cudnn.deterministic = True
     batches = [(torch.randn(8, 3, 8, 8), torch.randint(10, (8,))) for _ in range(8)]
     model = make_model()
     twin = copy.deepcopy(model)
     opts = [
-        FusedSAM(m.parameters(), base, backend="triton", lr=0.01, **options) for m in (model, twin)
+        FusedSAM(m.parameters(), base, backend=backend, lr=0.01, **options) for m in (model, twin)
     ]
 
     def whole_step(net, opt, x, y):

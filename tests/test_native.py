@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,7 @@ def test_operations_do_what_their_schemas_say(pinned):
 
 @needs_native
 def test_operations_refuse_tables_that_do_not_fit():
-    """Memory safety does not rest on the caller: sizes, dtypes and rows are checked first."""
+    """Sizes, dtypes and rows are checked before any memory is touched; addresses cannot be."""
     _, opt = make()
     bucket = opt._layout.buckets[0]
     tables = native._tables(bucket)
@@ -82,6 +83,8 @@ def test_operations_refuse_tables_that_do_not_fit():
     good = [bucket.weights, [], bucket.saved, tables.slots, grads, hyper]
     slots = tables.slots.clone()
     slots[1] += bucket.size  # numel of the first slot
+    overflowing = tables.slots.clone()
+    overflowing[:2] = torch.tensor([1, 2**63 - 1])  # their sum is negative
     bad_row = tables.slots.clone()
     bad_row[2] = 1
     for i, wrong in (
@@ -89,6 +92,7 @@ def test_operations_refuse_tables_that_do_not_fit():
         (0, bucket.weights.double()),
         (2, bucket.saved[:-64]),
         (3, slots),
+        (3, overflowing),
         (3, bad_row),
         (3, tables.slots[:-4]),
         (4, grads.int()),
@@ -121,6 +125,35 @@ class OnDevice(torch.Tensor):
         args = [arg.inner if isinstance(arg, cls) else arg for arg in args]
         result = func(*args, **(kwargs or {}))
         return cls(result) if func is torch.ops.aten.squeeze.default else result
+
+
+def test_what_a_cuda_graph_reads_is_its_own(monkeypatch):
+    """Tables that are filled in a capture serve nobody else, and live as long as the bucket."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda table: table.clone())
+    capturing = False
+    monkeypatch.setattr(native._Tables, "_is_capturing", lambda self: capturing)
+    params = [torch.nn.Parameter(torch.ones(3))]
+    bucket = Bucket([(p, 0) for p in params], set())
+    tables = native._tables(bucket)
+    tables.on_cpu = False
+    group = dict(torch.optim.SGD(params).param_groups[0])
+    row = native._UPDATE["sgd"][2]
+    grads = [torch.ones(3)]
+    warm = tables.hyper(bucket, [group], row), tables.grads(grads)
+    capturing = True
+    captured = tables.hyper(bucket, [group], row), tables.grads(grads)
+    alive = [weakref.ref(table) for table in captured]
+    assert all(a is not b for a, b in zip(warm, captured, strict=True))
+    del captured
+    capturing = False
+    again = tables.hyper(bucket, [group], row), tables.grads(grads)
+    assert all(a is b for a, b in zip(warm, again, strict=True))
+    group["lr"] = 0.5
+    tables.hyper(bucket, [group], row)
+    many = [[torch.ones(3)] for _ in range(2 * native._MAX_SMALL)]
+    for other in many:
+        tables.grads(other)
+    assert all(table() is not None for table in alive)
 
 
 def test_learning_rate_on_a_device_and_a_plain_zero_are_told_apart():
@@ -325,8 +358,9 @@ def test_a_wish_that_cannot_be_met_is_an_error(mode, environment, message):
 
 
 @pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not in a source tree")
-def test_without_a_compiler_the_package_is_pure_python_and_says_so():
-    done = setup("auto", CXX="no-compiler", PATH="")
+@pytest.mark.parametrize("environment", [{"CXX": "no-compiler"}, {"CXX": ""}, {"PATH": ""}])
+def test_without_a_compiler_the_package_is_pure_python_and_says_so(environment):
+    done = setup("auto", **{"CXX": "c++", **environment})
     assert done.returncode == 0, done.stderr
     assert "without the native backend: there is no C++ compiler" in done.stderr
     assert "FUSED_SAM_BUILD=cpu pip install" in done.stderr

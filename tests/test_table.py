@@ -286,3 +286,14 @@ def test_eps_zero_keeps_padding_out_of_the_norm(rule, dtype, backend):
 
     for i in range(3):
         step(opt, never_zero(2 * i), never_zero(2 * i + 1))
+
+
+def test_state_that_no_group_of_a_bucket_needs_is_not_allocated(backend):
+    """Two dtypes are two buckets; momentum in one of them costs the other nothing."""
+    params = [torch.nn.Parameter(torch.ones(5, dtype=t)) for t in (torch.float32, torch.float64)]
+    groups = [{"params": params[:1], "momentum": 0.9}, {"params": params[1:]}]
+    opt = FusedSAM(groups, SGD, lr=0.1, backend=backend)
+    for i in range(2):
+        step(opt, random_grads(params, 2 * i), random_grads(params, 2 * i + 1))
+    assert opt.state[params[0]].keys() == {"momentum_buffer"} and not opt.state[params[1]]
+    assert [list(bucket.states) for bucket in opt._layout.buckets] == [["momentum_buffer"], []]

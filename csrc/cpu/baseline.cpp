@@ -1,4 +1,4 @@
-// The CPU kernels for every machine.
+// The CPU kernels for every machine; of x86 ones, for those since 2009 (x86-64-v2).
 #define FUSED_SAM_ISA baseline
 
 #if defined(__x86_64__) && defined(__clang__)

@@ -20,7 +20,9 @@ FUSED_SAM_DECLARE(avx512)
 static const Kernels& choose() {
 #if defined(__x86_64__) && defined(__GNUC__)
   const char* wish = std::getenv("FUSED_SAM_CPU");
-  const auto wanted = [wish](const Kernels& k) { return !wish || !std::strcmp(wish, k.name); };
+  const auto wanted = [wish](const Kernels& k) {
+    return !wish || !*wish || !std::strcmp(wish, k.name);
+  };
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,13 +52,14 @@ PARTIALS = 2048
 """Partial sums on a GPU: ``kPartials`` in csrc/cuda/launch.h."""
 
 _PERTURBED, _FRESH = 1, 2
-_MAX_UPLOADED = 16
+_MAX_SMALL = 16
 _EMPTY = 64
 """The address of a gradient without elements, which is there all the same."""
 
-_NOT_BUILT = (
-    "was not built, for which torch and {} must be there; install with "
-    "`FUSED_SAM_BUILD={} pip install --no-build-isolation fused-sam`"
+# Without the last three options pip takes the package that is installed, or was, for the one asked.
+_BUILD = (
+    "`FUSED_SAM_BUILD={} pip install --no-build-isolation --force-reinstall --no-deps "
+    "--no-cache-dir fused-sam`"
 )
 
 
@@ -87,17 +89,22 @@ def missing(device_type: str = "cpu") -> str | None:
     library = _library("_native" if device_type == "cpu" else "_native_cuda")
     if library is None:
         tool = "a C++ compiler" if device_type == "cpu" else "nvcc"
-        return f"its {device_type} library {_NOT_BUILT.format(tool, device_type)}"
+        return (
+            f"its {device_type} library was not built, for which torch and {tool} must be there; "
+            f"build it with {_BUILD.format(device_type)}"
+        )
     try:
         torch.ops.load_library(library)
     except OSError as error:
         return (
             f"its {device_type} library {library} cannot be loaded ({error}); build it again with "
-            f"this torch: `FUSED_SAM_BUILD={device_type} pip install --no-build-isolation "
-            f"--force-reinstall --no-deps fused-sam`"
+            f"this torch: {_BUILD.format(device_type)}"
         )
     if device_type == "cpu":
         _register_fakes()
+        found, wanted = torch.ops.fused_sam.cpu_kernels(), os.environ.get("FUSED_SAM_CPU")
+        if wanted and wanted != found:
+            return f"FUSED_SAM_CPU={wanted!r} names no kernels that this CPU can run; unset it"
     return None
 
 
@@ -245,7 +252,6 @@ class _Tables:
         self.device = bucket.device
         self.on_cpu = bucket.device.type == "cpu"
         self.pinned = [bucket.memory(slot) for slot in bucket.slots if slot.pinned]
-        self.rows = 1 + max(slot.row for slot in bucket.slots)
         # The pinned slots are a bucket's last ones.
         addresses = [0] * (len(bucket.slots) - len(self.pinned))
         addresses += [memory.data_ptr() for memory in self.pinned]
@@ -264,11 +270,12 @@ class _Tables:
         self.slots = torch.tensor(table, dtype=torch.int64, device=self.device)
         self.ticket = None if self.on_cpu else torch.zeros(1, dtype=torch.int32, device=self.device)
         self._hyper: dict[Any, tuple[Any, Tensor]] = {}
-        self._uploaded: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._small: dict[Any, Tensor] = {}
+        self._captured: list[Any] = []
 
     def grads(self, grads: Gradients) -> Tensor:
         """(slots,), int64: where the gradients are; 0 for none."""
-        return self._small(
+        return self._of_slots(
             "q", torch.int64, [0 if g is None else g.data_ptr() or _EMPTY for g in grads]
         )
 
@@ -282,59 +289,66 @@ class _Tables:
                 _PERTURBED * perturbed + _FRESH * new
                 for perturbed, new in zip(bucket.perturbed, fresh, strict=True)
             ]
-        return self._small("B", torch.uint8, flags)
+        return self._of_slots("B", torch.uint8, flags)
 
     def hyper(self, bucket: Bucket, groups: Groups, row: _Row) -> Tensor:
-        """(groups, len(HYPER)) in the compute dtype; made anew where a number has changed."""
+        """(groups, len(HYPER)) in the compute dtype; made anew where a number has changed.
+
+        Rows of groups that have no parameter here are zero.
+        """
         make, names = row
         on_device = {}
-        values = []
-        for i, group in enumerate(groups):
+        values = {}
+        for i in bucket.rows:
+            group = groups[i]
             lr = group.get("lr")
             if "lr" in names and isinstance(lr, Tensor) and lr.device.type != "cpu":
                 on_device[i] = lr
                 group = {**group, "lr": 0.0}  # not read here: that would wait for the device
-            values.append([_number(group.get(name, False)) for name in names])
-        known, table = self._hyper.get(make, (None, None))
+            values[i] = [_number(group.get(name, False)) for name in names]
         # Which rates are on the device belongs to the comparison: a plain 0.0 looks like one.
-        if table is None or known != (values, on_device.keys()):
-            table = torch.tensor(
-                [[float(row.get(name, 0)) for name in HYPER] for row in (make(*v) for v in values)],
-                dtype=bucket.compute_dtype,
-                device="cpu",
-                pin_memory=not self.on_cpu,
-            )
-            if not self.on_cpu:
-                self._keep(table)
-                table = table.to(self.device, non_blocking=True)
-            self._hyper[make] = ((values, on_device.keys()), table)
+        wanted = len(groups), values, on_device.keys()
+        known, table = self._hyper.get(make, (None, None))
+        capturing = self._is_capturing()
+        if table is None or known != wanted or capturing:
+            rows = [[0.0] * len(HYPER)] * len(groups)
+            for i, numbers in values.items():
+                filled = make(*numbers)
+                rows[i] = [float(filled.get(name, 0)) for name in HYPER]
+            table = self._upload(torch.tensor(rows, dtype=bucket.compute_dtype, device="cpu"))
+            if not capturing:
+                self._hyper[make] = (wanted, table)
         for i, lr in on_device.items():
             table[i, HYPER.index("lr")].copy_(lr.squeeze(), non_blocking=True)
         return table
 
-    def _small(self, code: str, dtype: torch.dtype, values: Sequence[int]) -> Tensor:
+    def _of_slots(self, code: str, dtype: torch.dtype, values: Sequence[int]) -> Tensor:
         """A table of a number for each slot, where the kernels read it."""
         table = torch.frombuffer(array(code, values), dtype=dtype)
-        if self.on_cpu:
-            return table
+        if self.on_cpu or self._is_capturing():
+            return self._upload(table)
         # Addresses repeat from step to step, so most tables are on the device already.
         key = (code, *values)
-        if key not in self._uploaded:
-            if len(self._uploaded) >= _MAX_UPLOADED and not self._capturing():
-                del self._uploaded[next(iter(self._uploaded))]
-            pinned = table.pin_memory()
-            self._uploaded[key] = (pinned.to(self.device, non_blocking=True), pinned)
-            self._keep(*self._uploaded[key])
-        return self._uploaded[key][0]
+        if key not in self._small:
+            if len(self._small) >= _MAX_SMALL:
+                del self._small[next(iter(self._small))]
+            self._small[key] = self._upload(table)
+        return self._small[key]
 
-    def _keep(self, *tensors: Tensor) -> None:
-        """Keep for ever what a CUDA graph that is being captured will read."""
-        if self._capturing():
-            self._uploaded[object()] = tensors  # type: ignore[assignment]
+    def _upload(self, table: Tensor) -> Tensor:
+        """A table of the host where the kernels read it."""
+        if self.on_cpu:
+            return table
+        pinned = table.pin_memory()
+        uploaded = pinned.to(self.device, non_blocking=True)
+        if self._is_capturing():
+            # A CUDA graph uploads it whenever it runs, and reads it then: so it is kept for ever,
+            # and nobody else gets it.
+            self._captured.append((pinned, uploaded))
+        return uploaded
 
-    @staticmethod
-    def _capturing() -> bool:
-        return torch.cuda.is_current_stream_capturing()
+    def _is_capturing(self) -> bool:
+        return not self.on_cpu and torch.cuda.is_current_stream_capturing()
 
 
 def _tables(bucket: Bucket) -> _Tables:
@@ -342,6 +356,10 @@ def _tables(bucket: Bucket) -> _Tables:
     if tables is None:
         tables = bucket.cache[_Tables] = _Tables(bucket)
     return tables
+
+
+def _no_groups(bucket: Bucket) -> Groups:
+    return [{}] * (1 + bucket.rows[-1])
 
 
 # ------------------------------------------------------------------------------------------ backend
@@ -355,7 +373,7 @@ class NativeBackend:
     def sq_norm(self, bucket: Bucket, grads: Gradients, groups: Groups | None) -> Tensor:
         """Partial sums of the squared norm, one for each ``SPAN`` elements of the flat buffers."""
         tables = _tables(bucket)
-        hyper = tables.hyper(bucket, groups or [{}] * tables.rows, _ASCENT if groups else _NOTHING)
+        hyper = tables.hyper(bucket, groups or _no_groups(bucket), _ASCENT if groups else _NOTHING)
         partials: Tensor = torch.ops.fused_sam.sq_norm.default(
             bucket.weights,
             tables.pinned,
@@ -406,7 +424,7 @@ class NativeBackend:
         """Return the perturbed slots to w, and step those that have a gradient by the rule."""
         tables = _tables(bucket)
         number, order, row = _UPDATE[rule.name]
-        names = {name for group in groups for name in rule.state(group)}
+        names = {name for row in bucket.rows for name in rule.state(groups[row])}
         states = {name: bucket.state(name).flat for name in names}
         torch.ops.fused_sam.update_.default(
             bucket.weights,
@@ -439,7 +457,7 @@ class NativeBackend:
             bucket.saved,
             tables.slots,
             tables.grads([None] * len(bucket.slots)),
-            tables.hyper(bucket, [{}] * tables.rows, _NOTHING),
+            tables.hyper(bucket, _no_groups(bucket), _NOTHING),
             tables.flags(bucket, []),
             None,
             None,

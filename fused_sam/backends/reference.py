@@ -305,7 +305,7 @@ class ReferenceBackend:
         found_inf: Tensor | None = None,
     ) -> None:
         """Return the perturbed slots to w, and step those that have a gradient by the rule."""
-        names = [rule.state(group) for group in groups]
+        names = {row: rule.state(groups[row]) for row in bucket.rows}
         # torch's kernels take a float32 grad_scale, and skip only if found_inf is exactly 1.
         fused = _has_fused(bucket) and rule.name in _FUSED
         fused = fused and (grad_scale is None or bucket.dtype == torch.float32)
@@ -350,11 +350,11 @@ class ReferenceBackend:
 
     @staticmethod
     def _kinds(
-        bucket: Bucket, grads: Gradients, names: Sequence[tuple[str, ...]]
+        bucket: Bucket, grads: Gradients, names: Mapping[int, tuple[str, ...]]
     ) -> tuple[Hashable, ...]:
         """For each slot (has a gradient, is perturbed, has no state yet), or None if untouched."""
         fresh = [False] * len(bucket.slots)
-        for name in {name for row in names for name in row}:
+        for name in {name for row in names.values() for name in row}:
             for i, present in enumerate(bucket.state(name).present):
                 fresh[i] = fresh[i] or not present
         return tuple(
@@ -368,11 +368,11 @@ class ReferenceBackend:
     def _count_steps(
         bucket: Bucket,
         grads: Gradients,
-        names: Sequence[tuple[str, ...]],
+        names: Mapping[int, tuple[str, ...]],
         found_inf: Tensor | None,
     ) -> None:
         """Add 1 to the step counts of the slots that step now."""
-        if not any(STEP in row for row in names):
+        if not any(STEP in row for row in names.values()):
             return
         stepping = torch.tensor([float(grad is not None) for grad in grads], device="cpu")
         if bucket.device.type == "cuda":

@@ -144,7 +144,7 @@ class _Tables:
         device, slots = bucket.device, bucket.slots
         self.device = device
         self.dtype = bucket.compute_dtype
-        self.rows = sorted({slot.row for slot in slots})
+        self.rows = bucket.rows
         self.n_slots = len(slots)
         weights = [bucket.memory(slot).data_ptr() if slot.numel else 0 for slot in slots]
         self.aligned = _aligned(weights)
@@ -389,7 +389,7 @@ class TritonBackend:
         with _on(bucket.device):
             live = tables.live(grads)
             adaptive, hyper = False, None
-            if groups is not None and any([groups[row]["adaptive"] for row in tables.rows]):
+            if groups is not None and any([groups[row]["adaptive"] for row in bucket.rows]):
                 adaptive, hyper = True, tables.ascent(groups)
             # The norm of the second gradients must not overwrite the first's.
             partials = tables.partials if groups is not None else tables.other_partials
@@ -425,10 +425,10 @@ class TritonBackend:
         """Return the perturbed slots to w, and step those that have a gradient by the rule."""
         tables, spec = _tables(bucket), RULES[rule.name]
         with _on(bucket.device):
-            kept = {row: frozenset(rule.state(groups[row])) for row in tables.rows}
+            kept = {row: frozenset(rule.state(groups[row])) for row in bucket.rows}
             names = frozenset().union(*kept.values())
             mixed = any([row != names for row in kept.values()])
-            rates = {row: _learning_rate(groups[row]["lr"], bucket) for row in tables.rows}
+            rates = {row: _learning_rate(groups[row]["lr"], bucket) for row in bucket.rows}
             tensor_lr = any([isinstance(lr, Tensor) for lr in rates.values()])
 
             def columns(row: int) -> tuple[float, ...]:
@@ -451,7 +451,7 @@ class TritonBackend:
                 *(tables.ticket, tables.chunks, tables.slots, live.table, hyper),
                 *(grad_scale, found_inf, tables.n_chunks, tables.n_slots),
             )
-            width = 1 + len(spec.hyper(groups[tables.rows[0]]))
+            width = 1 + len(spec.hyper(groups[bucket.rows[0]]))
             kept_states = tuple([b is not None for b in buffers])
             constants = (spec.function, kept_states, width, mixed, tensor_lr, live.aligned)
             roomy = bucket.dtype.itemsize == 8 or (
