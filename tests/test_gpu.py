@@ -37,7 +37,7 @@ SIZES = [1, 0, 63, 4095, 4096, 4097, 100_003]
         ),
     ]
 )
-def backend(request):
+def gpu_backend(request):
     return request.param
 
 
@@ -66,7 +66,7 @@ def random_grads(params, missing=()):
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
 )
 @pytest.mark.parametrize("rule", RULES)
-def test_steps_as_the_textbook(rule, dtype, adaptive, backend):
+def test_steps_as_the_textbook(rule, dtype, adaptive, gpu_backend):
     """Guards every rule on the real compiler, with gradients missing in either pass."""
     base, options = RULES[rule]
     params, opt = make(SIZES, base, dtype, backend, rho=0.3, adaptive=adaptive, eta=0.01, **options)
@@ -75,7 +75,7 @@ def test_steps_as_the_textbook(rule, dtype, adaptive, backend):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_groups_keep_their_own_options(rule, backend):
+def test_groups_keep_their_own_options(rule, gpu_backend):
     base, options = RULES[rule]
     params = make_params()
     groups = [
@@ -83,15 +83,15 @@ def test_groups_keep_their_own_options(rule, backend):
         {"params": params[3:5], "adaptive": True, "eta": 0.1, "weight_decay": 0.2, "lr": 0.01},
         {"params": params[5:], "lr": torch.tensor(0.02)},
     ]
-    opt = FusedSAM(groups, base, backend=backend, lr=0.05, **options)
+    opt = FusedSAM(groups, base, backend=gpu_backend, lr=0.05, **options)
     for _ in range(3):
         step(opt, random_grads(params), random_grads(params))
         opt.param_groups[2]["lr"].mul_(0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_unaligned_gradients(dtype, backend):
-    params, opt = make([4099, 17, 100_001], dtype=dtype, backend=backend, momentum=0.9)
+def test_unaligned_gradients(dtype, gpu_backend):
+    params, opt = make([4099, 17, 100_001], dtype=dtype, backend=gpu_backend, momentum=0.9)
     for _ in range(2):
         passes = []
         for _ in range(2):
@@ -102,8 +102,8 @@ def test_unaligned_gradients(dtype, backend):
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
-def test_found_inf_restores_exactly(max_grad_norm, backend):
-    params, opt = make(base=ADAMW, backend=backend, max_grad_norm=max_grad_norm)
+def test_found_inf_restores_exactly(max_grad_norm, gpu_backend):
+    params, opt = make(base=ADAMW, backend=gpu_backend, max_grad_norm=max_grad_norm)
     for found_inf in (0.0, 1.0, 0.0):
         opt.grad_scale, opt.found_inf = torch.tensor(4.0), torch.tensor(found_inf)
         step(
@@ -179,14 +179,15 @@ def make_model():
 
 
 @pytest.mark.parametrize("base, options", [(SGD, {"momentum": 0.9}), (ADAMW, {})])
-def test_graph_replay_is_eager(base, options, backend):
+def test_graph_replay_is_eager(base, options, gpu_backend):
     """Guards capture of a whole step; later eager steps must not disturb what a graph reads."""
     torch.backends.cudnn.deterministic = True
     batches = [(torch.randn(8, 3, 8, 8), torch.randint(10, (8,))) for _ in range(8)]
     model = make_model()
     twin = copy.deepcopy(model)
     opts = [
-        FusedSAM(m.parameters(), base, backend=backend, lr=0.01, **options) for m in (model, twin)
+        FusedSAM(m.parameters(), base, backend=gpu_backend, lr=0.01, **options)
+        for m in (model, twin)
     ]
 
     def whole_step(net, opt, x, y):
