@@ -69,7 +69,9 @@ def random_grads(params, missing=()):
 def test_steps_as_the_textbook(rule, dtype, adaptive, gpu_backend):
     """Guards every rule on the real compiler, with gradients missing in either pass."""
     base, options = RULES[rule]
-    params, opt = make(SIZES, base, dtype, backend, rho=0.3, adaptive=adaptive, eta=0.01, **options)
+    params, opt = make(
+        SIZES, base, dtype, gpu_backend, rho=0.3, adaptive=adaptive, eta=0.01, **options
+    )
     for first, second in (((), ()), ((3,), (2, 6)), ((), ())):
         step(opt, random_grads(params, first), random_grads(params, second))
 
