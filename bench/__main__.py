@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from . import report
 from .machine import ROOT
 from .results import RESULTS, keep, tidy
@@ -21,20 +23,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns pytest's exit status: a suite that failed fails the run, and the rest is reported."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="under two minutes, nothing published")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--suite", choices=SUITES, action="append", help="only these")
     parser.add_argument("--keep", action="store_true", help="keep the results under the commit too")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where results go")
     args = parser.parse_args(arguments)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch sees no GPU; see python -m fused_sam.info")
+    # Only a run of everything takes the place of published results.
+    part = args.quick or args.suite is not None
+    if args.keep and part:
+        parser.error("--keep is for a run of all suites: leave out --quick and --suite")
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{args.device}{'-quick' if args.quick else ''}.json"
-    status = _run_suites(args.suite or SUITES, args.device, args.quick, path)
-    if not path.exists():
+    path = args.out / f"{args.device}{'-quick' if args.quick else '-part' if part else ''}.json"
+    fresh = path.with_suffix(".new")
+    fresh.unlink(missing_ok=True)
+    status = _run_suites(args.suite or SUITES, args.device, args.quick, fresh)
+    if not fresh.exists():
+        print("nothing was measured, and no file was changed")
         return status or 1
+    fresh.replace(path)
     tidy(path)
     if args.keep:
         print(f"kept as {keep(path)}")
-    if args.quick or args.suite:
+    if part:
         report.write_quick(path, path.with_suffix(".md"))
     else:
         report.write(path)

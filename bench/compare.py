@@ -59,17 +59,23 @@ def verdicts(old: dict[str, Any], new: dict[str, Any]) -> Iterator[Verdict]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the comparison; 1 if anything is slower, 2 if nothing could be compared."""
+    """Print the comparison; 1 if anything is slower, 2 if nothing can be compared."""
     parser = argparse.ArgumentParser(prog="bench/compare.py", description=__doc__)
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
     args = parser.parse_args(arguments)
-    old, new = load(args.old), load(args.new)
+    try:
+        old, new = load(args.old), load(args.new)
+        found = sorted(verdicts(old, new), key=lambda verdict: -verdict.change)
+    except (ValueError, ZeroDivisionError) as error:
+        print(f"cannot compare: {error}", file=sys.stderr)
+        return 2
     for what in ("cpu", "gpu", "threads", "versions"):
         was, now = (r["machine_info"].get(what) for r in (old, new))
         if was != now:
             print(f"note: {what} differs: {was} and {now}")
-    found = sorted(verdicts(old, new), key=lambda verdict: -verdict.change)
+    for case in sorted(entries(old, "record").keys() - entries(new, "record").keys()):
+        print(f"note: only the old file has {case}")
     if not found:
         print("the two files have no case in common")
         return 2

@@ -39,7 +39,7 @@ def compare(benchmark, device, quick):
 
     def run(workload, base, competitors, *, seconds=6.0, **options):
         arena = Arena(workload, base, competitors, device, **options)
-        rounds = arena.rounds_for(0.6 if quick else seconds, least=3 if quick else 5)
+        rounds = arena.rounds_for(0.6 if quick else seconds, least=3 if quick else 9)
         # Without collections of garbage, which would meet one peer and not another.
         gc.collect()
         gc.disable()

@@ -1,4 +1,4 @@
-"""Who is compared: FusedSAM, and the ways of writing SAM that people use, each in its best form.
+"""Who is compared: FusedSAM, and the ways of writing SAM that people use.
 
 Every peer is an object with ``first_step()`` and ``second_step()`` over the same parameter groups,
 and all walk the same trajectory: ``tests/test_bench.py`` and every benchmark check it.
@@ -107,8 +107,8 @@ class ForeachSAM:
         self.spare = list(current)
 
 
-class CompiledSAM:
-    """The foreach SAM as ``torch.compile`` fuses it: the climb one graph, return and step another.
+class CompiledSAM(ForeachSAM):
+    """The foreach SAM as ``torch.compile`` fuses it: the climb is one graph, the step another.
 
     The learning rate is a tensor, else each change of it would compile anew.
     """
@@ -119,38 +119,32 @@ class CompiledSAM:
         options["lr"] = torch.tensor(options["lr"])
         if "capturable" in inspect.signature(base).parameters:  # else Adam takes no tensor
             options["capturable"] = True
-        self.base_optimizer = base(groups, **options, foreach=True)
-        self.param_groups = self.base_optimizer.param_groups
-        for group in self.param_groups:
-            group.setdefault("rho", rho)
-        self.params = [[p for p in group["params"]] for group in self.param_groups]
-        self.saved = [[torch.empty_like(p.data) for p in part] for part in self.params]
-        self._first = torch.compile(self._climb)
-        self._second = torch.compile(self._return_and_step)
+        super().__init__(groups, base, rho, **options, foreach=True)
+        self._graph = torch.compile(self._norm_and_climb)
+        self._step = torch.compile(self.base_optimizer.step)
 
     @torch.no_grad()
     def first_step(self) -> None:
         """Climb."""
-        self._first()
+        weights = [p.data for p in self.params]
+        self._graph(weights, self.spare, [p.grad for p in self.params])
+        self._swap(weights)
 
     @torch.no_grad()
     def second_step(self) -> None:
         """Return, and let the base optimizer step."""
-        self._second()
+        self._swap([p.data for p in self.params])
+        self._step()
 
-    def _climb(self) -> None:
-        grads = [[p.grad for p in part] for part in self.params]
-        norms = torch._foreach_norm(list(itertools.chain.from_iterable(grads)))
-        norm = torch.linalg.vector_norm(torch.stack(norms)) + 1e-12
-        parts = zip(self.param_groups, self.params, self.saved, grads, strict=True)
-        for group, params, saved, part_grads in parts:
-            torch._foreach_copy_(saved, params)
-            torch._foreach_add_(params, torch._foreach_mul(part_grads, group["rho"] / norm))
-
-    def _return_and_step(self) -> None:
-        for params, saved in zip(self.params, self.saved, strict=True):
-            torch._foreach_copy_(params, saved)
-        self.base_optimizer.step()
+    def _norm_and_climb(
+        self, weights: list[Tensor], spare: list[Tensor], grads: list[Tensor]
+    ) -> None:
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) + 1e-12
+        start = 0
+        for group in self.param_groups:
+            part = slice(start, start := start + len(group["params"]))
+            epsilon = torch._foreach_mul(grads[part], group["rho"] / norm)
+            torch._foreach_copy_(spare[part], torch._foreach_add(weights[part], epsilon))
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,8 @@ def save_ratios(path: Path, cases: Sequence[str], bars: Bars, title: str) -> Non
     axes = figure.subplots()
     _draw_bars(axes, cases, bars)
     axes.set_ylim(bottom=0)
-    axes.axhline(1, color=STYLES["FusedSAM"][0], linewidth=2, label="FusedSAM = 1")
+    colour = STYLES["FusedSAM"][0]
+    axes.axhline(1, color=colour, linewidth=1.5, zorder=0.8, label="FusedSAM = 1")
     axes.set(ylabel="step time [times FusedSAM's]", title=title)
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=130)

@@ -13,9 +13,18 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A file of results."""
-    loaded: dict[str, Any] = json.loads(path.read_text())
-    return loaded
+    """A file of results.
+
+    Raises:
+        ValueError: there is none, or it is something else; the message names it.
+    """
+    try:
+        loaded: dict[str, Any] = json.loads(path.read_text())
+        if all("extra_info" in test for test in loaded["benchmarks"]) and loaded["machine_info"]:
+            return loaded
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} has no results of the benchmarks: {error!r}") from error
+    raise ValueError(f"{path} has results of other benchmarks; these are made by `make bench`")
 
 
 def entries(results: dict[str, Any], kind: str) -> dict[str, dict[str, Any]]:

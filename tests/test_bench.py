@@ -126,12 +126,29 @@ def test_tidy_changes_the_layout_and_nothing_else(tmp_path):
 
 
 def test_losses_are_found_and_explained():
-    slower = _results([1.2, 1.3, 1.25])
-    record = results.entries(slower, "record")["case"]
-    (loss,) = losses.losses({"case": record})
-    assert loss.certain and loss.peer == compare.YARDSTICK and loss.factor.median == 1 / 1.25
-    assert "no explanation" not in loss.reason
+    for times, certain in (([1.2, 1.3, 1.25] * 3, True), ([1.2, 1.3, 1.25], False)):
+        record = results.entries(_results(times), "record")["case"]
+        (loss,) = losses.losses({"case": record})
+        assert loss.peer == compare.YARDSTICK and loss.factor.median == 1 / 1.25
+        assert loss.certain == certain  # three rounds of three are chance
+        assert "no explanation" not in loss.reason
     assert not list(losses.losses(results.entries(_results([0.5, 0.6, 0.7]), "record")))
+
+
+@pytest.mark.parametrize("content", [None, "no JSON", "[]", "{}", '{"benchmarks": [{}]}'])
+def test_compare_refuses_what_is_no_file_of_results(tmp_path, capsys, content):
+    path = tmp_path / "other.json"
+    if content is not None:
+        path.write_text(content)
+    assert compare.main([str(path), str(path)]) == 2
+    assert str(path) in capsys.readouterr().err
+
+
+def test_published_pages_are_those_of_the_published_results():
+    path = results.RESULTS / "cpu.json"
+    found = results.load(path)
+    assert (report.DOCS / "benchmarks.md").read_text() == report.page(found, "", path)
+    assert report.section(found) in (results.ROOT / "README.md").read_text()
 
 
 def test_section_is_written_between_markers_and_replaced(tmp_path):
