@@ -173,18 +173,18 @@ def page(results: dict[str, Any], suffix: str, path: Path, *, plots: bool = True
 
 
 _METHOD = [
-    "A time is that of `first_step` and `second_step`, forward and backward left out, with random "
-    "gradients. Peers step in turn in one process, in an order that rotates; a ratio is taken "
-    "round by round. Figures are medians with the 20th and the 80th percentile in brackets. Every "
-    "peer's weights are first compared with FusedSAM's after the climb and after three steps. "
-    "*Warm*: each measurement follows a step of the same peer. *Cold*: it follows a pass over twice "
-    "the size of the largest cache. The *limit* is the traffic budget (SGD with momentum: 10 accesses "
-    "of 4 bytes per parameter; AdamW: 12) at the speed of a copy between two tensors of 128 MiB, "
-    "measured in the same rounds; models that fit into the caches have none. On a CPU it can be "
-    "passed: a copy is half writing, for which the memory reads the lines first, and a step is "
-    "mostly reading; the foreach SAM, which needs one access less, is measured by the same budget. "
-    "The options: SGD with momentum 0.9 and weight decay, AdamW with weight decay, float32, "
-    "gradients of all parameters.",
+    "A time is that of `first_step` and `second_step`, forward and backward left out, with "
+    "random gradients. Peers step in turn in one process, in an order that rotates; a ratio is "
+    "taken round by round. Figures are medians with the 20th and the 80th percentile in "
+    "brackets. Every peer's weights are first compared with FusedSAM's after the climb and after"
+    " three steps. *Warm*: each measurement follows a step of the same peer. *Cold*: it follows "
+    "a pass over twice the size of the largest cache. The *limit* is the traffic budget (SGD "
+    "with momentum: 10 accesses of 4 bytes per parameter; AdamW: 12) at the speed of a copy "
+    "between two tensors of 128 MiB, measured in the same rounds; models that fit into the "
+    "caches have none. On a CPU it can be passed: a copy is half writing, for which the memory "
+    "reads the lines first, and a step is mostly reading; the foreach SAM, which needs one "
+    "access less, is measured by the same budget. The options: SGD with momentum 0.9 and weight "
+    "decay, AdamW with weight decay, float32, gradients of all parameters.",
     "",
     "The peers: *textbook SAM*, the loop over the parameters that everybody writes "
     "(`fused_sam/demo/textbook.py`: norm of the norms, clone, add, restore by pointer); "
