@@ -29,6 +29,7 @@ from fused_sam import FusedSAM
 from fused_sam.backends import triton as backend
 
 from . import workloads
+from .models import MODULES
 from .peers import BASES, RHO, as_groups, fused_sam_peers, parameters, peers
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -329,12 +330,7 @@ def host() -> Iterator[dict[str, Any]]:
 
 def training(batch: int = 256, size: int = 224) -> Iterator[dict[str, Any]]:
     """A training step of ResNet-50 with real forward and backward: the optimizer's share."""
-    try:
-        from torchvision.models import resnet50
-    except ImportError:
-        yield {"skipped": "torchvision is not installed"}
-        return
-    model = resnet50().to(DEVICE, memory_format=torch.channels_last)
+    model = MODULES["ResNet-50"]().to(DEVICE, memory_format=torch.channels_last)
     opt = FusedSAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=0.1, momentum=0.9)
     x = torch.randn(batch, 3, size, size, device=DEVICE).to(memory_format=torch.channels_last)
     y = torch.randint(1000, (batch,), device=DEVICE)
