@@ -14,13 +14,13 @@ import torch
 
 from . import report
 from .machine import ROOT
-from .results import RESULTS, keep, tidy
+from .results import RESULTS, keep, load, tidy
 
 SUITES = ("suite_models", "suite_sweeps", "suite_costs", "suite_training")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns pytest's exit status: a suite that failed fails the run, and the rest is reported."""
+    """Returns pytest's exit status: a suite that failed fails the run, and the rest is shown."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="under two minutes, nothing published")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -30,26 +30,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch sees no GPU; see python -m fused_sam.info")
-    # Only a run of everything takes the place of published results.
-    part = args.quick or args.suite is not None
-    if args.keep and part:
-        parser.error("--keep is for a run of all suites: leave out --quick and --suite")
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{args.device}{'-quick' if args.quick else '-part' if part else ''}.json"
-    fresh = path.with_suffix(".new")
+    fresh = args.out / f"{args.device}.new"
     fresh.unlink(missing_ok=True)
     status = _run_suites(args.suite or SUITES, args.device, args.quick, fresh)
-    if not fresh.exists():
+    try:
+        load(fresh)
+    except ValueError:
         print("nothing was measured, and no file was changed")
         return status or 1
+    # Only a run of everything that succeeded takes the place of published results.
+    whole = status == 0 and not args.quick and not args.suite and args.out == RESULTS
+    path = args.out / f"{args.device}{'-quick' if args.quick else '' if whole else '-part'}.json"
     fresh.replace(path)
     tidy(path)
+    if not whole:
+        report.write_quick(path, path.with_suffix(".md"))
+        return status
     if args.keep:
         print(f"kept as {keep(path)}")
-    if part:
-        report.write_quick(path, path.with_suffix(".md"))
-    else:
-        report.write(path)
+    report.write(path)
     return status
 
 

@@ -161,7 +161,7 @@ def page(results: dict[str, Any], suffix: str, path: Path, *, plots: bool = True
     lines += ["## Models", "", *image("models", "step time of the peers in units of FusedSAM's")]
     lines += [*_model_table(_main_models(records)), "", _FRESH_MEMORY, ""]
     lines += image("limit", "share of the memory limit")
-    lines += ["## Where FusedSAM loses", "", *_loss_lines(found), ""]
+    lines += ["## Where FusedSAM loses", "", _LOSSES, "", *_loss_lines(found), ""]
     lines += ["## Growth", "", *image("sweeps", "cost against tensors, parameters and groups")]
     lines += [*_growth(records), ""]
     lines += ["## Calls, memory, host time, first step", "", *_costs(results), ""]
@@ -183,15 +183,23 @@ _METHOD = [
     "between two tensors of 128 MiB, measured in the same rounds; models that fit into the "
     "caches have none. On a CPU it can be passed: a copy is half writing, for which the memory "
     "reads the lines first, and a step is mostly reading; the foreach SAM, which needs one "
-    "access less, is measured by the same budget. The options: SGD with momentum 0.9 and weight "
-    "decay, AdamW with weight decay, float32, gradients of all parameters.",
+    "access less, is measured by the same budget, and on a shared machine the copy's own speed "
+    "scatters. The options: SGD with momentum 0.9 and weight decay, AdamW with weight decay, "
+    "float32, gradients of all parameters.",
     "",
     "The peers: *textbook SAM*, the loop over the parameters that everybody writes "
     "(`fused_sam/demo/textbook.py`: norm of the norms, clone, add, restore by pointer); "
     "*pytorch_optimizer SAM* from PyPI; *foreach SAM*, written by hand in as few passes as "
     "PyTorch's operations allow (`bench/peers.py`); and that one under "
-    "`torch.compile`. The first three with the base optimizer's default, foreach and fused form.",
+    "`torch.compile`. The first three with the base optimizer's default, foreach and fused form; "
+    "for more than 100 M parameters and in sweeps with the fused one, and the textbook's default.",
 ]
+
+
+_LOSSES = (
+    "Steps without forward and backward; what each optimizer takes within training stands under "
+    "[Training](#training)."
+)
 
 
 _FRESH_MEMORY = (

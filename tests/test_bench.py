@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from bench import __main__ as bench_main
 from bench import compare, losses, models, peers, report, results, stats, workloads
 from bench.costs import costs
 from bench.measure import Arena
@@ -158,6 +159,33 @@ def test_section_is_written_between_markers_and_replaced(tmp_path):
     report.write_section(readme, "## Performance\n\nnew\n")
     block = f"{report.BEGIN}\n## Performance\n\nnew\n{report.END}\n"
     assert readme.read_text() == f"# Title\n\ntext\n\n{block}\n## Limitations\n\nsome\n"
+
+
+def test_sure_is_what_chance_does_in_one_of_a_hundred_at_most():
+    assert stats.surely_less([1.0] * 7, [2.0] * 7)
+    assert not stats.surely_less([1.0] * 6, [2.0] * 6)
+    assert not stats.surely_less([1.0] * 9 + [3.0] * 3, [2.0] * 12)
+    assert not stats.surely_less([2.0] * 9, [2.0] * 9)
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_only_a_whole_run_that_succeeded_is_published(tmp_path, monkeypatch, status):
+    published, report_written = tmp_path / "cpu.json", []
+    published.write_text("old")
+    monkeypatch.setattr(bench_main, "RESULTS", tmp_path)
+    monkeypatch.setattr(bench_main.report, "write", report_written.append)
+    monkeypatch.setattr(bench_main.report, "write_quick", lambda path, target: None)
+
+    def run(suites, device, quick, path):
+        path.write_text(json.dumps(_results([1.0])))
+        return status
+
+    monkeypatch.setattr(bench_main, "_run_suites", run)
+    assert bench_main.main(["--out", str(tmp_path)]) == status
+    assert (published.read_text() == "old") == bool(status)
+    assert report_written == ([] if status else [published])
+    assert bench_main.main(["--out", str(tmp_path), "--suite", "suite_costs"]) == status
+    assert len(report_written) == (not status)
 
 
 def test_spread_of_ratios_is_taken_pair_by_pair():

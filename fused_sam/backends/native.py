@@ -76,6 +76,9 @@ def missing(device_type: str = "cpu") -> str | None:
     """Why the backend cannot run on this kind of device, with the remedy; None if it can.
 
     The first call for a kind of device loads its library.
+
+    Raises:
+        ValueError: the environment variable FUSED_SAM_CPU names other kernels than there are.
     """
     if device_type not in ("cpu", "cuda"):
         return f"it runs on cpu and cuda, not on {device_type}; use backend='auto'"
@@ -104,7 +107,7 @@ def missing(device_type: str = "cpu") -> str | None:
         _register_fakes()
         found, wanted = torch.ops.fused_sam.cpu_kernels(), os.environ.get("FUSED_SAM_CPU")
         if wanted and wanted != found:
-            return f"FUSED_SAM_CPU={wanted!r} names no kernels that this CPU can run; unset it"
+            raise ValueError(f"FUSED_SAM_CPU={wanted!r} names no kernels that this CPU can run")
     return None
 
 
