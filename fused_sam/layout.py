@@ -28,6 +28,7 @@ except ImportError:
     _TensorGuards = None
 
 _GRAD = operator.attrgetter("grad")
+_PARAMS = operator.itemgetter("params")
 
 ALIGNMENT = 64
 """Elements; a parameter's offset is a multiple, so every window is 128-byte aligned or better."""
@@ -354,17 +355,23 @@ class Layout:
                     bucket.perturbed[i] = True
         for param, saved in carried.items():
             param.data.copy_(saved)  # it left the groups while it was perturbed
-        self._addresses = _addresses(groups)
-        self._strides = _strides(groups)
+        self._groups = [list(group["params"]) for group in groups]
+        self._params = [param for param, _ in members]
+        self._addresses = list(map(Tensor.data_ptr, self._params))
+        self._strides = list(map(Tensor.stride, self._params))
         self.adopt({} if state is None else state)
 
     def is_current(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether every parameter is still the object and at the address that the layout knows."""
-        return self._addresses == _addresses(groups)
+        return (
+            len(groups) == len(self._groups)
+            and all(map(_are_the_same, map(_PARAMS, groups), self._groups))
+            and list(map(Tensor.data_ptr, self._params)) == self._addresses
+        )
 
-    def has_strides(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+    def has_strides(self) -> bool:
         """Whether every parameter of a current layout has the strides that the layout knows."""
-        return self._strides == _strides(groups)
+        return list(map(Tensor.stride, self._params)) == self._strides
 
     def release(self) -> dict[Tensor, Tensor]:
         """Let go of the parameters' memory; return the saved weights of the perturbed ones."""
@@ -463,11 +470,5 @@ def _must_stay(param: Tensor) -> bool:
     return not (param.is_conj() or param.is_neg()) and is_shared(param)
 
 
-def _addresses(groups: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int], list[int]]:
-    params = [p for group in groups for p in group["params"]]
-    sizes = [len(group["params"]) for group in groups]
-    return sizes, list(map(id, params)), list(map(Tensor.data_ptr, params))
-
-
-def _strides(groups: Sequence[Mapping[str, Any]]) -> list[tuple[int, ...]]:
-    return [stride for group in groups for stride in map(Tensor.stride, group["params"])]
+def _are_the_same(params: Sequence[Tensor], known: Sequence[Tensor]) -> bool:
+    return len(params) == len(known) and all(map(operator.is_, params, known))

@@ -386,6 +386,8 @@ class FusedSAM(Optimizer):
         found_inf: Tensor | None,
     ) -> None:
         layout, groups = self._layout, self.param_groups
+        if not layout.state_is_current(self.state):
+            layout.adopt(self.state)
         for backend, bucket, bucket_grads in self._each(grads):
             backend.update_(
                 bucket,
@@ -461,14 +463,12 @@ class FusedSAM(Optimizer):
             return [bucket.gradients() for bucket in self._layout.buckets]
 
     def _refresh(self) -> None:
-        """Notice what has changed under the optimizer: parameters, groups, state."""
+        """Notice what has changed under the optimizer: parameters, groups."""
         layout, groups = self._layout, self.param_groups
         # Between the two steps the strides are left unlooked at: that they change there, and the
         # address does not, would take a transposition in place of weights that are not the user's.
-        if not (layout.is_current(groups) and (self._perturbed or layout.has_strides(groups))):
+        if not (layout.is_current(groups) and (self._perturbed or layout.has_strides())):
             self._build()
-        elif not self._layout.state_is_current(self.state):
-            self._layout.adopt(self.state)
 
     def _build(self) -> None:
         groups = self.param_groups
