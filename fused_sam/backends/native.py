@@ -136,46 +136,21 @@ def _log(beta: float) -> float:
     return math.log(beta) if beta > 0 else -math.inf
 
 
-def _ascent_row(rho: float, adaptive: bool, eta: float, maximize: bool) -> dict[str, float]:
-    return {"rho": -rho if maximize else rho, "adaptive": adaptive, "eta": eta}
+# What is derived from a group's options. An option that is a column itself is not named here.
 
 
-def _sgd_row(
-    lr: float,
-    weight_decay: float,
-    maximize: bool,
-    momentum: float,
-    dampening: float,
-    nesterov: bool,
-) -> dict[str, float]:
-    return {
-        "lr": lr,
-        "weight_decay": weight_decay,
-        "maximize": maximize,
-        "options": bool(momentum),
-        "momentum": momentum,
-        "one_minus_dampening": 1 - dampening,
-        "nesterov": nesterov,
-    }
+def _ascent(rho: float, maximize: bool, **_: Any) -> dict[str, float]:
+    return {"rho": -rho if maximize else rho}
 
 
-def _adam_row(
-    lr: float,
-    weight_decay: float,
-    maximize: bool,
-    betas: tuple[float, float],
-    eps: float,
-    amsgrad: bool,
-    decoupled_weight_decay: bool,
-) -> dict[str, float]:
+def _sgd(momentum: float, dampening: float, **_: Any) -> dict[str, float]:
+    return {"options": bool(momentum), "one_minus_dampening": 1 - dampening}
+
+
+def _adam(betas: tuple[float, float], amsgrad: bool, **_: Any) -> dict[str, float]:
     beta1, beta2 = betas
     return {
-        "lr": lr,
-        "weight_decay": weight_decay,
-        "maximize": maximize,
         "options": amsgrad,
-        "eps": eps,
-        "decoupled_weight_decay": decoupled_weight_decay,
         "one_minus_beta1": 1 - beta1,
         "log_beta1": _log(beta1),
         "beta2": beta2,
@@ -184,54 +159,31 @@ def _adam_row(
     }
 
 
-def _rmsprop_row(
-    lr: float,
-    weight_decay: float,
-    maximize: bool,
-    alpha: float,
-    eps: float,
-    momentum: float,
-    centered: bool,
-) -> dict[str, float]:
-    return {
-        "lr": lr,
-        "weight_decay": weight_decay,
-        "maximize": maximize,
-        "options": (momentum > 0) + 2 * bool(centered),
-        "eps": eps,
-        "momentum": momentum,
-        "beta2": alpha,
-        "one_minus_beta2": 1 - alpha,
-    }
+def _rmsprop(alpha: float, momentum: float, centered: bool, **_: Any) -> dict[str, float]:
+    options = (momentum > 0) + 2 * bool(centered)
+    return {"options": options, "beta2": alpha, "one_minus_beta2": 1 - alpha}
 
 
 _Row = tuple[Callable[..., dict[str, float]], tuple[str, ...]]
+"""How a row of the table is made: what is derived, and the options that it is made from."""
+_COMMON = ("lr", "weight_decay", "maximize")
 _NOTHING: _Row = (dict, ())
-_ASCENT: _Row = (_ascent_row, ("rho", "adaptive", "eta", "maximize"))
+_ASCENT: _Row = (_ascent, ("rho", "adaptive", "eta", "maximize"))
 _UPDATE: dict[str, tuple[int, tuple[str, ...], _Row]] = {
     "sgd": (
         0,
         ("momentum_buffer",),
-        (
-            _sgd_row,
-            ("lr", "weight_decay", "maximize", "momentum", "dampening", "nesterov"),
-        ),
+        (_sgd, (*_COMMON, "momentum", "dampening", "nesterov")),
     ),
     "adam": (
         1,
         ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
-        (
-            _adam_row,
-            ("lr", "weight_decay", "maximize", "betas", "eps", "amsgrad", "decoupled_weight_decay"),
-        ),
+        (_adam, (*_COMMON, "betas", "eps", "amsgrad", "decoupled_weight_decay")),
     ),
     "rmsprop": (
         2,
         ("square_avg", "momentum_buffer", "grad_avg"),
-        (
-            _rmsprop_row,
-            ("lr", "weight_decay", "maximize", "alpha", "eps", "momentum", "centered"),
-        ),
+        (_rmsprop, (*_COMMON, "alpha", "eps", "momentum", "centered")),
     ),
 }
 """Of each rule: its number and the order of its states in csrc/, and its row."""
@@ -299,7 +251,7 @@ class _Tables:
 
         Rows of groups that have no parameter here are zero.
         """
-        make, names = row
+        derive, names = row
         on_device = {}
         values = {}
         for i in bucket.rows:
@@ -308,19 +260,19 @@ class _Tables:
             if "lr" in names and isinstance(lr, Tensor) and lr.device.type != "cpu":
                 on_device[i] = lr
                 group = {**group, "lr": 0.0}  # not read here: that would wait for the device
-            values[i] = [_number(group.get(name, False)) for name in names]
+            values[i] = {name: _number(group.get(name, False)) for name in names}
         # Which rates are on the device belongs to the comparison: a plain 0.0 looks like one.
         wanted = len(groups), values, on_device.keys()
-        known, table = self._hyper.get(make, (None, None))
+        known, table = self._hyper.get(derive, (None, None))
         capturing = self._is_capturing()
         if table is None or known != wanted or capturing:
             rows = [[0.0] * len(HYPER)] * len(groups)
-            for i, numbers in values.items():
-                filled = make(*numbers)
-                rows[i] = [float(filled.get(name, 0)) for name in HYPER]
+            for i, options in values.items():
+                columns = {**options, **derive(**options)}
+                rows[i] = [float(columns.get(name, 0)) for name in HYPER]
             table = self._upload(torch.tensor(rows, dtype=bucket.compute_dtype, device="cpu"))
             if not capturing:
-                self._hyper[make] = (wanted, table)
+                self._hyper[derive] = (wanted, table)
         for i, lr in on_device.items():
             table[i, HYPER.index("lr")].copy_(lr.squeeze(), non_blocking=True)
         return table
@@ -427,7 +379,7 @@ class NativeBackend:
         """Return the perturbed slots to w, and step those that have a gradient by the rule."""
         tables = _tables(bucket)
         number, order, row = _UPDATE[rule.name]
-        names = {name for row in bucket.rows for name in rule.state(groups[row])}
+        names = {name for i in bucket.rows for name in rule.state(groups[i])}
         states = {name: bucket.state(name).flat for name in names}
         torch.ops.fused_sam.update_.default(
             bucket.weights,
