@@ -9,6 +9,7 @@ take all competitors in turn; medians with 20th and 80th percentiles.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 import itertools
@@ -31,6 +32,7 @@ from fused_sam.backends import triton as backend
 from . import workloads
 from .models import MODULES
 from .peers import BASES, RHO, as_groups, fused_sam_peers, parameters, peers
+from .stats import spread
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 ROUNDS = 30
@@ -91,14 +93,12 @@ def measure(works: dict[str, Work], rounds: int = ROUNDS, aim: float = 5e-3) -> 
     for _ in range(rounds):
         for name, work in works.items():
             times[name].append(seconds(work, repeats[name]))
-    return {name: summary(values) for name, values in times.items()}
+    return {name: {**summary(values), "all": values} for name, values in times.items()}
 
 
-def summary(values: Sequence[float]) -> dict[str, Any]:
-    """Median, 20th and 80th percentile, and the values."""
-    ordered = sorted(values)
-    at = [ordered[round(share * (len(ordered) - 1))] for share in (0.2, 0.8)]
-    return {"median": statistics.median(values), "p20": at[0], "p80": at[1], "all": list(values)}
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile, by name."""
+    return dataclasses.asdict(spread(values))
 
 
 def replayed(works: Sequence[Work]) -> Work:
@@ -294,7 +294,7 @@ def steps(models: Sequence[str] = STEP_MODELS, compiled: bool = False) -> Iterat
                     "model": name,
                     "base": base,
                     "peer": peer_name,
-                    **{k: v for k, v in result.items() if k != "all"},
+                    **summary(result["all"]),
                     "times_ours": statistics.median(theirs / own for theirs, own in pairs),
                     "bytes": memory.get(peer_name),
                 }
@@ -324,8 +324,7 @@ def host() -> Iterator[dict[str, Any]]:
                 start = time.perf_counter()
                 _step(opt)
                 times.append(time.perf_counter() - start)
-            facts = {k: v for k, v in summary(times[50:]).items() if k != "all"}
-            yield {"model": name, "base": base, **facts}
+            yield {"model": name, "base": base, **summary(times[50:])}
 
 
 def training(batch: int = 256, size: int = 224) -> Iterator[dict[str, Any]]:
@@ -361,7 +360,7 @@ def training(batch: int = 256, size: int = 224) -> Iterator[dict[str, Any]]:
         "batch": batch,
         "step": summary(totals)["median"],
         "optimizer": summary(optimizers)["median"],
-        "share": {k: v for k, v in summary(share).items() if k != "all"},
+        "share": summary(share),
     }
 
 
