@@ -95,7 +95,8 @@ class FusedSAM(Optimizer):
     ) -> None:
         ascent = {"rho": rho, "adaptive": adaptive, "eta": eta}
         check_base(base_optimizer)
-        check_options(base_optimizer, base_kwargs, inspect.signature(FusedSAM).parameters)
+        keywords = list(inspect.signature(FusedSAM).parameters)[:-1]  # the last is base_kwargs
+        check_options(base_optimizer, base_kwargs, keywords)
         groups = as_groups(params)
         check_groups([{**ascent, **base_kwargs, **group} for group in groups])
         self._init(base_optimizer(groups, **base_kwargs), ascent, max_grad_norm, backend)
