@@ -219,7 +219,7 @@ def _magnitudes(cls, group, w, g, old, new):
             update = group["momentum"] * old.get("momentum_buffer", 0) + update
             terms["momentum_buffer"] = update
     else:
-        raise NotImplementedError(cls)
+        raise TypeError(f"no textbook of {cls.__name__} is written here")
     return w + lr * update, terms
 
 
