@@ -165,7 +165,9 @@ struct SqNorm {
   }
 };
 
-Tensor run_sq_norm(const Bucket& bucket, const Tensor& saved, bool by_group) {
+Tensor sq_norm(Tensor weights, std::vector<Tensor> pinned, Tensor saved, Tensor slots, Tensor grads,
+               Tensor hyper, bool by_group) {
+  const Bucket bucket(weights, pinned, saved, slots, grads, hyper);
   const Problem& p = bucket.problem;
   // A bucket of empty parameters alone has no span; its norm is 0.
   const int64_t spans = num_spans(p.size);
@@ -177,31 +179,14 @@ Tensor run_sq_norm(const Bucket& bucket, const Tensor& saved, bool by_group) {
   return partials;
 }
 
-void run_perturb_(const Bucket& bucket, const Tensor& sq_norm) {
-  const Problem& p = bucket.problem;
-  const SqNorm sum(sq_norm.const_data_ptr(), sq_norm.numel(), bucket.dtype);
-  const auto kernel = kernels().perturb_[static_cast<int>(bucket.dtype)];
-  parallel_spans(p.size, [&](int64_t begin, int64_t end) { kernel(p, sum.pointer, begin, end); });
-}
-
-Tensor sq_norm(Tensor weights, std::vector<Tensor> pinned, Tensor saved, Tensor slots, Tensor grads,
-               Tensor hyper, bool by_group) {
-  return run_sq_norm(Bucket(weights, pinned, saved, slots, grads, hyper), saved, by_group);
-}
-
 void perturb_(Tensor weights, std::vector<Tensor> pinned, Tensor saved, Tensor slots, Tensor grads,
               Tensor hyper, Tensor sq_norm) {
   const Bucket bucket(weights, pinned, saved, slots, grads, hyper);
   check(sq_norm, "sq_norm", compute_type(bucket.dtype), -1, saved);
-  run_perturb_(bucket, sq_norm);
-}
-
-Tensor climb_(Tensor weights, std::vector<Tensor> pinned, Tensor saved, Tensor slots, Tensor grads,
-              Tensor hyper) {
-  const Bucket bucket(weights, pinned, saved, slots, grads, hyper);
-  Tensor sq_norm = run_sq_norm(bucket, saved, true);
-  run_perturb_(bucket, sq_norm);
-  return sq_norm;
+  const Problem& p = bucket.problem;
+  const SqNorm sum(sq_norm.const_data_ptr(), sq_norm.numel(), bucket.dtype);
+  const auto kernel = kernels().perturb_[static_cast<int>(bucket.dtype)];
+  parallel_spans(p.size, [&](int64_t begin, int64_t end) { kernel(p, sum.pointer, begin, end); });
 }
 
 void update_(Tensor weights, std::vector<Tensor> pinned, std::optional<Tensor> state0,
@@ -284,10 +269,6 @@ struct Bucket {
     p.num_chunks = static_cast<int>(num_chunks);
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   }
-
-  Tensor new_partials(const Tensor& saved) const {
-    return torch::stable::new_empty(saved, {kPartials}, compute_type(dtype));
-  }
 };
 
 void check_launch(const char* error) {
@@ -297,7 +278,7 @@ void check_launch(const char* error) {
 Tensor sq_norm(Tensor weights, std::vector<Tensor> /*pinned*/, Tensor saved, Tensor slots,
                Tensor grads, Tensor hyper, bool by_group) {
   const Bucket bucket(weights, saved, slots, grads, hyper);
-  Tensor partials = bucket.new_partials(saved);
+  Tensor partials = torch::stable::new_empty(saved, {kPartials}, compute_type(bucket.dtype));
   check_launch(launch_sq_norm(bucket.dtype, bucket.problem, partials.mutable_data_ptr(), by_group,
                               bucket.device, bucket.stream));
   return partials;
@@ -309,15 +290,6 @@ void perturb_(Tensor weights, std::vector<Tensor> /*pinned*/, Tensor saved, Tens
   check(sq_norm, "sq_norm", compute_type(bucket.dtype), -1, saved);
   check_launch(launch_perturb_(bucket.dtype, bucket.problem, sq_norm.const_data_ptr(),
                                sq_norm.numel(), bucket.device, bucket.stream));
-}
-
-Tensor climb_(Tensor weights, std::vector<Tensor> /*pinned*/, Tensor saved, Tensor slots,
-              Tensor grads, Tensor hyper) {
-  const Bucket bucket(weights, saved, slots, grads, hyper);
-  Tensor partials = bucket.new_partials(saved);
-  check_launch(launch_climb_(bucket.dtype, bucket.problem, partials.mutable_data_ptr(),
-                             bucket.device, bucket.stream));
-  return partials;
 }
 
 void update_(Tensor weights, std::vector<Tensor> /*pinned*/, std::optional<Tensor> state0,
@@ -354,7 +326,7 @@ void update_(Tensor weights, std::vector<Tensor> /*pinned*/, std::optional<Tenso
 
 // pinned: the weights of the last slots, which are not in `weights`. grads: their addresses.
 // The tables are described in tables.h and rules.h (Hyper), the operations in
-// fused_sam/backends/interface.py; climb_ is sq_norm and perturb_ in one.
+// fused_sam/backends/interface.py.
 STABLE_TORCH_LIBRARY(fused_sam, m) {
   m.def(
       "sq_norm(Tensor weights, Tensor[] pinned, Tensor saved, Tensor slots, Tensor grads, "
@@ -362,9 +334,6 @@ STABLE_TORCH_LIBRARY(fused_sam, m) {
   m.def(
       "perturb_(Tensor(a!) weights, Tensor(b!)[] pinned, Tensor(c!) saved, Tensor slots, "
       "Tensor grads, Tensor hyper, Tensor sq_norm) -> ()");
-  m.def(
-      "climb_(Tensor(a!) weights, Tensor(b!)[] pinned, Tensor(c!) saved, Tensor slots, "
-      "Tensor grads, Tensor hyper) -> Tensor");
   m.def(
       "update_(Tensor(a!) weights, Tensor(b!)[] pinned, Tensor(c!)? state0, Tensor(d!)? state1, "
       "Tensor(e!)? state2, Tensor(f!)? step, Tensor(g!)? ticket, Tensor saved, Tensor slots, "
@@ -376,7 +345,6 @@ STABLE_TORCH_LIBRARY(fused_sam, m) {
 STABLE_TORCH_LIBRARY_IMPL(fused_sam, CPU, m) {
   m.impl("sq_norm", TORCH_BOX(&fused_sam::sq_norm));
   m.impl("perturb_", TORCH_BOX(&fused_sam::perturb_));
-  m.impl("climb_", TORCH_BOX(&fused_sam::climb_));
   m.impl("update_", TORCH_BOX(&fused_sam::update_));
 }
 
@@ -389,7 +357,6 @@ STABLE_TORCH_LIBRARY_IMPL(fused_sam, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(fused_sam, CUDA, m) {
   m.impl("sq_norm", TORCH_BOX(&fused_sam::sq_norm));
   m.impl("perturb_", TORCH_BOX(&fused_sam::perturb_));
-  m.impl("climb_", TORCH_BOX(&fused_sam::climb_));
   m.impl("update_", TORCH_BOX(&fused_sam::update_));
 }
 

@@ -423,9 +423,6 @@ class FusedSAM(Optimizer):
     def _climb(self, grads: list[Gradients]) -> Tensor:
         """Save w and climb; return the squared norm as partial sums."""
         groups = self.param_groups
-        if len(grads) == 1 and (climb_ := getattr(self._backends[0], "climb_", None)):
-            sq_norm: Tensor = climb_(self._layout.buckets[0], grads[0], groups)
-            return sq_norm
         sq_norm = self._sum_sq_norms(grads, groups)
         for backend, bucket, bucket_grads in self._each(grads):
             total = sq_norm.to(bucket.device, bucket.compute_dtype, non_blocking=True)

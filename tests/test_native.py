@@ -57,7 +57,6 @@ def test_operations_do_what_their_schemas_say(pinned):
     start = bucket.weights, tables.pinned, bucket.saved, tables.slots, grads, hyper
     ops = torch.ops.fused_sam
     torch.library.opcheck(ops.sq_norm.default, (*start, True))
-    torch.library.opcheck(ops.climb_.default, start)
     torch.library.opcheck(ops.perturb_.default, (*start, torch.ones(1)))
     adam = dict(torch.optim.AdamW(params, amsgrad=True).param_groups[0])
     number, order, row = native._UPDATE["adam"]
@@ -100,7 +99,7 @@ def test_operations_refuse_tables_that_do_not_fit():
         (5, hyper.double()),
     ):
         with pytest.raises(RuntimeError, match="fused_sam"):
-            torch.ops.fused_sam.climb_.default(*good[:i], wrong, *good[i + 1 :])
+            torch.ops.fused_sam.sq_norm.default(*good[:i], wrong, *good[i + 1 :], True)
     number, _, row = native._UPDATE["sgd"]
     options = tables.hyper(bucket, [dict(opt.param_groups[0], momentum=0.9)], row)
     with pytest.raises(RuntimeError, match="a state is missing"):

@@ -102,7 +102,7 @@ def cuobjdump(*arguments):
 
 def kernel_name(mangled):
     """'update Sgd float' of a mangled kernel name."""
-    kernel = re.search(r"(sq_norm|perturb|climb|update)_kernel", mangled)[1]
+    kernel = re.search(r"(sq_norm|perturb|update)_kernel", mangled)[1]
     rule = re.search(r"\d(Sgd|Adam|RmsProp)E", mangled)
     after = mangled[(rule or re.search(r"_kernelI", mangled)).end() :]
     dtype = re.match(r"f|d|NS\w*?(BFloat16|Float16)", after)
@@ -127,7 +127,6 @@ def budget():
         climb = (2 + 1) * 2 * 2  # w, g -> w, saved; SAM and ASAM
         counts[f"sq_norm {dtype}"] = norm, 0
         counts[f"perturb {dtype}"] = climb + copy, climb + copy
-        counts[f"climb {dtype}"] = norm + climb + copy, climb + copy
         for rule, variants in states.items():
             loads = stores = copy
             for i, n in enumerate(variants):

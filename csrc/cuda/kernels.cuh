@@ -1,6 +1,6 @@
 // The CUDA kernels. They use blocks of kThreads threads, __syncthreads, warp shuffles, static
-// shared memory, one integer atomic and the cooperative grid barrier, and nothing of the host: the
-// tests run this very file on a CPU, under an emulation of those.
+// shared memory and one integer atomic, and nothing of the host: the tests run this very file on a
+// CPU, under an emulation of those.
 //
 // A chunk is kChunk elements of one parameter; the table of chunks is walked by a persistent grid.
 #pragma once
@@ -278,21 +278,6 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const ComputeOf<S> sum = sum_of(sq_norm, num_partials);
   for (int chunk = blockIdx.x; chunk < p.num_chunks; chunk += gridDim.x) {
     perturb_chunk<S>(p, sum, chunk);
-  }
-}
-
-// sq_norm and perturb_ in one cooperative launch. The second phase walks back, so that it finds
-// the end of the gradients still in the L2.
-template <typename S>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
-    climb_kernel(DeviceProblem p, ComputeOf<S>* partials) {
-  write_partial(partials, share_of_sq_norm<S>(p, true));
-  cooperative_groups::this_grid().sync();
-  const ComputeOf<S> sum = sum_of(static_cast<const ComputeOf<S>*>(partials), gridDim.x);
-  const int blocks = gridDim.x;
-  const int rounds = (p.num_chunks - 1 - int(blockIdx.x) + blocks) / blocks;
-  for (int round = rounds - 1; round >= 0; --round) {
-    perturb_chunk<S>(p, sum, int(blockIdx.x) + round * blocks);
   }
 }
 

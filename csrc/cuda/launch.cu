@@ -1,6 +1,5 @@
 // Launches: a persistent grid, as many blocks as the GPU holds at once and no more than the work.
 // Nothing here waits, allocates or copies, so all of it can be captured in a CUDA graph.
-#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
 #include <mutex>
@@ -48,8 +47,8 @@ cudaError_t resident_blocks(const void* kernel, int device, int* blocks) {
 }
 
 template <typename... Parameters, typename... Arguments>
-const char* launch(bool cooperative, void (*kernel)(Parameters...), int num_chunks, int device,
-                   void* stream, Arguments... arguments) {
+const char* launch(void (*kernel)(Parameters...), int num_chunks, int device, void* stream,
+                   Arguments... arguments) {
   const DeviceGuard guard(device);
   cudaError_t error = guard.error();
   int blocks = 0;
@@ -60,11 +59,8 @@ const char* launch(bool cooperative, void (*kernel)(Parameters...), int num_chun
     blocks = blocks < kPartials ? blocks : kPartials;
     blocks = blocks < num_chunks ? blocks : num_chunks;
     void* pointers[] = {static_cast<void*>(&arguments)...};
-    const auto function = reinterpret_cast<const void*>(kernel);
-    const dim3 grid(blocks ? blocks : 1), block(kThreads);
-    const auto on = static_cast<cudaStream_t>(stream);
-    error = cooperative ? cudaLaunchCooperativeKernel(function, grid, block, pointers, 0, on)
-                        : cudaLaunchKernel(function, grid, block, pointers, 0, on);
+    error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks ? blocks : 1),
+                             dim3(kThreads), pointers, 0, static_cast<cudaStream_t>(stream));
   }
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();  // the caller reports it; it must not turn up again elsewhere
@@ -87,20 +83,13 @@ const char* with_storage(Dtype dtype, const F& f) {
   return "unknown dtype";
 }
 
-bool can_cooperate(int device) {
-  int cooperative = 0;
-  return cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device) ==
-             cudaSuccess &&
-         cooperative;
-}
-
 }  // namespace
 
 const char* launch_sq_norm(Dtype dtype, const DeviceProblem& p, void* partials, bool by_group,
                            int device, void* stream) {
   return with_storage(dtype, [&](auto s) {
     using T = ComputeOf<decltype(s)>;
-    return launch(false, sq_norm_kernel<decltype(s)>, p.num_chunks, device, stream, p,
+    return launch(sq_norm_kernel<decltype(s)>, p.num_chunks, device, stream, p,
                   static_cast<T*>(partials), by_group);
   });
 }
@@ -109,25 +98,9 @@ const char* launch_perturb_(Dtype dtype, const DeviceProblem& p, const void* sq_
                             int64_t num_partials, int device, void* stream) {
   return with_storage(dtype, [&](auto s) {
     using T = ComputeOf<decltype(s)>;
-    return launch(false, perturb_kernel<decltype(s)>, p.num_chunks, device, stream, p,
+    return launch(perturb_kernel<decltype(s)>, p.num_chunks, device, stream, p,
                   static_cast<const T*>(sq_norm), num_partials);
   });
-}
-
-const char* launch_climb_(Dtype dtype, const DeviceProblem& p, void* partials, int device,
-                          void* stream) {
-  // Predicted, not measured: one launch is faster than two at every size. Small networks save the
-  // launch; large ones read again from the L2 what it holds of the gradients, and a grid barrier
-  // costs about what the gap between two kernels does.
-  if (can_cooperate(device)) {
-    return with_storage(dtype, [&](auto s) {
-      using T = ComputeOf<decltype(s)>;
-      return launch(true, climb_kernel<decltype(s)>, p.num_chunks, device, stream, p,
-                    static_cast<T*>(partials));
-    });
-  }
-  const char* error = launch_sq_norm(dtype, p, partials, true, device, stream);
-  return error ? error : launch_perturb_(dtype, p, partials, kPartials, device, stream);
 }
 
 const char* launch_update_(Dtype dtype, RuleId rule, const DeviceProblem& p, const void* grad_scale,
@@ -137,7 +110,7 @@ const char* launch_update_(Dtype dtype, RuleId rule, const DeviceProblem& p, con
     const auto scale = static_cast<const ComputeOf<S>*>(grad_scale);
     const auto with =
         [&](void (*kernel)(DeviceProblem, const ComputeOf<S>*, const float*, unsigned*)) {
-          return launch(false, kernel, p.num_chunks, device, stream, p, scale, found_inf, ticket);
+          return launch(kernel, p.num_chunks, device, stream, p, scale, found_inf, ticket);
         };
     switch (rule) {
       case RuleId::kSgd:

@@ -39,8 +39,6 @@ const char* launch_sq_norm(Dtype dtype, const DeviceProblem& p, void* partials, 
                            int device, void* stream);
 const char* launch_perturb_(Dtype dtype, const DeviceProblem& p, const void* sq_norm,
                             int64_t num_partials, int device, void* stream);
-const char* launch_climb_(Dtype dtype, const DeviceProblem& p, void* partials, int device,
-                          void* stream);
 const char* launch_update_(Dtype dtype, RuleId rule, const DeviceProblem& p, const void* grad_scale,
                            const float* found_inf, unsigned* ticket, int device, void* stream);
 

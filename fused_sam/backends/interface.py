@@ -16,11 +16,7 @@ Gradients = Sequence[Tensor | None]
 
 
 class Backend(Protocol):
-    """Three operations on a bucket, and the way back. None of them waits for the device.
-
-    A backend may also have ``climb_(bucket, grads, groups) -> Tensor``: ``sq_norm`` and
-    ``perturb_`` in one, used where one bucket holds all parameters.
-    """
+    """Three operations on a bucket, and the way back. None of them waits for the device."""
 
     name: str
 

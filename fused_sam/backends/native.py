@@ -124,7 +124,6 @@ def _register_fakes() -> None:
         return None
 
     torch.library.register_fake("fused_sam::sq_norm")(norm)
-    torch.library.register_fake("fused_sam::climb_")(norm)
     torch.library.register_fake("fused_sam::perturb_")(nothing)
     torch.library.register_fake("fused_sam::update_")(nothing)
 
@@ -352,19 +351,6 @@ class NativeBackend:
             tables.hyper(bucket, groups, _ASCENT),
             sq_norm,
         )
-
-    def climb_(self, bucket: Bucket, grads: Gradients, groups: Groups) -> Tensor:
-        """``sq_norm`` and ``perturb_`` in one, for a bucket that is alone."""
-        tables = _tables(bucket)
-        partials: Tensor = torch.ops.fused_sam.climb_.default(
-            bucket.weights,
-            tables.pinned,
-            bucket.saved,
-            tables.slots,
-            tables.grads(grads),
-            tables.hyper(bucket, groups, _ASCENT),
-        )
-        return partials
 
     def update_(
         self,

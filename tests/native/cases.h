@@ -390,7 +390,7 @@ inline std::vector<Options> all_options() {
 }
 
 // Runner<S>: sq_norm(bucket, options, by_group) -> double, perturb_(bucket, options, sq_norm),
-// climb_(bucket, options) -> double, update_(bucket, options, skip).
+// update_(bucket, options, skip).
 template <typename S, template <typename> class Runner>
 void run_all(const std::vector<int64_t>& sizes) {
   constexpr double kInf = std::numeric_limits<double>::infinity();
@@ -405,13 +405,6 @@ void run_all(const std::vector<int64_t>& sizes) {
       expect_sq_norm<S>(runner.sq_norm(bucket, options, true), sq_norm_of(bucket, options));
       runner.perturb_(bucket, options, 9.0);
       expect_perturbed(bucket, before, options, 9.0);
-    }
-    {
-      Bucket<S> bucket(sizes, 2);
-      const auto before = bucket.copy();
-      const double want = sq_norm_of(bucket, options), got = runner.climb_(bucket, options);
-      expect_sq_norm<S>(got, want);
-      expect_perturbed(bucket, before, options, got);
     }
     for (bool skip : {false, true}) {
       Bucket<S> bucket(sizes, 3);

@@ -52,12 +52,6 @@ class Runner {
              [&](int64_t begin, int64_t end) { kernel(p, &sum, begin, end); });
   }
 
-  double climb_(cases::Bucket<S>& bucket, const Options& o) {
-    const double sum = sq_norm(bucket, o, true);
-    perturb_(bucket, o, sum);
-    return sum;
-  }
-
   void update_(cases::Bucket<S>& bucket, const Options& o, bool skip) {
     const Problem p = problem(bucket, o);
     for (size_t i = 0; p.step && !skip && i < bucket.step.size(); ++i) {

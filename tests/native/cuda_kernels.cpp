@@ -32,15 +32,6 @@ class Runner {
     });
   }
 
-  double climb_(cases::Bucket<S>& bucket, const Options& o) {
-    return in_every_order(bucket, [&](unsigned blocks, Order order) {
-      std::vector<T> partials(kPartials, T(NAN));
-      const DeviceProblem p = problem(bucket, o);
-      launch(blocks, order, [&] { climb_kernel<S>(p, partials.data()); });
-      return sum(partials);
-    });
-  }
-
   void update_(cases::Bucket<S>& bucket, const Options& o, bool skip) {
     in_every_order(bucket, [&](unsigned blocks, Order order) {
       DeviceProblem p = problem(bucket, o);
