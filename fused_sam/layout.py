@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from .devices import on
 from .rules import STEP, Rule
 
 _TensorGuards: Any
@@ -68,25 +69,26 @@ def is_shared(tensor: Tensor) -> bool:
     return external or torch._C._storage_Use_Count(storage._cdata) > 2
 
 
-@functools.cache
-def _has_windows(device: torch.device) -> bool:
-    """Whether tensors of this device can be exchanged through DLPack."""
-    try:
-        from_dlpack(torch.empty(1, device=device))
-    except (RuntimeError, BufferError, TypeError, ValueError):
-        return False
-    return True
-
-
 def _window(memory: Tensor) -> Tensor:
     """``memory`` (n,) as a tensor whose storage is exactly its n elements.
 
     A plain view would share the whole buffer's storage: then ``torch.save`` of one layer writes
     the whole model, and ``safetensors`` refuses it.
     """
-    window = from_dlpack(memory)
+    with on(memory.device):  # torch exchanges no memory of a GPU that is not the current one
+        window = from_dlpack(memory)
     window.untyped_storage()._fused_sam_window = True  # type: ignore[attr-defined]
     return window
+
+
+@functools.cache
+def _has_windows(device: torch.device) -> bool:
+    """Whether tensors of this device can be exchanged through DLPack."""
+    try:
+        _window(torch.empty(1, device=device))
+    except (RuntimeError, BufferError, TypeError, ValueError):
+        return False
+    return True
 
 
 @dataclass(frozen=True, eq=False)

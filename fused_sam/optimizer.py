@@ -23,6 +23,7 @@ from .checks import (
     check_max_grad_norm,
     check_options,
 )
+from .devices import moved
 from .layout import Bucket, Layout, Stale
 from .rules import RULES, Rule
 
@@ -425,7 +426,7 @@ class FusedSAM(Optimizer):
         groups = self.param_groups
         sq_norm = self._sum_sq_norms(grads, groups)
         for backend, bucket, bucket_grads in self._each(grads):
-            total = sq_norm.to(bucket.device, bucket.compute_dtype, non_blocking=True)
+            total = moved(sq_norm, bucket.device, bucket.compute_dtype)
             backend.perturb_(bucket, bucket_grads, groups, total)
         return sq_norm
 
@@ -442,7 +443,7 @@ class FusedSAM(Optimizer):
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parts) else torch.float32
         device = parts[0].device
         largest = min(torch.finfo(p.dtype).max for p in parts)
-        sums = torch.stack([p.sum().to(device, dtype, non_blocking=True) for p in parts])
+        sums = torch.stack([moved(p.sum(), device, dtype) for p in parts])
         # All buckets climb or none: what is infinite for one is infinite for all.
         return torch.where(sums.sum() > largest, torch.inf, sums)
 
@@ -569,7 +570,7 @@ def _bump_versions(bucket: Bucket, grads: Gradients) -> None:
 
 
 def _on(value: Tensor | None, bucket: Bucket, dtype: torch.dtype) -> Tensor | None:
-    return None if value is None else value.to(bucket.device, dtype, non_blocking=True)
+    return None if value is None else moved(value, bucket.device, dtype)
 
 
 def _clip_scale(norm: Tensor, max_norm: float, grad_scale: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..devices import is_capturing
 from ..layout import Bucket
 from ..rules import STEP, Rule
 from .interface import Gradients, Groups
@@ -302,7 +303,7 @@ class _Tables:
         return uploaded
 
     def _is_capturing(self) -> bool:
-        return not self.on_cpu and torch.cuda.is_current_stream_capturing()
+        return is_capturing(self.device)
 
 
 def _tables(bucket: Bucket) -> _Tables:

@@ -7,7 +7,6 @@ change: addresses of gradients repeat from step to step, hyperparameters follow 
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -18,6 +17,8 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from ..devices import is_capturing as _is_capturing
+from ..devices import on as _on
 from ..layout import Bucket
 from ..rules import STEP, Group, Rule
 from . import triton_kernels as kernels
@@ -300,27 +301,12 @@ def _upload(staging: Tensor, device: torch.device, into: Tensor | None = None) -
 # -------------------------------------------------------------------------------------- devices
 
 
-def _module(device: torch.device) -> Any:
-    return torch.get_device_module(device)
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def _max_programs(device: torch.device) -> int:
     if device.type == "cpu":
         return 3  # the interpreter runs them one by one
-    properties = _module(device).get_device_properties(device)
+    properties = torch.get_device_module(device).get_device_properties(device)
     count = getattr(properties, "multi_processor_count", 0) or properties.max_compute_units
     return PROGRAMS * int(count)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    if device.type == "cpu" or _module(device).current_device() == device.index:
-        return contextlib.nullcontext()
-    guard: contextlib.AbstractContextManager[Any] = _module(device).device(device)
-    return guard
 
 
 # ------------------------------------------------------------------------------------- launching
