@@ -14,6 +14,8 @@
 #include "rules.h"
 #include "tables.h"
 #ifdef FUSED_SAM_CUDA
+#include <torch/csrc/stable/accelerator.h>
+
 #include "cuda/launch.h"
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #else
@@ -66,26 +68,21 @@ RuleId rule_of(int64_t rule) {
   return static_cast<RuleId>(rule);
 }
 
-#ifndef FUSED_SAM_CUDA
-
-template <typename Rule>
-bool has_states(int options, const bool (&has)[kMaxStates]) {
-  bool fits = options >= 0 && options < Rule::kVariants;
-  for (int k = 0; k < kMaxStates; ++k) fits = fits && (has[k] || !Rule::uses(options, k));
-  return fits;
-}
-
-bool has_states(RuleId rule, int options, const bool (&has)[kMaxStates]) {
+// Calls f(Rule()) with the rule of a number.
+template <typename F>
+bool with_rule(RuleId rule, const F& f) {
   switch (rule) {
     case RuleId::kSgd:
-      return has_states<Sgd>(options, has);
+      return f(Sgd());
     case RuleId::kAdam:
-      return has_states<Adam>(options, has);
+      return f(Adam());
     case RuleId::kRmsProp:
-      return has_states<RmsProp>(options, has);
+      return f(RmsProp());
   }
   return false;
 }
+
+#ifndef FUSED_SAM_CUDA
 
 // A bucket's memory as the kernels take it, checked. The pinned weights are the list's.
 struct Bucket {
@@ -215,13 +212,19 @@ void update_(Tensor weights, std::vector<Tensor> pinned, std::optional<Tensor> s
                                             : static_cast<double>(*memory<float>(grad_scale));
   }
   const bool has[] = {state0.has_value(), state1.has_value(), state2.has_value()};
-  for (int64_t row = 0; row < hyper.numel() / kHyperSize; ++row) {
-    const int options =
-        bucket.dtype == Dtype::kFloat64
-            ? static_cast<int>(static_cast<const Hyper<double>*>(p.hyper)[row].options)
-            : static_cast<int>(static_cast<const Hyper<float>*>(p.hyper)[row].options);
-    STD_TORCH_CHECK(has_states(id, options, has), "fused_sam: group ", row, " has options ",
-                    options, ", for which a state is missing");
+  const auto check_rows = [&](const auto* rows) {
+    for (int64_t row = 0; row < hyper.numel() / kHyperSize; ++row) {
+      const auto options = rows[row].options;
+      const bool fits =
+          with_rule(id, [&](auto rule) { return has_states<decltype(rule)>(options, has); });
+      STD_TORCH_CHECK(fits, "fused_sam: group ", row, " has options ", options,
+                      ", for which a state is missing");
+    }
+  };
+  if (bucket.dtype == Dtype::kFloat64) {
+    check_rows(static_cast<const Hyper<double>*>(p.hyper));
+  } else {
+    check_rows(static_cast<const Hyper<float>*>(p.hyper));
   }
   if (p.step && !skip) {
     for (int64_t i = 0; i < p.num_slots; ++i) {
@@ -239,15 +242,17 @@ std::string cpu_kernels() { return kernels().name; }
 // A bucket's memory on a GPU. `slots` holds the slots and then the chunks, both made by
 // fused_sam/backends/native.py, which answers for what the host cannot check without waiting. The
 // pinned weights are reached through the table; they are arguments so that the schemas are true.
+// Its device is the current one for as long as it lives.
 struct Bucket {
   Dtype dtype;
   DeviceProblem problem = {};
   int device;
+  torch::stable::accelerator::DeviceGuard guard;
   void* stream = nullptr;
 
   Bucket(const Tensor& weights, const Tensor& saved, const Tensor& slots, const Tensor& grads,
          const Tensor& hyper)
-      : dtype(dtype_of(saved)), device(saved.get_device_index()) {
+      : dtype(dtype_of(saved)), device(saved.get_device_index()), guard(device) {
     DeviceProblem& p = problem;
     const int64_t num_slots = grads.numel();
     const int64_t num_chunks = (slots.numel() - 4 * num_slots) / 2;
@@ -310,6 +315,18 @@ void update_(Tensor weights, std::vector<Tensor> /*pinned*/, std::optional<Tenso
   if (grad_scale) check(*grad_scale, "grad_scale", compute_type(bucket.dtype), 1, saved);
   if (found_inf) check(*found_inf, "found_inf", ScalarType::Float, 1, saved);
   STD_TORCH_CHECK(ticket, "fused_sam: update_ on CUDA needs a ticket");
+  // Which variant a group wants stands on the device, where looking would wait for it. The caller
+  // makes the table and chooses the states from the same options; here they must suffice for one.
+  const bool has[] = {state0.has_value(), state1.has_value(), state2.has_value()};
+  const bool fits = with_rule(rule_of(rule), [&](auto rule) {
+    using Rule = decltype(rule);
+    bool one = false;
+    for (int options = 0; options < Rule::kVariants; ++options) {
+      one = one || has_states<Rule>(options, has);
+    }
+    return one;
+  });
+  STD_TORCH_CHECK(fits, "fused_sam: a state is missing that every variant of the rule needs");
   check(*ticket, "ticket", ScalarType::Int, 1, saved);
   p.step = memory<float>(step);
   check_launch(launch_update_(bucket.dtype, rule_of(rule), p, memory(grad_scale),

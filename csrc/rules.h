@@ -229,5 +229,19 @@ struct RmsProp {
   }
 };
 
+// Whether a rule has the variant `options`, and that one all its states. Compared as the number it
+// is in the table: a NaN there is no variant, and casting it would be undefined.
+template <typename Rule, typename T>
+FUSED_SAM_INLINE bool has_states(T options, const bool (&has)[kMaxStates]) {
+  for (int variant = 0; variant < Rule::kVariants; ++variant) {
+    if (options != T(variant)) continue;
+    for (int k = 0; k < kMaxStates; ++k) {
+      if (Rule::uses(variant, k) && !has[k]) return false;
+    }
+    return true;
+  }
+  return false;
+}
+
 }  // namespace FUSED_SAM_ISA
 }  // namespace fused_sam

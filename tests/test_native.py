@@ -1,5 +1,6 @@
 """The native backend beside the case table: its operations, its bits, its build, its limits."""
 
+import math
 import os
 import re
 import shutil
@@ -102,11 +103,14 @@ def test_operations_refuse_tables_that_do_not_fit():
             torch.ops.fused_sam.sq_norm.default(*good[:i], wrong, *good[i + 1 :], True)
     number, _, row = native._UPDATE["sgd"]
     options = tables.hyper(bucket, [dict(opt.param_groups[0], momentum=0.9)], row)
-    with pytest.raises(RuntimeError, match="a state is missing"):
-        torch.ops.fused_sam.update_.default(
-            *(bucket.weights, [], None, None, None, None, None, bucket.saved, tables.slots),
-            *(grads, options, torch.zeros(len(SIZES), dtype=torch.uint8), None, None, number),
-        )
+    column = native.HYPER.index("options")
+    for variant in (options[0, column].item(), math.nan, -1.0, 0.5, 1e30):
+        options[0, column] = variant
+        with pytest.raises(RuntimeError, match="a state is missing"):
+            torch.ops.fused_sam.update_.default(
+                *(bucket.weights, [], None, None, None, None, None, bucket.saved, tables.slots),
+                *(grads, options, torch.zeros(len(SIZES), dtype=torch.uint8), None, None, number),
+            )
 
 
 class OnDevice(torch.Tensor):

@@ -11,21 +11,6 @@
 namespace fused_sam {
 namespace {
 
-// The tensors' device, for the length of a call.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    error_ = cudaGetDevice(&before_);
-    if (error_ == cudaSuccess && device != before_) error_ = cudaSetDevice(device);
-  }
-  ~DeviceGuard() { cudaSetDevice(before_); }
-  cudaError_t error() const { return error_; }
-
- private:
-  int before_ = 0;
-  cudaError_t error_;
-};
-
 // How many blocks of the kernel a device holds at once. Asked once for each kernel and device.
 cudaError_t resident_blocks(const void* kernel, int device, int* blocks) {
   static std::mutex mutex;
@@ -49,12 +34,8 @@ cudaError_t resident_blocks(const void* kernel, int device, int* blocks) {
 template <typename... Parameters, typename... Arguments>
 const char* launch(void (*kernel)(Parameters...), int num_chunks, int device, void* stream,
                    Arguments... arguments) {
-  const DeviceGuard guard(device);
-  cudaError_t error = guard.error();
   int blocks = 0;
-  if (error == cudaSuccess) {
-    error = resident_blocks(reinterpret_cast<const void*>(kernel), device, &blocks);
-  }
+  cudaError_t error = resident_blocks(reinterpret_cast<const void*>(kernel), device, &blocks);
   if (error == cudaSuccess) {
     blocks = blocks < kPartials ? blocks : kPartials;
     blocks = blocks < num_chunks ? blocks : num_chunks;

@@ -34,7 +34,7 @@ struct DeviceProblem {
   int num_chunks;
 };
 
-// All return null, or what went wrong. stream: a cudaStream_t of the device.
+// All return null, or what went wrong. device: the current one. stream: a cudaStream_t of it.
 const char* launch_sq_norm(Dtype dtype, const DeviceProblem& p, void* partials, bool by_group,
                            int device, void* stream);
 const char* launch_perturb_(Dtype dtype, const DeviceProblem& p, const void* sq_norm,
