@@ -34,6 +34,7 @@ part() { # name, seconds at most, command...
 
 if command -v nvcc > /dev/null; then
     part build 120 env FUSED_SAM_BUILD=cuda "$python" setup.py -q build_ext --inplace
+    part loads 60 "$python" -m fused_sam.info "native (cuda)"
 else
     echo "nvcc is not there: the native backend is left out"
 fi

@@ -1,5 +1,6 @@
 """The native backend beside the case table: its operations, its bits, its build, its limits."""
 
+import ctypes
 import math
 import os
 import re
@@ -315,10 +316,12 @@ def test_a_missing_backend_is_an_error_with_the_remedy(monkeypatch):
 def test_a_library_that_cannot_be_loaded_says_so(monkeypatch, tmp_path):
     broken = tmp_path / "_native.abi3.so"
     broken.write_text("no library")
+    with pytest.raises(OSError) as error:
+        ctypes.CDLL(str(broken))
     native.missing.cache_clear()
     monkeypatch.setattr(native, "_library", lambda name: broken)
     try:
-        assert "cannot be loaded" in native.missing("cpu")
+        assert f"cannot be loaded ({error.value})" in native.missing("cpu")
     finally:
         native.missing.cache_clear()
 
@@ -333,6 +336,17 @@ def test_info_names_every_backend():
     report = info.report()
     for name in ("fused-sam", "torch", "reference", "native (cpu)", "native (cuda)"):
         assert name in report
+
+
+def test_info_has_an_exit_status_for_the_backends_asked_for(monkeypatch, capsys):
+    """A script learns from it that a library was built and does not load."""
+    found = {"reference": None, "native (cuda)": "of a reason"}
+    monkeypatch.setattr(info, "availability", lambda: found)
+    assert info.main([]) == info.main(["reference"]) == 0
+    assert info.main(["reference", "native (cuda)"]) == 1
+    assert "missing: of a reason" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"'cuda'.*choose from.*'native .cuda.'"):
+        info.main(["cuda"])
 
 
 def setup(mode, **environment):

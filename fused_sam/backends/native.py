@@ -100,8 +100,9 @@ def missing(device_type: str = "cpu") -> str | None:
     try:
         torch.ops.load_library(library)
     except OSError as error:
+        words = error.__cause__ or error  # newer versions of torch wrap what the loader says
         return (
-            f"its {device_type} library {library} cannot be loaded ({error}); build it again with "
+            f"its {device_type} library {library} cannot be loaded ({words}); build it again with "
             f"this torch: {_BUILD.format(device_type)}"
         )
     if device_type == "cpu":
