@@ -320,10 +320,49 @@ def test_a_library_that_cannot_be_loaded_says_so(monkeypatch, tmp_path):
         ctypes.CDLL(str(broken))
     native.missing.cache_clear()
     monkeypatch.setattr(native, "_library", lambda name: broken)
+    monkeypatch.setattr(native, "_is_registered", lambda device_type: False)
     try:
         assert f"cannot be loaded ({error.value})" in native.missing("cpu")
     finally:
         native.missing.cache_clear()
+
+
+@needs_native
+@pytest.mark.parametrize("same", (True, False))
+def test_two_copies_of_the_package_in_one_process(same, tmp_path):
+    """A second library of the same operations ended the process: what one has loaded serves both.
+
+    If it is not the same library, the second copy says so, and its other backends run.
+    """
+    shutil.copytree(ROOT / "fused_sam", tmp_path / "fused_sam")
+    if not same:
+        with open(tmp_path / "fused_sam" / native._library("_native").name, "ab") as library:
+            library.write(b"another")
+    code = """
+import sys
+from fused_sam.backends import native
+assert native.missing("cpu") is None
+for name in [name for name in sys.modules if name.partition(".")[0] == "fused_sam"]:
+    del sys.modules[name]
+sys.path.insert(0, sys.argv[1])
+import torch
+from fused_sam import FusedSAM
+from fused_sam.backends import native
+assert native.__file__.startswith(sys.argv[1])
+print(FusedSAM([torch.nn.Parameter(torch.ones(2))], lr=0.1).backend, native.missing("cpu"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    if same:
+        assert done.stdout == "native None\n"
+    else:
+        assert "another copy of fused_sam has loaded its own cpu library" in done.stdout
+        assert not done.stdout.startswith("native")
 
 
 def test_other_devices_are_refused_with_a_reason():

@@ -6,6 +6,7 @@ buffers and small tables that this module fills. What they compute is stated in 
 
 from __future__ import annotations
 
+import filecmp
 import functools
 import math
 import os
@@ -97,23 +98,42 @@ def missing(device_type: str = "cpu") -> str | None:
             f"its {device_type} library was not built, for which torch and {tool} must be there; "
             f"build it with {_BUILD.format(device_type)}"
         )
-    try:
-        torch.ops.load_library(library)
-    except OSError as error:
-        words = error.__cause__ or error  # newer versions of torch wrap what the loader says
-        return (
-            f"its {device_type} library {library} cannot be loaded ({words}); build it again with "
-            f"this torch: {_BUILD.format(device_type)}"
-        )
+    if _is_registered(device_type):
+        if not any(_same_file(library, other) for other in torch.ops.loaded_libraries):
+            return (
+                f"another copy of fused_sam has loaded its own {device_type} library into this "
+                f"process, and it is not the same as {library}; import one copy, or make both the "
+                f"same version"
+            )
+    else:
+        try:
+            torch.ops.load_library(library)
+        except OSError as error:
+            words = error.__cause__ or error  # newer versions of torch wrap what the loader says
+            return (
+                f"its {device_type} library {library} cannot be loaded ({words}); build it again "
+                f"with this torch: {_BUILD.format(device_type)}"
+            )
+        if device_type == "cpu":
+            _register_fakes()
     if device_type == "cpu":
-        _register_fakes()
         found, wanted = torch.ops.fused_sam.cpu_kernels(), os.environ.get("FUSED_SAM_CPU")
         if wanted and wanted != found:
             raise ValueError(f"FUSED_SAM_CPU={wanted!r} names no kernels that this CPU can run")
     return None
 
 
-@functools.cache  # torch before 2.13 refuses a second time
+def _is_registered(device_type: str) -> bool:
+    """Whether the operations are there: loading a second library of them would end the process."""
+    name, key = "fused_sam::update_", device_type.upper()
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # an error where no schema is
+    return torch._C._dispatch_has_kernel(name) and has_kernel(name, key)
+
+
+def _same_file(library: Path, other: str) -> bool:
+    return os.path.exists(other) and filecmp.cmp(library, other, shallow=False)
+
+
 def _register_fakes() -> None:
     """What torch.compile and torch.export need to know: shapes and dtypes of the results."""
 
