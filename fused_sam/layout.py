@@ -175,7 +175,7 @@ class StateBuffer:
             if value is None:
                 window.zero_()
             elif value is not window:
-                window.copy_(torch.as_tensor(value))
+                window.copy_(torch.as_tensor(value, device=window.device))
 
 
 class Bucket:

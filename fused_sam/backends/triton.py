@@ -151,10 +151,12 @@ class _Tables:
         self.slots = torch.tensor(
             [(at, s.numel, s.start, s.row) for at, s in zip(weights, slots, strict=True)],
             dtype=torch.int64,
+            device="cpu",
         ).to(device)
-        counts = torch.tensor([-(-slot.numel // CHUNK) for slot in slots], dtype=torch.int64)
-        owner = torch.repeat_interleave(torch.arange(self.n_slots), counts)
-        number = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]
+        chunks = [-(-slot.numel // CHUNK) for slot in slots]
+        counts = torch.tensor(chunks, dtype=torch.int64, device="cpu")
+        owner = torch.repeat_interleave(counts)
+        number = torch.arange(len(owner), device="cpu") - (counts.cumsum(0) - counts)[owner]
         self.chunks = torch.stack([owner, number], 1).to(torch.int32).to(device)
         self.n_chunks = len(owner)
         self.programs = max(1, min(self.n_chunks, _max_programs(device)))
@@ -288,7 +290,7 @@ def _flags(
 
 def _staging(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     # The caching host allocator gives pinned memory out again only after the copies from it.
-    return torch.tensor(values, dtype=dtype, pin_memory=device.type != "cpu")
+    return torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type != "cpu")
 
 
 def _upload(staging: Tensor, device: torch.device, into: Tensor | None = None) -> Tensor:
