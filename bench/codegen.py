@@ -2,10 +2,10 @@
 
     python bench/codegen.py [results.json]
 
-For each kernel, dtype and target it compiles the variant that runs on aligned memory, and reads
-from the intermediate code what one element costs on the path of full chunks, and from the machine
-code how wide the accesses are, how many registers it takes and whether any are spilled. Prints a
-table: all kernels for sm_90, those of the traffic budget and RMSprop for the other targets.
+For each kernel, dtype and target it reads from the intermediate code what one element costs on the
+path of full, aligned chunks, and from the machine code how wide the accesses are there and on the
+other path, how many registers the kernel takes and whether any are spilled. Prints a table: all
+kernels for sm_90, those of the traffic budget and RMSprop for the other targets.
 """
 
 import json
@@ -51,7 +51,7 @@ REGISTER_FILE, THREADS = 65536, {"sm_80": 2048, "sm_90": 2048, "sm_100": 2048, "
 
 
 def build(name, dtype, target):
-    """Kernel ``name`` compiled for ``target``, as the backend would for aligned memory."""
+    """Kernel ``name`` compiled for ``target``, as the backend would."""
     compute = "*fp64" if dtype == "fp64" else "*fp32"
     types = dict.fromkeys(("chunks_ptr", "ticket_ptr"), "*i32")
     types |= dict.fromkeys(("slots_ptr", "live_ptr"), "*i64")
@@ -59,7 +59,7 @@ def build(name, dtype, target):
     types |= dict.fromkeys(("saved_ptr", "like_ptr"), "*" + dtype)
     types |= dict.fromkeys(("partials_ptr", "sq_norm_ptr", "hyper_ptr"), compute)
     types |= dict.fromkeys(("grad_scale_ptr", "found_inf_ptr"))
-    constants = {"ALIGNED": True, "ADAPTIVE": name == "sq_norm-asam"}
+    constants = {"ADAPTIVE": name == "sq_norm-asam"}
     if name in UPDATES:
         rule, kept = UPDATES[name]
         spec = backend.RULES[rule]
@@ -106,7 +106,7 @@ def signature(function, types, constants):
 
 
 def tile_loops(ttir):
-    """(loads, stores) of a tile in each loop over full tiles: those without a mask."""
+    """(loads, stores) of a tile in each loop over full, aligned chunks: those without a mask."""
     loops, stack = [], []
     for line in map(str.strip, ttir.splitlines()):
         if line.startswith("}") and stack:
@@ -136,6 +136,14 @@ def wide_and_narrow(compiled, target):
         found = re.findall(r"(?:global|buffer)_(?:load|store)_(\w+)", compiled.asm["amdgcn"])
         wide = [kind for kind in found if kind == "dwordx4"]
     return len(wide), len(found) - len(wide)
+
+
+def wide_under_masks(compiled, target):
+    """Accesses of 128 bits that a mask guards; None where masks are branches, as on AMD."""
+    if target.backend == "hip":
+        return None
+    ptx = compiled.asm["ptx"]
+    return len(re.findall(r"^\s*@!?%p\d+ (?:ld|st)\.global\.v", ptx, re.MULTILINE))
 
 
 def resources(compiled, target):
@@ -184,6 +192,7 @@ def report(name, dtype, arch):
         "scalar_accesses": scalar_accesses(compiled.asm["ttir"]),
         "wide": wide,
         "narrow": narrow,
+        "wide_under_masks": wide_under_masks(compiled, target),
         "registers": registers,
         "spilled": spilled,
         "flushes": compiled.asm.get("ptx", "").count(".ftz"),

@@ -49,7 +49,8 @@ def test_traffic_is_the_budget(kernel, dtype, arch, kernels):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_full_chunks_are_accessed_in_128_bits(arch, kernels):
-    """What no mask guards is a full tile, in accesses of 16 bytes, or a number from a table.
+    """What no mask guards is a tile of a full, aligned chunk, in accesses of 16 bytes, or a number
+    from a table.
 
     LLVM unrolls the loops over tiles, each by a power of 2.
     """
@@ -60,6 +61,13 @@ def test_full_chunks_are_accessed_in_128_bits(arch, kernels):
         unrolled = itertools.product([1, 2, 4, 8, 16], repeat=len(tiles))
         assert r["wide"] in [sum(map(operator.mul, tiles, times)) for times in unrolled], r
         assert r["narrow"] <= r["scalar_accesses"], r
+
+
+@pytest.mark.parametrize("arch", ARCHS[:-1])
+def test_other_chunks_are_accessed_element_by_element(arch, kernels):
+    """Guards misaligned slots: the masked path must not get a hint that is meant for the other."""
+    wide = {key: r["wide_under_masks"] for key, r in kernels.items() if r["arch"] == arch}
+    assert wide and not any(wide.values()), wide
 
 
 def test_amd_has_128_bit_accesses(kernels):

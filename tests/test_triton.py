@@ -3,6 +3,7 @@
 import functools
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from oracle import first_step, inject, second_step, step
 from fused_sam import FusedSAM, backends
 
 triton = pytest.importorskip("fused_sam.backends.triton")
+kernels = triton.kernels
 pytestmark = pytest.mark.skipif(not triton.INTERPRETED, reason="TRITON_INTERPRET=1 is not set")
 
 CHUNK = triton.CHUNK
@@ -54,6 +56,44 @@ def uploads(monkeypatch):
 
     monkeypatch.setattr(triton, "_upload", record)
     return sizes
+
+
+@pytest.fixture
+def hints(monkeypatch):
+    """Checks what the kernels promise the compiler: every pointer that is called aligned is it.
+
+    ``pointers`` counts them. The compiler turns such a promise into accesses that fault.
+    """
+    import triton.language as tl
+
+    counter = SimpleNamespace(pointers=0)
+    multiple_of = tl.multiple_of
+
+    def check(value, multiple, **rest):
+        multiple = getattr(multiple, "value", multiple)
+        assert not np.any(value.handle.data % multiple), f"no multiple of {multiple}"
+        counter.pointers += value.dtype.is_ptr()
+        return multiple_of(value, multiple, **rest)
+
+    monkeypatch.setattr(tl, "multiple_of", check)
+    return counter
+
+
+def aligned_slots(opt):
+    """What the tables with gradients, of the one bucket, say of each slot's alignment."""
+    (bucket,) = opt._layout.buckets
+    n = len(bucket.slots)
+    lives = bucket.cache["triton"].lives.values()
+    flags = [live.table[n : 2 * n].tolist() for live in lives if live.table[:n].all()]
+    return {tuple(bool(flag & kernels.ALIGNED.value) for flag in row) for row in flags}
+
+
+def step_as_given(opt, *passes):
+    """A whole step with these very gradients: oracle.step copies them to aligned memory."""
+    for method, grads in zip((opt.first_step, opt.second_step), passes, strict=True):
+        for p, grad in grads.items():
+            p.grad = grad
+        method()
 
 
 THREE = ["sq_norm_kernel", "perturb_kernel", "update_kernel"]
@@ -115,11 +155,39 @@ def test_unaligned_gradients(dtype):
                 p.grad = g
             getattr(opt, method)()
             getattr(twin, method)()
-    lives = [bucket.cache["triton"].lives.values() for bucket in opt._layout.buckets]
-    assert not any(live.aligned for table in lives for live in table)
+    assert not any(first for first, *_ in aligned_slots(opt))
     for p, q in zip(params, twins, strict=True):
         assert torch.equal(p, q)
         assert torch.equal(opt.state[p]["momentum_buffer"], twin.state[q]["momentum_buffer"])
+
+
+def test_one_misaligned_gradient_leaves_the_others_wide(hints):
+    """Guards alignment as a fact about a slot: of three gradients one begins at an odd element."""
+    sizes = [CHUNK, 2 * CHUNK, CHUNK + 5]
+    params, opt = make(sizes, ADAMW, lr=0.1)
+    for i in range(2):
+        passes = [random_grads(params, 2 * i + k) for k in range(2)]
+        for grads in passes:
+            grads[params[1]] = torch.cat([torch.zeros(1), grads[params[1]]])[1:]
+        step_as_given(opt, *passes)
+    assert aligned_slots(opt) == {(True, False, True)}
+    assert hints.pointers
+
+
+def test_a_misaligned_pinned_parameter_is_not_taken_for_aligned(hints):
+    """Guards weights that must stay where they are, off the grid, with gradients that are on it."""
+    base = torch.randn(2 * CHUNK + 8)
+    params = [torch.nn.Parameter(base[1 : 2 * CHUNK + 1]), torch.nn.Parameter(torch.randn(CHUNK))]
+    assert params[0].data_ptr() % 16 == 4
+    opt = FusedSAM(params, ADAMW, backend="triton", lr=0.1)
+    for i in range(2):
+        step_as_given(opt, random_grads(params, 2 * i), random_grads(params, 2 * i + 1))
+    params[0].grad = params[1].grad = None
+    opt.first_step()
+    opt.restore()
+    slots = opt._layout.buckets[0].slots
+    assert aligned_slots(opt) == {tuple(slot.param is params[1] for slot in slots)}
+    assert hints.pointers
 
 
 def test_pinned_parameters_are_reached_by_address():

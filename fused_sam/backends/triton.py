@@ -126,7 +126,6 @@ class _Live:
     """
 
     table: Tensor
-    aligned: bool
     staging: Tensor
 
 
@@ -147,7 +146,7 @@ class _Tables:
         self.rows = bucket.rows
         self.n_slots = len(slots)
         weights = [bucket.memory(slot).data_ptr() if slot.numel else 0 for slot in slots]
-        self.aligned = _aligned(weights)
+        self.aligned = [address % 16 == 0 for address in weights]
         self.slots = torch.tensor(
             [(at, s.numel, s.start, s.row) for at, s in zip(weights, slots, strict=True)],
             dtype=torch.int64,
@@ -203,7 +202,7 @@ class _Tables:
         live = None if capturing else self.lives.get(key)
         if live is not None:
             return live
-        values = [*addresses, *_flags(self.n_slots, *key[1:])]
+        values = [*addresses, *self._flags(addresses, *key[1:])]
         old = None
         if not capturing and len(self.lives) >= _KEPT_TABLES:
             # Kernels that read the oldest table come before this upload: they wrote the weights
@@ -213,13 +212,33 @@ class _Tables:
                 old = None
         staging = _staging(values, torch.int64, self.device)
         table = _upload(staging, self.device, None if old is None else old.table)
-        live = _Live(table, self.aligned and _aligned(addresses), staging)
+        live = _Live(table, staging)
         if capturing:
             # Filled when the graph runs, and read whenever it does: not for others, and for ever.
             self.captured.append(live)
         else:
             self.lives[key] = live
         return live
+
+    def _flags(
+        self,
+        addresses: Sequence[int],
+        perturbed: Sequence[bool] | None,
+        present: Sequence[Sequence[bool]] = (),
+        lrs: Sequence[int] = (),
+    ) -> list[int]:
+        """The rest of a live table: flags of each slot, address of each group's lr."""
+        saved, fresh = kernels.PERTURBED.value, kernels.FRESH.value
+        aligned = kernels.ALIGNED.value
+        flags = [
+            aligned * (weights and address % 16 == 0)
+            for weights, address in zip(self.aligned, addresses, strict=True)
+        ]
+        if perturbed:
+            flags = [bits | saved * flag for bits, flag in zip(flags, perturbed, strict=True)]
+        for names in present:
+            flags = [bits if has else bits | fresh for bits, has in zip(flags, names, strict=True)]
+        return [*flags, *lrs]
 
     # ---- hyperparameters
 
@@ -268,24 +287,6 @@ def _addresses(grads: Gradients) -> tuple[int, ...]:
         return tuple([0 if grad is None else grad.data_ptr() or EMPTY for grad in grads])
     addresses = tuple(map(Tensor.data_ptr, grads))  # type: ignore[arg-type]
     return tuple([address or EMPTY for address in addresses]) if 0 in addresses else addresses
-
-
-def _aligned(addresses: Sequence[int]) -> bool:
-    return not any([address % 16 for address in addresses])
-
-
-def _flags(
-    n_slots: int,
-    perturbed: Sequence[bool] | None,
-    present: Sequence[Sequence[bool]] = (),
-    lrs: Sequence[int] = (),
-) -> list[int]:
-    """The rest of a live table: flags of each slot, address of each group's lr."""
-    saved, fresh = kernels.PERTURBED.value, kernels.FRESH.value
-    flags = [saved * flag for flag in perturbed] if perturbed else [0] * n_slots
-    for names in present:
-        flags = [flag if there else flag | fresh for flag, there in zip(flags, names, strict=True)]
-    return [*flags, *lrs]
 
 
 def _staging(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -399,7 +400,7 @@ class TritonBackend:
                 *(partials, bucket.saved, tables.chunks, tables.slots, live.table, hyper),
                 *(tables.n_chunks, tables.n_slots),
             )
-            _launch(tables, bucket, kernels.sq_norm_kernel, args, (adaptive, live.aligned))
+            _launch(tables, bucket, kernels.sq_norm_kernel, args, (adaptive,))
         return partials
 
     def perturb_(self, bucket: Bucket, grads: Gradients, groups: Groups, sq_norm: Tensor) -> None:
@@ -412,7 +413,7 @@ class TritonBackend:
                 *(bucket.saved, sq_norm, tables.chunks, tables.slots, live.table, hyper),
                 *(tables.n_chunks, tables.n_slots, len(sq_norm)),
             )
-            _launch(tables, bucket, kernels.perturb_kernel, args, (live.aligned,))
+            _launch(tables, bucket, kernels.perturb_kernel, args, ())
 
     def update_(
         self,
@@ -455,10 +456,8 @@ class TritonBackend:
             )
             width = 1 + len(spec.hyper(groups[bucket.rows[0]]))
             kept_states = tuple([b is not None for b in buffers])
-            constants = (spec.function, kept_states, width, mixed, tensor_lr, live.aligned)
-            roomy = bucket.dtype.itemsize == 8 or (
-                bucket.dtype.itemsize == 2 and (mixed or not live.aligned)
-            )
+            constants = (spec.function, kept_states, width, mixed, tensor_lr)
+            roomy = bucket.dtype.itemsize == 8 or (bucket.dtype.itemsize == 2 and mixed)
             _launch(tables, bucket, kernels.update_kernel, args, constants, roomy)
 
     def restore_(self, bucket: Bucket) -> None:
@@ -470,4 +469,4 @@ class TritonBackend:
                 *(bucket.saved, tables.chunks, tables.slots, live.table),
                 *(tables.n_chunks, tables.n_slots),
             )
-            _launch(tables, bucket, kernels.restore_kernel, args, (live.aligned,))
+            _launch(tables, bucket, kernels.restore_kernel, args, ())

@@ -23,6 +23,8 @@ PERTURBED: tl.constexpr = tl.constexpr(1)
 """Flag of a slot: its weights w are in ``saved``."""
 FRESH: tl.constexpr = tl.constexpr(2)
 """Flag of a slot: its state is still zero."""
+ALIGNED: tl.constexpr = tl.constexpr(4)
+"""Flag of a slot: the addresses of its weights and of its gradient are multiples of 16."""
 SLOT_COLUMNS: tl.constexpr = tl.constexpr(4)
 ASCENT_COLUMNS: tl.constexpr = tl.constexpr(3)
 """rho, negative for a group that maximizes; 1 if it is adaptive; eta."""
@@ -153,24 +155,39 @@ def _locate(
     dtype,
     chunk,
     n_slots,
-    ALIGNED: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """A chunk's slot, gradient pointer or 0, weights pointer, flat offset, elements left, group."""
+    """What the tables say of a chunk.
+
+    Returns:
+        Its slot; whether there is a gradient; pointers to the slot's gradient and weights; the
+        slot's offset in the flat buffers; where the chunk begins in the slot; how many elements it
+        has; whether it may be accessed in 128 bits, as a full chunk of an aligned slot may; group;
+        flags.
+    """
     slot = tl.load(chunks_ptr + 2 * chunk).to(tl.int64)
     begin = tl.load(chunks_ptr + 2 * chunk + 1).to(tl.int64) * SIZE
     place = slots_ptr + slot * SLOT_COLUMNS
-    weights = tl.load(place).to(dtype) + begin
-    left = tl.load(place + 1) - begin
-    start = tl.multiple_of(tl.load(place + 2) + begin, 64)
+    weights = tl.load(place).to(dtype)
+    count = tl.minimum(tl.load(place + 1) - begin, SIZE)
+    start = tl.load(place + 2)
     row = tl.load(place + 3)
     address = tl.load(live_ptr + slot)
-    grad = address.to(dtype) + begin
+    grad = address.to(dtype)
     flags = tl.load(live_ptr + n_slots + slot)
-    if ALIGNED:
-        weights = tl.multiple_of(weights, 16)
-        grad = tl.multiple_of(grad, 16)
-    return slot, address != 0, grad, weights, start, left, row, flags
+    wide = (count == SIZE) & ((flags & ALIGNED) != 0)
+    return slot, address != 0, grad, weights, start, begin, count, wide, row, flags
+
+
+@triton.jit
+def _aligned(base, begin, MULTIPLE: tl.constexpr):
+    """``base + begin``, a multiple of 16 bytes, or of 64 elements.
+
+    The hint belongs to the operation, and so to every path that its result is used on: call this
+    where accesses are wide. Nothing is hinted at elsewhere, so that all operands of a tile lie in
+    the threads alike; else they would have to be exchanged, and float16 would spill.
+    """
+    return tl.multiple_of(base + begin, MULTIPLE)
 
 
 @triton.jit
@@ -215,7 +232,6 @@ def sq_norm_kernel(
     n_chunks,
     n_slots,
     ADAPTIVE: tl.constexpr,
-    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
@@ -224,8 +240,8 @@ def sq_norm_kernel(
     acc = tl.zeros([BLOCK], dtype)
     lanes = tl.arange(0, BLOCK)
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
-        _, present, grad, weights, _, left, row, _ = _locate(
-            chunks_ptr, slots_ptr, live_ptr, like_ptr.dtype, chunk, n_slots, ALIGNED, BLOCK * TILES
+        _, present, grad, weights, _, begin, count, wide, row, _ = _locate(
+            chunks_ptr, slots_ptr, live_ptr, like_ptr.dtype, chunk, n_slots, BLOCK * TILES
         )
         adaptive = tl.zeros([], dtype)
         eta = tl.zeros([], dtype)
@@ -233,14 +249,18 @@ def sq_norm_kernel(
             adaptive = tl.load(hyper_ptr + row * ASCENT_COLUMNS + 1)
             eta = tl.load(hyper_ptr + row * ASCENT_COLUMNS + 2)
         if present:
-            if left >= BLOCK * TILES:
+            if wide:
+                g = _aligned(grad, begin, 16)
+                w = _aligned(weights, begin, 16)
                 for tile in range(TILES):
                     offs = tile * BLOCK + lanes
-                    acc = _sq_tile(acc, grad, weights, offs, None, adaptive, eta, ADAPTIVE)
+                    acc = _sq_tile(acc, g, w, offs, None, adaptive, eta, ADAPTIVE)
             else:
-                for tile in range(tl.cdiv(left, BLOCK).to(tl.int32)):
+                g = grad + begin
+                w = weights + begin
+                for tile in range(tl.cdiv(count, BLOCK).to(tl.int32)):
                     offs = tile * BLOCK + lanes
-                    acc = _sq_tile(acc, grad, weights, offs, offs < left, adaptive, eta, ADAPTIVE)
+                    acc = _sq_tile(acc, g, w, offs, offs < count, adaptive, eta, ADAPTIVE)
     tl.store(partials_ptr + tl.program_id(0), tl.sum(acc))
 
 
@@ -272,7 +292,6 @@ def perturb_kernel(
     n_chunks,
     n_slots,
     n_partials,
-    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
@@ -286,30 +305,34 @@ def perturb_kernel(
     climbs = (norm > 0) & (norm < float("inf"))
     # Backwards: what sq_norm read last is what may still be in the cache.
     for i in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
-        _, present, grad, weights, start, left, row, _ = _locate(
+        _, present, grad, weights, start, begin, count, wide, row, _ = _locate(
             chunks_ptr,
             slots_ptr,
             live_ptr,
             saved_ptr.dtype,
             n_chunks - 1 - i,
             n_slots,
-            ALIGNED,
             BLOCK * TILES,
         )
         if present:
-            saved = saved_ptr + start
             rho = tl.load(hyper_ptr + row * ASCENT_COLUMNS)
             adaptive = tl.load(hyper_ptr + row * ASCENT_COLUMNS + 1)
             eta = tl.load(hyper_ptr + row * ASCENT_COLUMNS + 2)
             scale = tl.where(climbs, _div(rho, norm), 0.0)
-            if left >= BLOCK * TILES:
+            if wide:
+                w = _aligned(weights, begin, 16)
+                s = saved_ptr + _aligned(start, begin, 64)
+                g = _aligned(grad, begin, 16)
                 for tile in range(TILES):
                     offs = tile * BLOCK + lanes
-                    _perturb_tile(weights, saved, grad, offs, None, scale, adaptive, eta)
+                    _perturb_tile(w, s, g, offs, None, scale, adaptive, eta)
             else:
-                for tile in range(tl.cdiv(left, BLOCK).to(tl.int32)):
+                w = weights + begin
+                s = saved_ptr + start + begin
+                g = grad + begin
+                for tile in range(tl.cdiv(count, BLOCK).to(tl.int32)):
                     offs = tile * BLOCK + lanes
-                    _perturb_tile(weights, saved, grad, offs, offs < left, scale, adaptive, eta)
+                    _perturb_tile(w, s, g, offs, offs < count, scale, adaptive, eta)
 
 
 # --------------------------------------------------------------------------------------- update_
@@ -321,14 +344,26 @@ def _restore_tile(weights, saved, offs, mask):
 
 
 @triton.jit
-def _restore(weights, saved, left, lanes, BLOCK: tl.constexpr, TILES: tl.constexpr):
-    if left >= BLOCK * TILES:
+def _restore(
+    weights, saved_ptr, start, begin, count, wide, lanes, BLOCK: tl.constexpr, TILES: tl.constexpr
+):
+    if wide:
+        w = _aligned(weights, begin, 16)
+        s = saved_ptr + _aligned(start, begin, 64)
         for tile in range(TILES):
-            _restore_tile(weights, saved, tile * BLOCK + lanes, None)
+            _restore_tile(w, s, tile * BLOCK + lanes, None)
     else:
-        for tile in range(tl.cdiv(left, BLOCK).to(tl.int32)):
+        w = weights + begin
+        s = saved_ptr + start + begin
+        for tile in range(tl.cdiv(count, BLOCK).to(tl.int32)):
             offs = tile * BLOCK + lanes
-            _restore_tile(weights, saved, offs, offs < left)
+            _restore_tile(w, s, offs, offs < count)
+
+
+@triton.jit
+def _either(condition, x, y):
+    """The one or the other address."""
+    return tl.where(condition, x.to(tl.int64), y.to(tl.int64))
 
 
 @triton.jit
@@ -391,7 +426,6 @@ def update_kernel(
     HYPER: tl.constexpr,
     MIXED: tl.constexpr,
     TENSOR_LR: tl.constexpr,
-    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
@@ -417,10 +451,9 @@ def update_kernel(
         unscale = _div(tl.full([], 1, dtype), tl.load(grad_scale_ptr).to(dtype))
     columns: tl.constexpr = HYPER + (len(states) if MIXED else 0)
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
-        slot, present, grad, weights, start, left, row, flags = _locate(
-            chunks_ptr, slots_ptr, live_ptr, saved_ptr.dtype, chunk, n_slots, ALIGNED, BLOCK * TILES
+        slot, present, grad, weights, start, begin, count, wide, row, flags = _locate(
+            chunks_ptr, slots_ptr, live_ptr, saved_ptr.dtype, chunk, n_slots, BLOCK * TILES
         )
-        saved = saved_ptr + start
         perturbed = (flags & PERTURBED) != 0
         if present & steps:
             options = hyper_ptr + row * columns
@@ -436,23 +469,25 @@ def update_kernel(
             if MIXED:
                 limits = ()
                 for i in tl.static_range(len(states)):
-                    limits = limits + (tl.where(tl.load(options + HYPER + i) != 0, left, 0),)
+                    limits = limits + (tl.where(tl.load(options + HYPER + i) != 0, count, 0),)
             step = None
             if step_ptr is not None:
                 step = tl.load(step_ptr + slot).to(dtype) + 1
             fresh = (flags & FRESH) != 0
-            source = tl.where(perturbed, saved.to(tl.int64), weights.to(tl.int64)).to(saved.dtype)
-            if ALIGNED:
+            if wide:
+                w = _aligned(weights, begin, 16)
+                g = _aligned(grad, begin, 16)
+                at = _aligned(start, begin, 64)
+                source = _either(perturbed, saved_ptr + at, w).to(saved_ptr.dtype)
                 source = tl.multiple_of(source, 16)
-            if left >= BLOCK * TILES:
                 for tile in range(TILES):
                     offs = tile * BLOCK + lanes
                     _update_tile(
-                        weights,
+                        w,
                         source,
-                        grad,
+                        g,
                         states,
-                        start,
+                        at,
                         offs,
                         None,
                         unscale,
@@ -464,16 +499,20 @@ def update_kernel(
                         KEPT,
                     )
             else:
-                for tile in range(tl.cdiv(left, BLOCK).to(tl.int32)):
+                w = weights + begin
+                g = grad + begin
+                at = start + begin
+                source = _either(perturbed, saved_ptr + at, w).to(saved_ptr.dtype)
+                for tile in range(tl.cdiv(count, BLOCK).to(tl.int32)):
                     offs = tile * BLOCK + lanes
                     _update_tile(
-                        weights,
+                        w,
                         source,
-                        grad,
+                        g,
                         states,
-                        start,
+                        at,
                         offs,
-                        offs < left,
+                        offs < count,
                         unscale,
                         hyper,
                         limits,
@@ -483,7 +522,7 @@ def update_kernel(
                         KEPT,
                     )
         elif perturbed:
-            _restore(weights, saved, left, lanes, BLOCK, TILES)
+            _restore(weights, saved_ptr, start, begin, count, wide, lanes, BLOCK, TILES)
     if step_ptr is not None:
         # Every chunk of a slot needs the old count: whoever comes last, of all programs, counts.
         tl.debug_barrier()  # all of this program's threads have read their counts
@@ -506,15 +545,14 @@ def restore_kernel(
     live_ptr,
     n_chunks,
     n_slots,
-    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
     """Return the perturbed slots to ``saved``."""
     lanes = tl.arange(0, BLOCK)
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
-        _, _, _, weights, start, left, _, flags = _locate(
-            chunks_ptr, slots_ptr, live_ptr, saved_ptr.dtype, chunk, n_slots, ALIGNED, BLOCK * TILES
+        _, _, _, weights, start, begin, count, wide, _, flags = _locate(
+            chunks_ptr, slots_ptr, live_ptr, saved_ptr.dtype, chunk, n_slots, BLOCK * TILES
         )
         if (flags & PERTURBED) != 0:
-            _restore(weights, saved_ptr + start, left, lanes, BLOCK, TILES)
+            _restore(weights, saved_ptr, start, begin, count, wide, lanes, BLOCK, TILES)
