@@ -27,6 +27,7 @@ import torch
 import triton as triton_package
 
 from fused_sam import FusedSAM
+from fused_sam.backends import capture
 from fused_sam.backends import triton as backend
 
 from . import workloads
@@ -111,13 +112,13 @@ def replayed(works: Sequence[Work]) -> Work:
     graph = torch.cuda.CUDAGraph()
     # What is measured is kernels: the graph reads the tables that are there and uploads none. They
     # outlive it.
-    capturing, backend._is_capturing = backend._is_capturing, lambda device: False
+    capturing, capture.is_capturing = capture.is_capturing, lambda device: False
     try:
         with torch.cuda.graph(graph):
             for work in works:
                 work()
     finally:
-        backend._is_capturing = capturing
+        capture.is_capturing = capturing
     return graph.replay
 
 

@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from . import backends
-from .backends import Backend, Gradients
+from .backends import Backend, Gradients, capture
 from .checks import (
     ASCENT_OPTIONS,
     as_groups,
@@ -47,6 +47,11 @@ class FusedSAM(Optimizer):
     Construction moves the parameters into flat buffers; each stays a tensor with shape, strides and
     a storage of its own. Memory beyond the base optimizer's: one copy of the parameters.
 
+    A CUDA graph can hold a step, with torch 2.11 or later, if one ran before the capture. It keeps
+    the groups' numbers as they were then, and follows a learning rate that is a tensor on the GPU.
+    What it has seen stays allocated as long as the optimizer; if parameters are added or moved, the
+    next step raises once, and the graph must be captured again.
+
     Args:
         params: parameters or parameter groups, as for any ``torch.optim`` optimizer. A group may
             set ``rho``, ``adaptive`` and ``eta`` for itself.
@@ -78,6 +83,7 @@ class FusedSAM(Optimizer):
     _backend_name: str
     _layout: Layout
     _backends: list[Backend]
+    _captures: capture.Captures
     _perturbed: bool
     _sq_norm: Tensor | None
 
@@ -320,6 +326,7 @@ class FusedSAM(Optimizer):
                 _bump_versions(bucket, ())
                 bucket.perturbed = [False] * len(bucket.slots)
         self._perturbed = False
+        self._captures.complain()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set the gradients to None, or to zero."""
@@ -455,13 +462,21 @@ class FusedSAM(Optimizer):
     # ---- memory
 
     def _gradients(self) -> list[Gradients]:
-        """The gradients of every bucket; raises, before any change, if one cannot be used."""
+        """The gradients of every bucket; raises, before any change, if one cannot be used.
+
+        Or if a CUDA graph that is being captured, or was, would not do what a step does.
+        """
         self._refresh()
         try:
-            return [bucket.gradients() for bucket in self._layout.buckets]
+            grads: list[Gradients] = [bucket.gradients() for bucket in self._layout.buckets]
         except Stale:
             self._build()
-            return [bucket.gradients() for bucket in self._layout.buckets]
+            grads = [bucket.gradients() for bucket in self._layout.buckets]
+        if any([capture.is_capturing(bucket.device) for bucket in self._layout.buckets]):
+            self._captures.see(self._layout, grads, self.param_groups, self.state)
+        else:
+            self._captures.complain()
+        return grads
 
     def _refresh(self) -> None:
         """Notice what has changed under the optimizer: parameters, groups."""
@@ -475,9 +490,16 @@ class FusedSAM(Optimizer):
         groups = self.param_groups
         check_groups([{**self.defaults, **group} for group in groups])
         devices = {p.device for group in groups for p in group["params"]}
+        for device in devices:
+            capture.refuse_to_prepare(device, "the parameters have yet to move into flat buffers")
         by_device = {device: backends.resolve(self._backend_name, device) for device in devices}
         self._fill_groups()
         rule = RULES.get(type(self.base_optimizer))
+        if self._captures.have_seen(self._layout):
+            self._captures.outdate(
+                "parameters were added, removed, moved or restrided: a replay reads and writes the "
+                "old memory, which is kept, and does not train them"
+            )
         self._layout = Layout(groups, rule, self.state, self._layout)
         self._backends = [by_device[bucket.device] for bucket in self._layout.buckets]
 
@@ -529,7 +551,28 @@ class FusedSAM(Optimizer):
             else entry
             for key, entry in state_dict["state"].items()
         }
+        rates = [group.get("lr") for group in self.param_groups]
         super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
+        if self._captures.have_seen(self._layout):
+            self._load_into_graphs(rates)
+
+    @torch.no_grad()
+    def _load_into_graphs(self, rates: list[Any]) -> None:
+        """Put what was loaded where captured graphs read it: a replay asks nobody.
+
+        Args:
+            rates: the learning rates before the loading; a graph reads those that are tensors.
+        """
+        for group, lr in zip(self.param_groups, rates, strict=True):
+            if isinstance(lr, Tensor):
+                loaded = torch.as_tensor(group["lr"], device=lr.device)
+                group["lr"] = lr.copy_(loaded.reshape(lr.shape))
+        self._refresh()
+        buffers = [buffer for b in self._layout.buckets for buffer in b.states.values()]
+        had = [(buffer, i) for buffer in buffers for i, has in enumerate(buffer.present) if has]
+        self._layout.adopt(self.state)
+        if not all([buffer.present[i] for buffer, i in had]):
+            self._captures.outdate("load_state_dict() took away state that a replay goes on with")
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and deepcopy keep; the layout is built anew from it."""
@@ -545,6 +588,7 @@ class FusedSAM(Optimizer):
         super().__setstate__(state)
         self._layout = Layout()
         self._backends = []
+        self._captures = capture.Captures()  # a copy has none
         self._perturbed = False
         self._sq_norm = None
 

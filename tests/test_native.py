@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fused_sam import FusedSAM, info
-from fused_sam.backends import native, resolve
+from fused_sam.backends import capture, native, resolve
 from fused_sam.layout import Bucket, _must_stay
 from fused_sam.rules import RULES
 
@@ -131,7 +131,7 @@ def test_what_a_cuda_graph_reads_is_its_own(monkeypatch):
     """Tables that are filled in a capture serve nobody else, and live as long as the bucket."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda table: table.clone())
     capturing = False
-    monkeypatch.setattr(native._Tables, "_is_capturing", lambda self: capturing)
+    monkeypatch.setattr(capture, "is_capturing", lambda device: capturing)
     params = [torch.nn.Parameter(torch.ones(3))]
     bucket = Bucket([(p, 0) for p in params], set())
     tables = native._tables(bucket)

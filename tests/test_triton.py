@@ -11,6 +11,7 @@ import torch
 from oracle import first_step, inject, second_step, step
 
 from fused_sam import FusedSAM, backends
+from fused_sam.backends import capture
 
 triton = pytest.importorskip("fused_sam.backends.triton")
 kernels = triton.kernels
@@ -335,11 +336,11 @@ def test_a_captured_graph_owns_its_tables(monkeypatch, uploads):
     tables = opt._layout.buckets[0].cache["triton"]
     before = list(tables.lives), dict(tables.hypers)
     uploads.clear()
-    monkeypatch.setattr(triton, "_is_capturing", lambda device: True)
+    monkeypatch.setattr(capture, "is_capturing", lambda device: True)
     step(opt, random_grads(params, 1), random_grads(params, 2))
     assert len(uploads) == 4 == len(tables.captured)  # even what has not changed
     assert (list(tables.lives), dict(tables.hypers)) == before
-    monkeypatch.setattr(triton, "_is_capturing", lambda device: False)
+    monkeypatch.setattr(capture, "is_capturing", lambda device: False)
     step(opt, random_grads(params, 3), random_grads(params, 4))
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from . import native
+from . import capture, native
 from .interface import Backend, Gradients, Groups
 from .reference import ReferenceBackend
 
-__all__ = ["NAMES", "Backend", "Gradients", "Groups", "missing", "resolve"]
+__all__ = ["NAMES", "Backend", "Gradients", "Groups", "capture", "missing", "resolve"]
 
 NAMES = ("triton", "native", "reference")
 """Those that can be asked for by name."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..layout import Bucket
 from ..rules import STEP, Rule
+from . import capture
 from .interface import Gradients, Groups
 
 HYPER = (
@@ -264,7 +265,7 @@ class _Tables:
         # Which rates are on the device belongs to the comparison: a plain 0.0 looks like one.
         wanted = len(groups), values, on_device.keys()
         known, table = self._hyper.get(derive, (None, None))
-        capturing = self._is_capturing()
+        capturing = capture.is_capturing(self.device)
         if table is None or known != wanted or capturing:
             rows = [[0.0] * len(HYPER)] * len(groups)
             for i, options in values.items():
@@ -280,7 +281,7 @@ class _Tables:
     def _of_slots(self, code: str, dtype: torch.dtype, values: Sequence[int]) -> Tensor:
         """A table of a number for each slot, where the kernels read it."""
         table = torch.frombuffer(array(code, values), dtype=dtype)
-        if self.on_cpu or self._is_capturing():
+        if self.on_cpu or capture.is_capturing(self.device):
             return self._upload(table)
         # Addresses repeat from step to step, so most tables are on the device already.
         key = (code, *values)
@@ -296,19 +297,17 @@ class _Tables:
             return table
         pinned = table.pin_memory()
         uploaded = pinned.to(self.device, non_blocking=True)
-        if self._is_capturing():
+        if capture.is_capturing(self.device):
             # A CUDA graph uploads it whenever it runs, and reads it then: so it is kept for ever,
             # and nobody else gets it.
             self._captured.append((pinned, uploaded))
         return uploaded
 
-    def _is_capturing(self) -> bool:
-        return not self.on_cpu and torch.cuda.is_current_stream_capturing()
-
 
 def _tables(bucket: Bucket) -> _Tables:
     tables: _Tables | None = bucket.cache.get(_Tables)
     if tables is None:
+        capture.refuse_to_prepare(bucket.device, "the tables of a bucket have yet to be made")
         tables = bucket.cache[_Tables] = _Tables(bucket)
     return tables
 

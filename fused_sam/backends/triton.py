@@ -20,6 +20,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from ..layout import Bucket
 from ..rules import STEP, Group, Rule
+from . import capture
 from . import triton_kernels as kernels
 from .interface import Gradients, Groups
 
@@ -198,7 +199,7 @@ class _Tables:
         return self._live((addresses, tuple(perturbed), present, lrs), addresses)
 
     def _live(self, key: Any, addresses: tuple[int, ...]) -> _Live:
-        capturing = _is_capturing(self.device)
+        capturing = capture.is_capturing(self.device)
         live = None if capturing else self.lives.get(key)
         if live is not None:
             return live
@@ -245,7 +246,7 @@ class _Tables:
     def hyper(self, kind: str, values: tuple[float, ...]) -> Tensor:
         """The table ``kind`` with these values in it."""
         known = self.hypers.get(kind)
-        if _is_capturing(self.device):
+        if capture.is_capturing(self.device):
             # A graph keeps the values that it was captured with.
             staging = _staging(values, self.dtype, self.device)
             fixed = _Hyper(values, _upload(staging, self.device), staging)
@@ -278,6 +279,7 @@ class _Tables:
 def _tables(bucket: Bucket) -> _Tables:
     tables: _Tables | None = bucket.cache.get("triton")
     if tables is None:
+        capture.refuse_to_prepare(bucket.device, "the tables of a bucket have yet to be made")
         tables = bucket.cache["triton"] = _Tables(bucket)
     return tables
 
@@ -305,10 +307,6 @@ def _upload(staging: Tensor, device: torch.device, into: Tensor | None = None) -
 
 def _module(device: torch.device) -> Any:
     return torch.get_device_module(device)
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _max_programs(device: torch.device) -> int:
