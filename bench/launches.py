@@ -1,0 +1,113 @@
+"""Launches of single kernels: all that the benchmarks on a GPU know of the backends' insides."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import torch
+
+from .device import DEVICE
+
+from fused_sam import FusedSAM, backends  # isort: skip  (after the interpreter)
+from fused_sam.backends import native, triton  # isort: skip
+
+from .peers import BASES, RHO, parameters
+
+Work = Callable[[], Any]
+
+ACCESSES = {
+    "sq_norm": 1,
+    "perturb_": 4,
+    "sq_norm, perturb_": 5,
+    "update_ SGD": 5,
+    "update_ AdamW": 7,
+    "restore_": 2,
+}
+"""Accesses to memory for each element: the traffic budget of docs/predicted.md."""
+
+VARIANTS: list[dict[str, int]] = [
+    {},
+    *({"CHUNK": chunk} for chunk in (2048, 8192, 16384)),
+    *({"PROGRAMS": programs} for programs in (4, 6, 12, 16)),
+    {"THREADS": 256, "tile": 2, "PROGRAMS": 4},
+    {"THREADS": 512, "tile": 4, "PROGRAMS": 2},
+    {"tile": 2},
+]
+"""Other sizes for the Triton backend; ``tile`` is a factor for its tiles."""
+
+
+def available() -> list[str]:
+    """The backends with kernels that run here."""
+    return [name for name in ("triton", "native") if backends.missing(name, DEVICE) is None]
+
+
+def launches(
+    numel: int, base: str, names: list[str], copies: int = 1
+) -> dict[tuple[str, str], list[Work]]:
+    """Launches of each kernel over ``copies`` optimizers of ``numel`` elements, by its name.
+
+    The keys are (backend, kernel) as in ``ACCESSES``. What does not depend on the base optimizer
+    is there for SGD only. The pair is what ``first_step`` launches, one after the other.
+    """
+    works: dict[tuple[str, str], list[Work]] = {}
+    for seed in range(copies):
+        optimizer = _flat_optimizer(numel, base, seed)
+        for name in names:
+            for kernel, work in _of_backend(optimizer, name, base).items():
+                works.setdefault((name, kernel), []).append(work)
+    return works
+
+
+def _flat_optimizer(numel: int, base: str, seed: int) -> Any:
+    cls, options = BASES[base]
+    (p,) = parameters([(numel,)], DEVICE, seed)
+    p.grad = torch.randn_like(p)
+    optimizer = FusedSAM([p], cls, rho=RHO, backend=available()[0], **options)
+    optimizer.first_step()
+    optimizer.second_step()
+    return optimizer
+
+
+def _of_backend(optimizer: Any, name: str, base: str) -> dict[str, Work]:
+    layout, groups = optimizer._layout, optimizer.param_groups
+    (bucket,) = layout.buckets
+    backend = backends.resolve(name, DEVICE)
+    grads = bucket.gradients()
+    # So that update_ and restore_ read `saved`, as they do after perturb_.
+    bucket.perturbed = [True] * len(bucket.slots)
+    update = functools.partial(backend.update_, bucket, grads, groups, layout.rule)
+    if base != "SGD":
+        return {f"update_ {base}": update}
+    norm = backend.sq_norm(bucket, grads, groups).clone()
+    return {
+        "sq_norm": functools.partial(backend.sq_norm, bucket, grads, groups),
+        "perturb_": functools.partial(backend.perturb_, bucket, grads, groups, norm),
+        "sq_norm, perturb_": lambda: backend.perturb_(
+            bucket, grads, groups, backend.sq_norm(bucket, grads, groups)
+        ),
+        f"update_ {base}": update,
+        "restore_": functools.partial(backend.restore_, bucket),
+    }
+
+
+@contextlib.contextmanager
+def kernels_only() -> Iterator[None]:
+    """What is captured are kernels: they read the tables that are there, and upload none."""
+    with (
+        mock.patch.object(triton, "_is_capturing", lambda device: False),
+        mock.patch.object(native._Tables, "_is_capturing", lambda self: False),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def variant(sizes: Mapping[str, int]) -> Iterator[None]:
+    """The Triton backend with one of ``VARIANTS``; for optimizers that are made inside."""
+    tiles = {k: v * sizes.get("tile", 1) for k, v in triton.TILE_BYTES.items()}
+    constants = {name: size for name, size in sizes.items() if name != "tile"}
+    with mock.patch.multiple(triton, TILE_BYTES=tiles, **constants):
+        yield
