@@ -1,18 +1,10 @@
-"""The device that is measured. Import this before anything that imports triton.
+"""The device that is measured.
 
-Without a GPU everything runs in small on the CPU, the Triton kernels in their interpreter: a dry
-run, which finds mistakes and whose figures mean nothing.
+Without a GPU it is the CPU, and everything runs in small: a dry run, which finds mistakes and whose
+figures mean nothing. Triton takes part under TRITON_INTERPRET=1.
 """
-
-import sys
 
 import torch
 
-from .machine import ROOT
-
 DRY = not torch.cuda.is_available()
 DEVICE = torch.device("cpu") if DRY else torch.device("cuda", 0)
-
-if DRY:
-    sys.path.insert(0, str(ROOT / "tests"))
-    import interpreter  # noqa: F401

@@ -22,24 +22,14 @@ from typing import Any
 
 import torch
 
-from .device import DEVICE, DRY
-from .launches import ACCESSES, VARIANTS, Work, available, kernels_only, launches, variant
-
-from fused_sam import FusedSAM  # isort: skip  (after the interpreter)
+from fused_sam import FusedSAM
 
 from . import workloads
+from .device import DEVICE, DRY
+from .launches import ACCESSES, VARIANTS, Work, available, kernels_only, launches, variant
 from .machine import conditions, largest_cache
 from .models import MODULES
-from .peers import (
-    BASES,
-    RHO,
-    Peer,
-    as_groups,
-    fused_sam_peers,
-    has,
-    parameters,
-    peers,
-)
+from .peers import BASES, RHO, Peer, as_groups, fused_sam_peers, has, parameters, peers
 from .stats import ratio, spread
 
 Rows = Iterator[dict[str, Any]]
@@ -88,13 +78,13 @@ def seconds(work: Work, repeats: int) -> float:
     return clock.seconds()[0] / repeats
 
 
-def measure(works: dict[Any, Work], rounds: int = ROUNDS) -> dict[Any, list[float]]:
+def measure(works: dict[str, Work], rounds: int = ROUNDS) -> dict[str, list[float]]:
     """Times of all, round by round; each long enough for the clock."""
     repeats = {}
     for name, work in works.items():
         seconds(work, 3)
         repeats[name] = max(1, min(200, int(AIM / max(seconds(work, 2), 1e-7))))
-    times: dict[Any, list[float]] = {name: [] for name in works}
+    times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
             times[name].append(seconds(work, repeats[name]))
@@ -159,7 +149,16 @@ def facts() -> Rows:
     yield {**found, "backends": available(), "dry": DRY}
 
 
-def _rows_of(numel: int, base: str, names: list[str], rounds: int, **more: Any) -> Rows:
+def _attempted(rows: Rows, **what: Any) -> Rows:
+    """The rows, and if an exception ends them a row that says so: the rest must still run."""
+    try:
+        yield from rows
+    except Exception as error:
+        yield {**what, "failed": f"{type(error).__name__}: {error}"[:200]}
+    free()
+
+
+def _rows_of(numel: int, base: str, backend: str, rounds: int, **more: Any) -> Rows:
     """Each kernel's time over ``numel`` elements, and its share of the copy's bandwidth."""
     # Together more than four times what the cache holds, at one access to each element.
     copies = 2 if DRY else 1 + 4 * largest_cache(DEVICE) // (4 * numel)
@@ -167,37 +166,33 @@ def _rows_of(numel: int, base: str, names: list[str], rounds: int, **more: Any) 
     if not DRY and needed > 0.9 * torch.cuda.mem_get_info()[0]:
         yield {"numel": numel, "base": base, "left_out": f"{needed / 1e9:.0f} GB are needed"}
         return
-    all_works = launches(numel, base, names, copies)
+    all_works = launches(numel, base, backend, copies)
     with kernels_only():
         replays = {key: captured(works) for key, works in all_works.items()}
-    for (backend, kernel), times in measure(replays, rounds).items():
+    for kernel, times in measure(replays, rounds).items():
         row = summary([t / copies for t in times])
         rate = ACCESSES[kernel] * 4 * numel / row["median"]
-        share = rate / copy_bandwidth()
-        yield {"backend": backend, "kernel": kernel, "numel": numel, "copies": copies, **more} | {
-            **row,
-            "bytes_per_second": rate,
-            "share_of_copy": share,
-        }
+        rates = {"bytes_per_second": rate, "share_of_copy": rate / copy_bandwidth()}
+        what = {"backend": backend, "kernel": kernel, "numel": numel, "copies": copies}
+        yield {**what, **more, **row, **rates}
 
 
 def kernels() -> Rows:
     """Each kernel, and the pair of ``first_step``, over sizes."""
     yield {"kernel": "copy", "numel": COPIED, "bytes_per_second": copy_bandwidth()}
-    for numel in SIZES:
-        for base in BASES:
-            yield from _rows_of(numel, base, available(), ROUNDS)
-            free()
+    # One backend after the other: what crashes leaves the GPU unusable for all that follows.
+    for backend, numel, base in itertools.product(available(), SIZES, BASES):
+        rows = _rows_of(numel, base, backend, ROUNDS)
+        yield from _attempted(rows, backend=backend, numel=numel, base=base)
 
 
 def sweep() -> Rows:
     """The Triton kernels under other chunk sizes, programs, threads and tiles."""
-    for numel in SIZES[:2]:
-        for sizes in VARIANTS:
-            with variant(sizes):
-                what = ", ".join(f"{k} {v}" for k, v in sizes.items()) or "as it is"
-                yield from _rows_of(numel, "SGD", ["triton"], min(ROUNDS, 10), variant=what)
-            free()
+    for numel, sizes in itertools.product(SIZES[:2], VARIANTS):
+        what = ", ".join(f"{k} {v}" for k, v in sizes.items()) or "as it is"
+        with variant(sizes):
+            rows = _rows_of(numel, "SGD", "triton", min(ROUNDS, 10), variant=what)
+            yield from _attempted(rows, numel=numel, variant=what)
 
 
 def _step(optimizer: Any) -> None:
@@ -265,21 +260,26 @@ def compiled() -> Rows:
 
 def host() -> Rows:
     """Host time of a step with its launches, while the GPU has nothing else to do."""
-    for name, base, backend in itertools.product(MODELS[:2], BASES, available()):
-        cls, options = BASES[base]
-        params = parameters(_workload(name).shapes, DEVICE, seed=1)
-        for p in params:
-            p.grad = torch.randn_like(p)
-        optimizer = FusedSAM(params, cls, rho=RHO, backend=backend, **options)
-        times = []
-        for _ in range(ROUNDS + 200 * (not DRY)):
-            if not DRY:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            _step(optimizer)
-            times.append(time.perf_counter() - start)
-        row = {"model": name, "tensors": len(params), "base": base, "backend": backend}
-        yield {**row, **summary(times[ROUNDS // 2 :])}
+    for backend, name, base in itertools.product(available(), MODELS[:2], BASES):
+        what = {"model": name, "base": base, "backend": backend}
+        yield from _attempted(_host_time(**what), **what)
+
+
+def _host_time(model: str, base: str, backend: str) -> Rows:
+    cls, options = BASES[base]
+    params = parameters(_workload(model).shapes, DEVICE, seed=1)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer = FusedSAM(params, cls, rho=RHO, backend=backend, **options)
+    times = []
+    for _ in range(ROUNDS + 200 * (not DRY)):
+        if not DRY:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        _step(optimizer)
+        times.append(time.perf_counter() - start)
+    row = {"model": model, "tensors": len(params), "base": base, "backend": backend}
+    yield {**row, **summary(times[ROUNDS // 2 :])}
 
 
 def training() -> Rows:
@@ -327,14 +327,18 @@ PARTS = {
 }
 
 
-def main(name: str, folder: str) -> None:
-    """Run a part; its file is written after every row, so that whoever is stopped leaves some."""
+def main(name: str, folder: str) -> int:
+    """Run a part; its file is written after every row, so that whoever is stopped leaves some.
+
+    Returns the exit status: 1 if something of FusedSAM failed, but not for a peer.
+    """
     rows: list[dict[str, Any]] = []
     for row in PARTS[name]():
         print({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}, flush=True)
         rows.append(row)
         Path(folder, f"{name}.json").write_text(json.dumps({"rows": rows}, indent=1))
+    return int(any("failed" in row and "FusedSAM" in row.get("peer", "FusedSAM") for row in rows))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(*sys.argv[1:]))

@@ -10,11 +10,10 @@ from unittest import mock
 
 import torch
 
+from fused_sam import FusedSAM, backends
+from fused_sam.backends import native, triton
+
 from .device import DEVICE
-
-from fused_sam import FusedSAM, backends  # isort: skip  (after the interpreter)
-from fused_sam.backends import native, triton  # isort: skip
-
 from .peers import BASES, RHO, parameters
 
 Work = Callable[[], Any]
@@ -45,37 +44,32 @@ def available() -> list[str]:
     return [name for name in ("triton", "native") if backends.missing(name, DEVICE) is None]
 
 
-def launches(
-    numel: int, base: str, names: list[str], copies: int = 1
-) -> dict[tuple[str, str], list[Work]]:
-    """Launches of each kernel over ``copies`` optimizers of ``numel`` elements, by its name.
+def launches(numel: int, base: str, backend: str, copies: int = 1) -> dict[str, list[Work]]:
+    """Launches of each kernel over ``copies`` optimizers of ``numel`` elements.
 
-    The keys are (backend, kernel) as in ``ACCESSES``. What does not depend on the base optimizer
-    is there for SGD only. The pair is what ``first_step`` launches, one after the other.
+    The keys are those of ``ACCESSES``. What does not depend on the base optimizer is there for SGD
+    only. The pair is what ``first_step`` launches, one after the other.
     """
-    works: dict[tuple[str, str], list[Work]] = {}
+    works: dict[str, list[Work]] = {}
     for seed in range(copies):
-        optimizer = _flat_optimizer(numel, base, seed)
-        for name in names:
-            for kernel, work in _of_backend(optimizer, name, base).items():
-                works.setdefault((name, kernel), []).append(work)
+        for kernel, work in _launches_of(_flat_optimizer(numel, base, backend, seed), base).items():
+            works.setdefault(kernel, []).append(work)
     return works
 
 
-def _flat_optimizer(numel: int, base: str, seed: int) -> Any:
+def _flat_optimizer(numel: int, base: str, backend: str, seed: int) -> Any:
     cls, options = BASES[base]
     (p,) = parameters([(numel,)], DEVICE, seed)
     p.grad = torch.randn_like(p)
-    optimizer = FusedSAM([p], cls, rho=RHO, backend=available()[0], **options)
+    optimizer = FusedSAM([p], cls, rho=RHO, backend=backend, **options)
     optimizer.first_step()
     optimizer.second_step()
     return optimizer
 
 
-def _of_backend(optimizer: Any, name: str, base: str) -> dict[str, Work]:
+def _launches_of(optimizer: Any, base: str) -> dict[str, Work]:
     layout, groups = optimizer._layout, optimizer.param_groups
-    (bucket,) = layout.buckets
-    backend = backends.resolve(name, DEVICE)
+    (bucket,), (backend,) = layout.buckets, optimizer._backends
     grads = bucket.gradients()
     # So that update_ and restore_ read `saved`, as they do after perturb_.
     bucket.perturbed = [True] * len(bucket.slots)

@@ -6,10 +6,10 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each tensor an allocation 
 
 import torch
 
-from .device import DEVICE
+from fused_sam import FusedSAM
 
-from fused_sam import FusedSAM  # isort: skip  (after the interpreter)
-from .launches import available  # isort: skip
+from .device import DEVICE
+from .launches import available
 
 
 def main():

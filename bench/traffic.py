@@ -10,6 +10,7 @@ that is a few percent.
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import subprocess
 import sys
@@ -60,8 +61,8 @@ def beside(launched: list[Row], text: str) -> list[Row]:
 def launch_each() -> list[Row]:
     """Launch each kernel once between the marks that ncu waits for."""
     done = []
-    for base in BASES:
-        for (backend, kernel), (work,) in launches(NUMEL, base, available()).items():
+    for backend, base in itertools.product(available(), BASES):
+        for kernel, (work,) in launches(NUMEL, base, backend).items():
             if kernel == "sq_norm, perturb_":
                 continue  # two kernels, which are measured singly
             work()  # compiles it, and uploads its tables
@@ -89,17 +90,8 @@ def main(folder: str, launching: str = "") -> None:
     if launching or DRY:
         result.write_text(json.dumps({"rows": launch_each()}, indent=1))
         return
-    command = [
-        *NCU,
-        "--log-file",
-        str(log),
-        sys.executable,
-        "-m",
-        "bench.traffic",
-        folder,
-        "launch",
-    ]
-    subprocess.run(command, check=True)
+    launch = [sys.executable, "-m", "bench.traffic", folder, "launch"]
+    subprocess.run([*NCU, "--log-file", str(log), *launch], check=True)
     rows = beside(json.loads(result.read_text())["rows"], log.read_text())
     result.write_text(json.dumps({"rows": rows}, indent=1))
 

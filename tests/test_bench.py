@@ -339,14 +339,46 @@ def test_traffic_is_read_from_the_profiler():
 @pytest.mark.parametrize("base", peers.BASES)
 def test_every_kernel_of_the_budget_is_launched(base):
     launches = pytest.importorskip("bench.launches")
-    names = launches.available()
-    found = launches.launches(100, base, names, copies=2)
-    kernels = [k for k in launches.ACCESSES if base in k or (base == "SGD" and "update" not in k)]
-    assert set(found) == {(name, kernel) for name in names for kernel in kernels}
-    for works in found.values():
-        assert len(works) == 2
-        for work in works:
-            work()
+    kernels = {k for k in launches.ACCESSES if base in k or (base == "SGD" and "update" not in k)}
+    for name in launches.available():
+        found = launches.launches(100, base, name, copies=2)
+        assert set(found) == kernels
+        for works in found.values():
+            assert len(works) == 2
+            for work in works:
+                work()
+
+
+@pytest.mark.parametrize(("broken", "status"), [("FusedSAM", 1), ("foreach SAM", 0)])
+def test_a_failure_of_ours_fails_the_part_and_hides_nothing(tmp_path, monkeypatch, broken, status):
+    gpu = pytest.importorskip("bench.gpu")
+
+    def part():
+        yield {"peer": f"{broken} native", "failed": "words"}
+        yield {"peer": "another", "median": 1.0}
+
+    monkeypatch.setitem(gpu.PARTS, "steps", part)
+    assert gpu.main("steps", str(tmp_path)) == status
+    assert len(json.loads((tmp_path / "steps.json").read_text())["rows"]) == 2
+
+
+def test_a_backend_that_cannot_launch_leaves_the_figures_of_the_next(monkeypatch):
+    gpu = pytest.importorskip("bench.gpu")
+
+    def launches(numel, base, backend, copies):
+        if backend == "first":
+            raise RuntimeError("no kernel image")
+        return {"restore_": [lambda: None]}
+
+    monkeypatch.setattr(gpu, "SIZES", [1000])
+    monkeypatch.setattr(gpu, "copy_bandwidth", lambda: 1e12)
+    monkeypatch.setattr(gpu, "measure", lambda works, rounds: {name: [1.0] for name in works})
+    monkeypatch.setattr(gpu, "launches", launches)
+    monkeypatch.setattr(gpu, "captured", lambda works: works[0])
+    monkeypatch.setattr(gpu, "available", lambda: ["first", "second"])
+    _, *rows = gpu.kernels()
+    assert [row.get("failed") for row in rows] == ["RuntimeError: no kernel image"] * 2 + [None] * 2
+    assert rows[-1]["kernel"] == "restore_"
 
 
 def test_gpu_table_says_which_aims_are_met(tmp_path):
