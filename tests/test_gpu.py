@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from oracle import same_bits, step
+from oracle import Textbook, same_bits
 
 from fused_sam import FusedSAM
 from fused_sam.backends import native
@@ -72,8 +72,9 @@ def test_steps_as_the_textbook(rule, dtype, adaptive, gpu_backend):
     params, opt = make(
         SIZES, base, dtype, gpu_backend, rho=0.3, adaptive=adaptive, eta=0.01, **options
     )
+    textbook = Textbook(opt)
     for first, second in (((), ()), ((3,), (2, 6)), ((), ())):
-        step(opt, random_grads(params, first), random_grads(params, second))
+        textbook.step(random_grads(params, first), random_grads(params, second))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -86,30 +87,32 @@ def test_groups_keep_their_own_options(rule, gpu_backend):
         {"params": params[5:], "lr": torch.tensor(0.02)},
     ]
     opt = FusedSAM(groups, base, backend=gpu_backend, lr=0.05, **options)
+    textbook = Textbook(opt)
     for _ in range(3):
-        step(opt, random_grads(params), random_grads(params))
+        textbook.step(random_grads(params), random_grads(params))
         opt.param_groups[2]["lr"].mul_(0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_unaligned_gradients(dtype, gpu_backend):
     params, opt = make([4099, 17, 100_001], dtype=dtype, backend=gpu_backend, momentum=0.9)
+    textbook = Textbook(opt)
     for _ in range(2):
         passes = []
         for _ in range(2):
             flat = torch.randn(1 + sum(p.numel() for p in params)).to(dtype)
             views = flat[1:].split([p.numel() for p in params])
             passes.append(dict(zip(params, views, strict=True)))
-        step(opt, *passes)
+        textbook.step(*passes)
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
 def test_found_inf_restores_exactly(max_grad_norm, gpu_backend):
     params, opt = make(base=ADAMW, backend=gpu_backend, max_grad_norm=max_grad_norm)
+    textbook = Textbook(opt)
     for found_inf in (0.0, 1.0, 0.0):
         opt.grad_scale, opt.found_inf = torch.tensor(4.0), torch.tensor(found_inf)
-        step(
-            opt,
+        textbook.step(
             random_grads(params),
             random_grads(params, (2,)),
             grad_scale=4.0,

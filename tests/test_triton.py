@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from oracle import first_step, inject, second_step, step
+from oracle import Textbook, inject
 
 from fused_sam import FusedSAM, backends
 
@@ -95,8 +95,9 @@ def test_sizes_around_a_chunk(base, dtype):
     sizes = [CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5, tile - 1, tile, tile + 1, 1]
     options = MOMENTUM if base is SGD else {"lr": 0.1, "weight_decay": 0.1}
     params, opt = make(sizes, base, dtype, **options)
+    textbook = Textbook(opt)
     for i in range(2):
-        step(opt, random_grads(params, 2 * i), random_grads(params, 2 * i + 1))
+        textbook.step(random_grads(params, 2 * i), random_grads(params, 2 * i + 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -128,8 +129,9 @@ def test_pinned_parameters_are_reached_by_address():
     params = [torch.nn.Parameter(base[3 : CHUNK + 20]), torch.nn.Parameter(torch.randn(9))]
     address = params[0].data_ptr()
     opt = FusedSAM(params, ADAMW, backend="triton", lr=0.1)
+    textbook = Textbook(opt)
     for i in range(2):
-        step(opt, random_grads(params, 2 * i), random_grads(params, 2 * i + 1))
+        textbook.step(random_grads(params, 2 * i), random_grads(params, 2 * i + 1))
     assert params[0].data_ptr() == address
     assert torch.equal(base[3 : CHUNK + 20], params[0])
 
@@ -237,21 +239,12 @@ def test_tables_are_uploaded_when_they_change(uploads):
 def test_new_addresses_at_every_step_reuse_the_tables():
     """Guards against growth where gradients never come back to an address."""
     params, opt = make([3, 2 * CHUNK + 1], **MOMENTUM)
-    kept = []
+    kept, textbook = [], Textbook(opt)
     for i in range(2 * triton._KEPT_TABLES):
         grads = random_grads(params, i)
-        inject(grads)
-        kept.append([p.grad for p in params])  # so that no address comes back
-        if i < 60:
-            opt.first_step()
-            opt.second_step()
-        else:
-            saved = first_step(opt, grads) if i % 40 == 0 else opt.first_step()
-            kept.append([p.grad for p in params])
-            if saved:
-                second_step(opt, grads, saved)
-            else:
-                opt.second_step()
+        for half in textbook.first_step, textbook.second_step:
+            half(grads)
+            kept.append([p.grad for p in params])  # so that no address comes back
     tables = opt._layout.buckets[0].cache["triton"]
     assert len(tables.lives) == triton._KEPT_TABLES
     storages = {live.table.data_ptr() for live in tables.lives.values()}
@@ -261,18 +254,17 @@ def test_new_addresses_at_every_step_reuse_the_tables():
 def test_a_captured_graph_owns_its_tables(monkeypatch, uploads):
     """Guards replay: a graph uploads what it reads, and that stays as long as the bucket."""
     params, opt = make([5, CHUNK + 6], ADAMW, lr=0.1)
-    inject(random_grads(params, 0))
-    opt.first_step()
-    opt.second_step()
+    textbook = Textbook(opt)
+    textbook.step(*[random_grads(params, 0)] * 2)
     tables = opt._layout.buckets[0].cache["triton"]
     before = list(tables.lives), dict(tables.hypers)
     uploads.clear()
     monkeypatch.setattr(triton, "_is_capturing", lambda device: True)
-    step(opt, random_grads(params, 1), random_grads(params, 2))
+    textbook.step(random_grads(params, 1), random_grads(params, 2))
     assert len(uploads) == 4 == len(tables.captured)  # even what has not changed
     assert (list(tables.lives), dict(tables.hypers)) == before
     monkeypatch.setattr(triton, "_is_capturing", lambda device: False)
-    step(opt, random_grads(params, 3), random_grads(params, 4))
+    textbook.step(random_grads(params, 3), random_grads(params, 4))
 
 
 def test_step_counts_are_each_parameters_own():
