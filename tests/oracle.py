@@ -322,6 +322,7 @@ class Textbook:
     def restore(self):
         """``opt.restore()``, checked."""
         self.opt.restore()
+        assert not self.opt.is_perturbed
         self.climbed.clear()
         self.check()
 
@@ -335,6 +336,7 @@ class Textbook:
         groups = [{**{k: opt.defaults[k] for k in ASCENT}, **group} for group in opt.param_groups]
         expected, norm = climb(groups, {p: exact(self.weights[p]) for p in params}, grads)
         opt.first_step()
+        assert opt.is_perturbed
         for i, p in enumerate(params):
             if isinstance(expected[p].magnitude, float):
                 assert_same_bits(p, self.weights[p], f"weights {i}, which must not have moved")

@@ -72,6 +72,18 @@ def test_operations_do_what_their_schemas_say(pinned):
     )
 
 
+def test_pinned_addresses_stand_at_their_own_slots():
+    """Guards the column that only CUDA reads: on the CPU the list of pinned weights serves."""
+    params = [torch.nn.Parameter(torch.randn(n)) for n in (5, 70, 64, 9)]
+    held = [params[i].detach() for i in (0, 2)]  # aliases: these must not move
+    bucket = Bucket([(p, 0) for p in params], {p for p in params if _must_stay(p)})
+    bucket.move_in()
+    table = native._tables(bucket).slots[: 4 * len(params)].view(-1, 4)
+    expected = [(params[1], 0), (params[3], 0), *[(p, p.data_ptr()) for p in held]]
+    for slot, row, (p, address) in zip(bucket.slots, table.tolist(), expected, strict=True):
+        assert row == [slot.start, p.numel(), 0, address]
+
+
 @needs_native
 def test_operations_refuse_tables_that_do_not_fit():
     """Sizes, dtypes and rows are checked before any memory is touched; addresses cannot be."""

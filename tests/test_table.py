@@ -5,7 +5,7 @@ Sizes are small, so that interpreters and emulations of the kernels can run the 
 
 import pytest
 import torch
-from oracle import Textbook, params_of
+from oracle import Textbook, assert_same_bits, inject, params_of
 
 from fused_sam import FusedSAM
 
@@ -309,3 +309,139 @@ def test_state_that_no_group_of_a_bucket_needs_is_not_allocated(backend):
     run(opt, MISSING[:1] * 2)
     assert opt.state[params[0]].keys() == {"momentum_buffer"} and not opt.state[params[1]]
     assert [list(bucket.states) for bucket in opt._layout.buckets] == [["momentum_buffer"], []]
+
+
+# ------------------------------------------------------------------------------ numbers at the edge
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("beta2", [0.9, 0.0])
+def test_amsgrads_maximum_keeps_nan(beta2, dtype, backend):
+    """Guards the maximum against comparisons, which NaN loses: as torch.maximum, on both sides."""
+    params = [torch.nn.Parameter(torch.randn(67).to(dtype))]
+    opt = FusedSAM(params, ADAM, backend=backend, lr=0.1, eps=0.1, amsgrad=True, betas=(0.5, beta2))
+    textbook = run(opt, [((), ())])
+    for name, i in (("max_exp_avg_sq", 0), ("max_exp_avg_sq", 66), ("exp_avg_sq", 7)):
+        for state in textbook.state, opt.state:
+            state[params[0]][name][i] = torch.nan
+    run_on(textbook, [((), ())])
+    lost = opt.state[params[0]]["max_exp_avg_sq"].isnan().nonzero().flatten().tolist()
+    assert lost == [0, 7, 66]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_variance_that_rounds_below_zero_is_zero(dtype, momentum, backend):
+    """Guards centered RMSprop's clamp: with a constant gradient E[g^2] - E[g]^2 is all rounding.
+
+    Here it is -49/256 by the state that is put in, which is far from what rounding can reach.
+    With eps = 1/4 and g = 1 the update is 4, exactly; lr = 1/8 makes it half a unit.
+    """
+    params = [torch.nn.Parameter(torch.ones(67, dtype=dtype))]
+    options = {"alpha": 0.5, "eps": 0.25, "lr": 0.125, "momentum": momentum}
+    opt = FusedSAM(params, RMSPROP, centered=True, backend=backend, **options)
+    ones = {params[0]: torch.ones_like(params[0])}
+    inject(ones)
+    opt.second_step()
+    params[0].data.fill_(1)
+    state = opt.state[params[0]]
+    state["square_avg"].fill_(0.875)  # becomes 15/16
+    state["grad_avg"].fill_(1.125)  # becomes 17/16, its square 289/256
+    if momentum:
+        state["momentum_buffer"].zero_()
+    inject(ones)
+    opt.second_step()
+    assert torch.equal(params[0], torch.full_like(params[0], 0.5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", ["sgd-dampening", "adam-default-betas", "rmsprop-centered"])
+def test_an_infinite_weight_without_decay_stays_out_of_the_state(rule, dtype, backend):
+    """Guards zero decay times infinity, which is NaN: no decay is nothing added, not a zero."""
+    cls, options = RULES[rule]
+    params = [torch.nn.Parameter(torch.ones(67, dtype=dtype))]
+    params[0].data[0], params[0].data[66] = torch.inf, -torch.inf
+    opt = FusedSAM(params, cls, backend=backend, lr=0.05, **options)
+    textbook = Textbook(opt)
+    for i in range(2):
+        textbook.second_step(random_grads(params, i))
+    assert params[0][[0, 66]].tolist() == [torch.inf, -torch.inf]
+    assert all(value.isfinite().all() for value in opt.state[params[0]].values())
+
+
+@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_first_gradient_that_is_not_finite_moves_nothing(dtype, value, adaptive, backend):
+    """Guards a climb of length zero, which is no addition: 0 * inf is NaN."""
+    params = make_params(dtype, backend)
+    opt = FusedSAM(params, SGD, rho=0.3, adaptive=adaptive, backend=backend, lr=0.05)
+    grads = random_grads(params, 0)
+    grads[params[-1]][3, 4] = value
+    textbook = Textbook(opt)
+    textbook.step(grads, random_grads(params, 1))
+
+
+@pytest.mark.parametrize("perturbed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", ["sgd-nesterov", "adamw", "rmsprop-all"])
+def test_lr_zero_gives_the_bits_back(rule, dtype, perturbed, backend):
+    """Guards lr = 0, which is no subtraction: 0 * inf is NaN, and -0.0 - -0.0 is 0.0."""
+    cls, options = RULES[rule]
+    params = [torch.nn.Parameter(torch.randn(67).to(dtype))]
+    params[0].data[::5] = -0.0
+    before = params[0].detach().clone()
+    opt = FusedSAM(params, cls, backend=backend, lr=0.0, **options)
+    for value in (-1.0, torch.inf, torch.nan):
+        if perturbed:
+            inject({params[0]: torch.ones_like(before)})
+            opt.first_step()
+        inject({params[0]: torch.full_like(before, value)})
+        opt.second_step()
+        assert_same_bits(params[0], before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_momentum_switched_on_next_to_a_group_that_has_it(dtype, backend):
+    """Guards state that no step may write before its group has it: it must begin at zero."""
+    params = make_params(dtype, backend)
+    groups = [{"params": params[:4], "momentum": 0.8}, {"params": params[4:]}]
+    opt = FusedSAM(groups, SGD, backend=backend, lr=0.05)
+
+    def between(opt, i):
+        opt.param_groups[1]["momentum"] = (0.0, 0.0, 0.9)[i]
+
+    run(opt, [((), ())] * 3, between=between)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_many_float64_steps_end_where_a_loop_of_its_own_ends(rule, backend):
+    """Guards against errors that add up, and the textbook's keeping: nothing synchronises the twin.
+
+    Tolerance. Each of the 9 steps adds at most 32 u of terms below 8 to each number. What is there
+    already grows: a weight's error by the update's derivatives by the states, which the relative
+    errors of moments bound (a root halves them, the bias corrections cancel), so by no more than
+    2 a step; where a centered variance cancels, with |g| between 1/2 and 3/2, it is more than 1 %
+    of its terms. 9 * 32 * 8 * 2**9 * 100 u < 2**27 u. A wrong coefficient is off by 1e-3.
+    """
+    cls, options = RULES[rule]
+    generator = torch.Generator().manual_seed(5)
+    params = [torch.nn.Parameter(torch.randn(n, dtype=torch.float64)) for n in (65, 3)]
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    bases = [[{"params": ps[:1]}, {"params": ps[1:], "lr": 0.01}] for ps in (params, twins)]
+    opt = FusedSAM(bases[0], cls, backend=backend, lr=0.04, rho=0.3, **options)
+    twin = cls(bases[1], lr=0.04, foreach=False, **options)
+    textbook = Textbook(opt)
+    for i in range(9):
+        grads = {}
+        for p, t in zip(params, twins, strict=True):
+            g = torch.rand(p.shape, dtype=torch.float64, generator=generator) - 0.5
+            grads[p] = None if (i, p.numel()) in ((3, 65), (5, 3)) else g + g.sign() * 0.5
+            t.grad = grads[p]
+        textbook.step(grads, grads)
+        twin.step()
+    for p, t in zip(params, twins, strict=True):
+        pairs = [(p, t), *[(opt.state[p][name], value) for name, value in twin.state[t].items()]]
+        for got, exact in pairs:
+            if exact is not None:
+                assert (got - exact).abs().max() <= 2.0**-26, (got, exact)

@@ -132,8 +132,12 @@ inline double textbook(double w, double g, double (&s)[3], const Options& o, boo
   std::abort();
 }
 
-// A bucket: parameters of odd sizes, some without a gradient, some gradients off 16 bytes, the last
-// two parameters pinned (one of them off 16 bytes).
+constexpr int kPinned = 3;
+
+// A bucket: parameters of odd sizes, some without a gradient, some gradients off 16 bytes. The last
+// kPinned parameters are pinned: the first of them at an aligned address, the others one element
+// off. Of these, one has an aligned gradient, so that nothing but its own address forbids 128-bit
+// accesses to it, and one has none, so that it is only returned.
 template <typename S>
 struct Bucket {
   struct Grad {
@@ -146,7 +150,7 @@ struct Bucket {
   std::vector<int64_t> addresses;
   std::vector<uint8_t> flags;
   std::vector<float> step;
-  std::unique_ptr<S[]> pinned_memory[2];
+  std::unique_ptr<S[]> pinned_memory[kPinned];
   std::vector<void*> pinned;
   S *weights, *saved, *states[3];
   int64_t moved = 0, size = 0;
@@ -155,7 +159,7 @@ struct Bucket {
     for (size_t i = 0; i < sizes.size(); ++i) {
       slots.push_back({size, sizes[i], 0, 0});
       size += (sizes[i] + 63) / 64 * 64;
-      if (i + 2 < sizes.size()) moved = size;
+      if (i + kPinned < sizes.size()) moved = size;
       Grad grad;
       if (i % 4 != 3) {
         // Off by one element for every third one: no 128-bit access is aligned then.
@@ -172,11 +176,12 @@ struct Bucket {
     weights = flat(moved);
     saved = flat(size);
     for (S*& state : states) state = flat(size);
-    for (int k = 0; k < 2; ++k) {
-      const Slot& slot = slots[slots.size() - 2 + k];
-      pinned_memory[k].reset(new (std::align_val_t(64)) S[slot.numel + k]);
-      pinned.push_back(pinned_memory[k].get() + k);
-      slots[slots.size() - 2 + k].pinned = reinterpret_cast<int64_t>(pinned.back());
+    for (int k = 0; k < kPinned; ++k) {
+      Slot& slot = slots[num_moved() + k];
+      const int64_t off = k > 0;
+      pinned_memory[k].reset(new (std::align_val_t(64)) S[slot.numel + off]);
+      pinned.push_back(pinned_memory[k].get() + off);
+      slot.pinned = reinterpret_cast<int64_t>(pinned.back());
     }
     for (size_t i = 0; i < slots.size(); ++i) {
       const Slot& slot = slots[i];
@@ -196,7 +201,7 @@ struct Bucket {
     for (Grad& grad : grads) release(grad.memory);
   }
 
-  int num_moved() const { return static_cast<int>(slots.size()) - 2; }
+  int num_moved() const { return static_cast<int>(slots.size()) - kPinned; }
 
   S* weights_of(size_t i) {
     return static_cast<int>(i) < num_moved() ? weights + slots[i].start
