@@ -77,14 +77,9 @@ def environment():
 
 
 def numbers(shape, dtype, seed):
-    """Numbers in [-2, 2) by the finalizer of SplitMix64: the same with every torch and NumPy."""
+    """Numbers in [-2, 2) from NumPy's PCG64, rounded to ``dtype``."""
     n = int(np.prod(shape)) * (2 if dtype.is_complex else 1)
-    x = np.arange(n, dtype=np.uint64) + np.uint64((seed + 1) << 32)
-    x *= np.uint64(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-    x ^= x >> np.uint64(31)
-    values = torch.from_numpy((x >> np.uint64(11)).astype(np.float64) * 2.0**-51 - 2)
+    values = torch.from_numpy(np.random.Generator(np.random.PCG64(seed)).uniform(-2, 2, n))
     if dtype.is_complex:
         return torch.view_as_complex(values.view(*shape, 2)).to(dtype)
     return values.view(shape).to(dtype)
