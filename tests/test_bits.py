@@ -19,7 +19,7 @@ import torch
 if __name__ == "__main__":
     import interpreter  # noqa: F401  (before anything imports triton)
 import pytest
-from oracle import bits, params_of
+from oracle import bits, params_of, real
 
 from fused_sam import FusedSAM
 
@@ -151,8 +151,21 @@ def differences(final, recorded):
         data = data[now.nbytes :]
         if not np.array_equal(now, then):
             apart = max(abs(a - b) for a, b in zip(ordered(now), ordered(then), strict=True))
-            lines.append(f"{what}: {(now != then).sum()} of {now.size}, by {apart} ulp at most")
+            lines.append(
+                f"{what}: {(now != then).sum()} of {now.size}, by {apart} ulp at most, which is "
+                f"{relative(tensor, then):.1f} ulp of the largest"
+            )
     return lines or ["only what lay on the way: the final numbers are the same"]
+
+
+def relative(tensor, then):
+    """How far a tensor is from the recorded one, in ulp of its largest number.
+
+    Near zero, where terms cancel, a rounding is many ulp of a number, and few of the largest.
+    """
+    now = real(tensor.detach())
+    then = torch.from_numpy(then.copy()).view(now.dtype).double()
+    return ((now - then).abs().max() / then.abs().max() / torch.finfo(now.dtype).eps).item()
 
 
 def ordered(numbers):
