@@ -3,7 +3,7 @@
 The environment variable FUSED_SAM_BUILD says which native libraries to build from csrc/:
 
     auto   (default) the CPU library where torch and a C++ compiler are, and the CUDA library too
-           where nvcc is, in CUDA_HOME or on the PATH
+           where nvcc is, in CUDA_HOME or on the PATH, and of the same CUDA as torch
     none   no library: the pure-Python package
     cpu    the CPU library, or an error
     cuda   both, or an error; CUDA for TORCH_CUDA_ARCH_LIST, by default 8.0, 9.0, 10.0 and 12.0
@@ -18,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -62,9 +63,25 @@ def why_not() -> str | None:
     return None if find_compiler() else "there is no C++ compiler"
 
 
+def why_no_cuda() -> str | None:
+    """What is missing to build the CUDA library. A torch for the CPU alone does not hinder it."""
+    import torch
+
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return "there is no nvcc, neither in CUDA_HOME nor on the PATH"
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.", told)
+    theirs = torch.version.cuda
+    # The library takes the CUDA runtime that torch has loaded, and its name has the major version.
+    if theirs and release and release[1] != theirs.split(".")[0]:
+        return f"nvcc is of CUDA {release[1]} and torch of CUDA {theirs}; take an nvcc of torch's"
+    return None
+
+
 def build_class() -> type:
     """BuildExtension of torch, which builds the CUDA library too: by nvcc, whatever torch is."""
-    from torch.utils.cpp_extension import BuildExtension, include_paths
+    from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 
     class BuildNative(BuildExtension):
         def get_export_symbols(self, ext: Extension) -> list[str]:
@@ -82,21 +99,47 @@ def build_class() -> type:
                 return
             target = Path(self.get_ext_fullpath(ext.name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            host = [] if sys.platform == "win32" else ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
-            command = [
-                *[find_nvcc(), "-shared", "-o", str(target), "-std=c++20", "-O3", "--threads=0"],
-                *[f"-D{name}={value}" for name, value in [*DEFINES, ("FUSED_SAM_CUDA", 1)]],
-                *[f"-I{path}" for path in include_paths()],
-                *[*architecture_flags(), *host, "--cudart=static"],
-                *[*ext.sources, *(path for path in ext.depends if path.endswith(".cu"))],
-            ]
-            print(" ".join(map(str, command)), flush=True)
+            windows = sys.platform == "win32"
+            host = [] if windows else ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+            with tempfile.TemporaryDirectory() as stubs:
+                # What is linked must be named in the library even if nothing asks for it here: the
+                # loader looks for a symbol in no other place. And torch must find its own guards
+                # and streams there: libtorch_cuda and the CUDA runtime are torch's, which has
+                # loaded both by then, wherever they lie (the runtime in a wheel of NVIDIA's).
+                link = [f"-L{path}" for path in [*library_paths(), stubs]]
+                link += [] if windows else ["-Xlinker", "--no-as-needed"]
+                link += ["-ltorch_cuda", "-ltorch_cpu", "--cudart=shared"]
+                if not windows and not any(
+                    Path(path, "libtorch_cuda.so").exists() for path in library_paths()
+                ):
+                    self.run_nvcc(empty_library(stubs, "libtorch_cuda.so"))
+                self.run_nvcc(
+                    [
+                        *["-shared", "-o", str(target), "-std=c++20", "-O3", "--threads=0"],
+                        *[f"-D{name}={value}" for name, value in DEFINES],
+                        *[f"-I{path}" for path in include_paths()],
+                        *[*architecture_flags(), *host],
+                        *[*ext.sources, *(path for path in ext.depends if path.endswith(".cu"))],
+                        *link,
+                    ]
+                )
+
+        def run_nvcc(self, arguments: list[str]) -> None:
+            command = [str(find_nvcc()), *arguments]
+            print(" ".join(command), flush=True)
             if subprocess.run(command).returncode:
                 raise CompileError(
                     "nvcc failed; without the CUDA library: FUSED_SAM_BUILD=cpu, or none"
                 )
 
     return BuildNative
+
+
+def empty_library(folder: str, name: str) -> list[str]:
+    """Arguments of nvcc for a library to link against where torch, being for the CPU, has none."""
+    source = Path(folder, "empty.cpp")
+    source.touch()
+    return ["-shared", "-Xlinker", f"-soname={name}", "-o", str(Path(folder, name)), str(source)]
 
 
 def architecture_flags() -> list[str]:
@@ -123,8 +166,9 @@ def native(mode: str) -> dict[str, object]:
     if mode not in MODES:
         raise SystemExit(f"FUSED_SAM_BUILD={mode!r} is not known; choose one of {', '.join(MODES)}")
     why = "FUSED_SAM_BUILD=none asks for it" if mode == "none" else why_not()
-    if why is None and mode == "cuda" and find_nvcc() is None:
-        why = "there is no nvcc, neither in CUDA_HOME nor on the PATH"
+    no_cuda = why_no_cuda() if why is None and mode in ("auto", "cuda") else None
+    if mode == "cuda":
+        why = why or no_cuda
     if why is not None:
         if mode in ("cpu", "cuda"):
             raise SystemExit(f"FUSED_SAM_BUILD={mode} cannot be met: {why}; {REMEDY.format(mode)}")
@@ -137,11 +181,10 @@ def native(mode: str) -> dict[str, object]:
     from torch.utils.cpp_extension import CppExtension
 
     headers = sorted(str(path) for path in CSRC.rglob("*") if path.suffix in (".h", ".cuh"))
-    sources = [str(CSRC / "bindings.cpp")]
     extensions = [
         CppExtension(
             "fused_sam._native",
-            [*sources, *sorted(str(path) for path in CSRC.glob("cpu/*.cpp"))],
+            sorted(str(path) for path in CSRC.glob("cpu/*.cpp")),
             depends=headers,
             define_macros=DEFINES,
             extra_compile_args=["/O2"]
@@ -150,13 +193,15 @@ def native(mode: str) -> dict[str, object]:
             py_limited_api=True,
         )
     ]
-    if mode == "cuda" or (mode == "auto" and find_nvcc()):
+    if mode == "auto" and no_cuda and find_nvcc():
+        print(f"fused-sam: building without the CUDA library: {no_cuda}", file=sys.stderr)
+    if mode != "cpu" and no_cuda is None:
         # Among the sources torch's BuildExtension would refuse a .cu where torch is for the CPU.
         kernels = sorted(str(path) for path in CSRC.glob("cuda/*.cu"))
         extensions.append(
             Extension(
                 "fused_sam._native_cuda",
-                sources,
+                [str(CSRC / "cuda" / "bindings.cpp")],
                 depends=[*headers, *kernels],
                 py_limited_api=True,
             )

@@ -2,10 +2,10 @@
 
     python bench/codegen.py [results.json]
 
-For each kernel, dtype and target it compiles the variant that runs on aligned memory, and reads
-from the intermediate code what one element costs on the path of full chunks, and from the machine
-code how wide the accesses are, how many registers it takes and whether any are spilled. Prints a
-table: all kernels for sm_90, those of the traffic budget and RMSprop for the other targets.
+For each kernel, dtype and target it reads from the intermediate code what one element costs on the
+path of full, aligned chunks, and from the machine code how wide the accesses are there and on the
+other path, how many registers the kernel takes and whether any are spilled. Prints a table: all
+kernels for sm_90, those of the traffic budget and RMSprop for the other targets.
 """
 
 import json
@@ -23,8 +23,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_sam.backends import triton as backend
-from fused_sam.backends import triton_kernels as kernels
+from fused_sam.ascents import SAM, SQUARES
+from fused_sam.backends.triton import kernels
+from fused_sam.backends.triton import operations as backend
+from fused_sam.backends.triton.words import compiled as text
+from fused_sam.rules import ADAM, RMSPROP, SGD
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -35,43 +38,54 @@ TARGETS = {
 }
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 UPDATES = {
-    "sgd": ("sgd", (False,)),
-    "sgd-momentum": ("sgd", (True,)),
-    "adamw": ("adam", (True, True, False)),
-    "adam-amsgrad": ("adam", (True, True, True)),
-    "rmsprop": ("rmsprop", (True, False, False)),
-    "rmsprop-all": ("rmsprop", (True, True, True)),
+    "sgd": (SGD, (False,)),
+    "sgd-momentum": (SGD, (True,)),
+    "adamw": (ADAM, (True, True, False)),
+    "adam-amsgrad": (ADAM, (True, True, True)),
+    "rmsprop": (RMSPROP, (True, False, False)),
+    "rmsprop-all": (RMSPROP, (True, True, True)),
 }
 """Rule and the state buffers that it keeps."""
-KERNELS = ["sq_norm", "sq_norm-asam", "perturb", *UPDATES, "restore"]
-EVERYWHERE = ("sq_norm", "perturb", "sgd-momentum", "adamw", "rmsprop")
-NOT_ALIGNED = ("sq_norm_ptr", "grad_scale_ptr", "found_inf_ptr")
+REDUCES = {
+    "reduce": (SAM.sums, False),
+    "reduce-asam": (SAM.sums, True),
+    "squares": (SQUARES, False),
+}
+"""The sum, and whether it reads the weights."""
+KERNELS = [*REDUCES, "ascend", *UPDATES, "restore"]
+EVERYWHERE = ("reduce", "ascend", "sgd-momentum", "adamw", "rmsprop")
+NOT_ALIGNED = ("total_ptr", "grad_scale_ptr", "found_inf_ptr")
 REGISTER_FILE, THREADS = 65536, {"sm_80": 2048, "sm_90": 2048, "sm_100": 2048, "sm_120": 1536}
 """Per multiprocessor (CUDA programming guide, table of compute capabilities)."""
 
 
 def build(name, dtype, target):
-    """Kernel ``name`` compiled for ``target``, as the backend would for aligned memory."""
+    """Kernel ``name`` compiled for ``target``, as the backend would."""
     compute = "*fp64" if dtype == "fp64" else "*fp32"
-    types = dict.fromkeys(("chunks_ptr", "ticket_ptr"), "*i32")
-    types |= dict.fromkeys(("slots_ptr", "live_ptr"), "*i64")
-    types |= dict.fromkeys(("n_chunks", "n_slots", "n_partials"), "i32")
+    types = dict.fromkeys(("flags_ptr", "ticket_ptr"), "*i32")
+    types |= dict.fromkeys(("slots_ptr", "grads_ptr", "climb_ptr"), "*i64")
+    types |= dict.fromkeys(("n_chunks", "n_slots", "number"), "i32")
     types |= dict.fromkeys(("saved_ptr", "like_ptr"), "*" + dtype)
-    types |= dict.fromkeys(("partials_ptr", "sq_norm_ptr", "hyper_ptr"), compute)
+    types |= {"partials_ptr": compute, "hyper_ptr": compute, "total_ptr": "*fp64"}
     types |= dict.fromkeys(("grad_scale_ptr", "found_inf_ptr"))
-    constants = {"ALIGNED": True, "ADAPTIVE": name == "sq_norm-asam"}
+    constants = {}
     if name in UPDATES:
         rule, kept = UPDATES[name]
-        spec = backend.RULES[rule]
-        constants |= {"RULE": spec.function, "KEPT": kept, "MIXED": False, "TENSOR_LR": False}
-        constants["HYPER"] = HYPER[rule]
+        constants |= {"SCALARS": text(rule.scalars), "RULE": text(rule.update), "KEPT": kept}
+        constants |= {"COLUMNS": 1 + len(rule.column_names), "MIXED": False}
         types["states"] = ("*" + dtype,) * len(kept)
-        types["step_ptr"] = None if rule == "sgd" else "*fp32"
+        types["step_ptr"] = "*fp32" if rule.counts else None
         function = kernels.update_kernel
+    elif name in REDUCES:
+        sums, reads = REDUCES[name]
+        constants |= {"TERMS": text(sums.terms), "COLUMNS": len(sums.column_names), "READS": reads}
+        function = kernels.reduce_kernel
+    elif name == "ascend":
+        constants |= {"SCALARS": text(SAM.scalars), "MOVE": text(SAM.move)}
+        constants["COLUMNS"] = len(SAM.sums.column_names)
+        function = kernels.ascend_kernel
     else:
-        function = getattr(kernels, name.removesuffix("-asam") + "_kernel")
-        if name == "sq_norm":
-            types["hyper_ptr"] = None
+        function = kernels.restore_kernel
     constants["BLOCK"] = backend.TILE_BYTES[function.__name__] // ITEMSIZE[dtype]
     constants["TILES"] = backend.CHUNK // constants["BLOCK"]
     options = {"num_warps": backend.THREADS // target.warp_size}
@@ -81,9 +95,6 @@ def build(name, dtype, target):
             options |= backend.MANY_REGISTERS
     source = ASTSource(function, *signature(function, types, constants))
     return triton.compile(source, target=target, options=options), constants["BLOCK"]
-
-
-HYPER = {"sgd": 6, "adam": 12, "rmsprop": 8}
 
 
 def signature(function, types, constants):
@@ -106,7 +117,7 @@ def signature(function, types, constants):
 
 
 def tile_loops(ttir):
-    """(loads, stores) of a tile in each loop over full tiles: those without a mask."""
+    """(loads, stores) of a tile in each loop over full, aligned chunks: those without a mask."""
     loops, stack = [], []
     for line in map(str.strip, ttir.splitlines()):
         if line.startswith("}") and stack:
@@ -136,6 +147,14 @@ def wide_and_narrow(compiled, target):
         found = re.findall(r"(?:global|buffer)_(?:load|store)_(\w+)", compiled.asm["amdgcn"])
         wide = [kind for kind in found if kind == "dwordx4"]
     return len(wide), len(found) - len(wide)
+
+
+def wide_under_masks(compiled, target):
+    """Accesses of 128 bits that a mask guards; None where masks are branches, as on AMD."""
+    if target.backend == "hip":
+        return None
+    ptx = compiled.asm["ptx"]
+    return len(re.findall(r"^\s*@!?%p\d+ (?:ld|st)\.global\.v", ptx, re.MULTILINE))
 
 
 def resources(compiled, target):
@@ -184,6 +203,7 @@ def report(name, dtype, arch):
         "scalar_accesses": scalar_accesses(compiled.asm["ttir"]),
         "wide": wide,
         "narrow": narrow,
+        "wide_under_masks": wide_under_masks(compiled, target),
         "registers": registers,
         "spilled": spilled,
         "flushes": compiled.asm.get("ptx", "").count(".ftz"),

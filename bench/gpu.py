@@ -1,59 +1,49 @@
-"""The Triton backend on a GPU, in parts; bench/gpu.sh runs them all.
+"""FusedSAM on a GPU, in parts; bench/gpu.sh runs them all.
 
     python -m bench.gpu PART OUTPUT_FOLDER
 
-A part writes PART.json. Times are GPU times by events, or replays of CUDA graphs where a launch
-would take longer than its work; each is measured after warm-up, on random data, in rounds that
-take all competitors in turn; medians with 20th and 80th percentiles.
+A part writes PART.json. Competitors take turns in every round, after warm-up, on random data; a
+row has the median, the 20th and the 80th percentile, in seconds. Times are the device's, by events:
+of replayed CUDA graphs, but for eager steps, which are the host's wherever it is the slower one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
+import gc
 import itertools
 import json
-import platform
-import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton as triton_package
 
 from fused_sam import FusedSAM
-from fused_sam.backends import triton as backend
 
 from . import workloads
+from .device import DEVICE, DRY
+from .launches import ACCESSES, VARIANTS, Work, available, kernels_only, launches, variant
+from .machine import conditions, largest_cache
 from .models import MODULES
-from .peers import BASES, RHO, as_groups, fused_sam_peers, parameters, peers
-from .stats import spread
+from .peers import BASES, RHO, Peer, as_groups, fused_sam_peers, has, parameters, peers
+from .stats import ratio, spread
 
-DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-ROUNDS = 30
-SIZES = [1_000_000, 11_700_000, 25_600_000, 86_000_000, 340_000_000, 1_000_000_000]
-STEP_MODELS = ["ResNet-18", "ResNet-50", "WRN-28-10", "ViT-B/16", "GPT-2-small"]
-BUDGET = {"sq_norm": 1, "perturb_": 4, "update_ SGD": 5, "update_ AdamW": 7}
-"""Accesses to each element: the traffic budget of docs/predicted.md."""
+Rows = Iterator[dict[str, Any]]
 
-Work = Callable[[], Any]
+# In order of worth: the time may not suffice for all.
+SIZES = [25_600_000, 340_000_000, 86_000_000, 11_700_000, 1_000_000_000, 1_000_000]
+MODELS = ["ResNet-50", "ViT-B/16", "GPT-2-small", "ResNet-18", "WRN-28-10"]
+ROUNDS, AIM = 30, 5e-3
+COPIED = 1 << 29
+if DRY:
+    SIZES, MODELS, ROUNDS, AIM, COPIED = [5000], ["tiny"], 2, 1e-6, 1 << 16
 
 
 # ---------------------------------------------------------------------------------------- measuring
-
-
-def seconds(work: Work, repeats: int) -> float:
-    """Device time of one call, over ``repeats`` calls in a row."""
-    clock = Clock()
-    for _ in range(repeats):
-        work()
-    clock.tick()
-    return clock.seconds()[0] / repeats
 
 
 class Clock:
@@ -65,7 +55,7 @@ class Clock:
 
     def tick(self) -> None:
         """Mark now."""
-        if DEVICE.type == "cpu":
+        if DRY:
             self.marks.append(time.perf_counter())
         else:
             self.marks.append(torch.cuda.Event(enable_timing=True))
@@ -73,27 +63,32 @@ class Clock:
 
     def seconds(self) -> list[float]:
         """The times between marks."""
-        if DEVICE.type == "cpu":
+        if DRY:
             return [b - a for a, b in itertools.pairwise(self.marks)]
         self.marks[-1].synchronize()
         return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(self.marks)]
 
 
-def measure(works: dict[str, Work], rounds: int = ROUNDS, aim: float = 5e-3) -> dict[str, Any]:
-    """Times of all, in turn in every round; each long enough for the clock.
+def seconds(work: Work, repeats: int) -> float:
+    """Device time of one call, over ``repeats`` calls in a row."""
+    clock = Clock()
+    for _ in range(repeats):
+        work()
+    clock.tick()
+    return clock.seconds()[0] / repeats
 
-    Returns, for each, seconds: median, p20, p80, and every round's.
-    """
+
+def measure(works: dict[str, Work], rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Times of all, round by round; each long enough for the clock."""
     repeats = {}
     for name, work in works.items():
-        for _ in range(3):
-            work()
-        repeats[name] = max(1, min(200, int(aim / max(seconds(work, 2), 1e-7))))
+        seconds(work, 3)
+        repeats[name] = max(1, min(200, int(AIM / max(seconds(work, 2), 1e-7))))
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
             times[name].append(seconds(work, repeats[name]))
-    return {name: {**summary(values), "all": values} for name, values in times.items()}
+    return times
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
@@ -101,159 +96,103 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     return dataclasses.asdict(spread(values))
 
 
-def replayed(works: Sequence[Work]) -> Work:
-    """All of ``works``, one after the other, as one CUDA graph; warmed up."""
-    for work in works:
-        work()
-    if DEVICE.type == "cpu":
-        return lambda: [work() for work in works]
-    torch.cuda.synchronize()
+def captured(works: Sequence[Work]) -> Work:
+    """All of ``works``, one after the other, as the replay of one CUDA graph, which holds them."""
+
+    def run() -> None:
+        for work in works:
+            work()
+
+    if DRY:
+        return run
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    # What is measured is kernels: the graph reads the tables that are there and uploads none. They
-    # outlive it.
-    capturing, backend._is_capturing = backend._is_capturing, lambda device: False
-    try:
-        with torch.cuda.graph(graph):
-            for work in works:
-                work()
-    finally:
-        backend._is_capturing = capturing
-    return graph.replay
+    with torch.cuda.graph(graph):
+        run()
+
+    def replay() -> None:
+        graph.replay()
+
+    replay.works = works  # type: ignore[attr-defined]  # the graph reads their memory
+    return replay
 
 
-def machine() -> dict[str, Any]:
-    """What the figures belong to."""
-    facts = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _output("git", "rev-parse", "HEAD"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton_package.__version__,
-        "device": DEVICE.type,
-    }
-    if DEVICE.type == "cuda":
-        facts["device"] = torch.cuda.get_device_name(DEVICE)
-        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        facts["driver"] = _output(*query)
-        facts["l2_bytes"] = torch.cuda.get_device_properties(DEVICE).L2_cache_size
-    return facts
+def free() -> None:
+    """Give memory back that nothing holds."""
+    gc.collect()
+    if not DRY:
+        torch.cuda.empty_cache()
 
 
-def _output(*command: str) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip()
+@functools.cache
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written, of a large device-to-device copy: the ceiling."""
+    source = torch.randn(COPIED, device=DEVICE)
+    target = torch.empty_like(source)
+    times = measure({"copy": lambda: target.copy_(source)})["copy"]
+    return 2 * 4 * COPIED / spread(times).median
 
 
 # -------------------------------------------------------------------------------------------- parts
 
 
-@functools.cache
-def copy_bandwidth(numel: int = 1 << 29) -> float:
-    """Bytes per second, read and written, of a large device-to-device copy: the ceiling."""
-    source = torch.randn(numel, device=DEVICE)
-    target = torch.empty_like(source)
-    time_of = measure({"copy": lambda: target.copy_(source)}, aim=2e-2)["copy"]["median"]
-    return 2 * 4 * numel / time_of
+def facts() -> Rows:
+    """What all figures of a run belong to."""
+    found = conditions(DEVICE)
+    if not DRY:
+        found["l2_bytes"] = largest_cache(DEVICE)
+    yield {**found, "backends": available(), "dry": DRY}
 
 
-def flat_optimizer(numel: int, base: str, tensors: int = 1) -> tuple[Any, Any, Any]:
-    """A FusedSAM over ``numel`` numbers; its bucket, and its gradients as the backend gets them."""
-    cls, options = BASES[base]
-    shapes = workloads.split(numel, tensors).shapes
-    params = parameters(shapes, DEVICE, seed=1)
-    for p in params:
-        p.grad = torch.randn_like(p)
-    opt = FusedSAM(params, cls, rho=RHO, backend="triton", **options)
-    opt.first_step()
-    opt.second_step()
-    (bucket,) = opt._layout.buckets
-    return opt, bucket, bucket.gradients()
+def _attempted(rows: Rows, **what: Any) -> Rows:
+    """The rows, and if an exception ends them a row that says so: the rest must still run."""
+    try:
+        yield from rows
+    except Exception as error:
+        yield {**what, "failed": f"{type(error).__name__}: {error}"[:200]}
+    free()
 
 
-def kernel_works(numel: int, base: str, copies: int) -> dict[str, list[Work]]:
-    """Launches of each kernel over ``copies`` optimizers in turn, more than L2 holds."""
-    works: dict[str, list[Work]] = {"sq_norm": [], "perturb_": [], f"update_ {base}": []}
-    for _ in range(copies):
-        opt, bucket, grads = flat_optimizer(numel, base)
-        triton, groups = opt._backends[0], opt.param_groups
-        norm = triton.sq_norm(bucket, grads, groups).clone()
-        works["sq_norm"].append(functools.partial(triton.sq_norm, bucket, grads, groups))
-        works["perturb_"].append(functools.partial(triton.perturb_, bucket, grads, groups, norm))
-        works[f"update_ {base}"].append(
-            functools.partial(triton.update_, bucket, grads, groups, opt._layout.rule)
-        )
-        # So that update_ reads `saved`, as it does after perturb_.
-        bucket.perturbed = [True] * len(bucket.slots)
-    return works
+def _rows_of(numel: int, base: str, backend: str, rounds: int, **more: Any) -> Rows:
+    """Each kernel's time over ``numel`` elements, and its share of the copy's bandwidth."""
+    # Together more than four times what the cache holds, at one access to each element.
+    copies = 2 if DRY else 1 + 4 * largest_cache(DEVICE) // (4 * numel)
+    needed = 4 * numel * copies * (6 if base == "AdamW" else 5)
+    if not DRY and needed > 0.9 * torch.cuda.mem_get_info()[0]:
+        yield {"numel": numel, "base": base, "left_out": f"{needed / 1e9:.0f} GB are needed"}
+        return
+    all_works = launches(numel, base, backend, copies)
+    with kernels_only():
+        replays = {key: captured(works) for key, works in all_works.items()}
+    for kernel, times in measure(replays, rounds).items():
+        row = summary([t / copies for t in times])
+        rate = ACCESSES[kernel] * 4 * numel / row["median"]
+        rates = {"bytes_per_second": rate, "share_of_copy": rate / copy_bandwidth()}
+        what = {"backend": backend, "kernel": kernel, "numel": numel, "copies": copies}
+        yield {**what, **more, **row, **rates}
 
 
-def kernels(sizes: Sequence[int] = SIZES) -> Iterator[dict[str, Any]]:
-    """Each kernel's bandwidth and its share of the copy's, over sizes."""
-    ceiling = copy_bandwidth()
-    for numel in sizes:
-        for base in ("SGD", "AdamW"):
-            needed = numel * 4 * (6 if base == "AdamW" else 5)
-            if DEVICE.type == "cuda" and needed > 0.9 * torch.cuda.mem_get_info()[0]:
-                yield {"numel": numel, "base": base, "skipped": f"{needed / 1e9:.0f} GB needed"}
-                continue
-            copies = max(1, min(16, 300_000_000 // (numel * 16)))
-            all_works = kernel_works(numel, base, copies)
-            if base == "AdamW":
-                del all_works["sq_norm"], all_works["perturb_"]
-            graphs = {name: replayed(works) for name, works in all_works.items()}
-            for name, result in measure(graphs).items():
-                result = {k: v / copies for k, v in result.items() if k != "all"}
-                rate = BUDGET[name] * 4 * numel / result["median"]
-                yield {
-                    "kernel": name,
-                    "numel": numel,
-                    **result,
-                    "bytes_per_second": rate,
-                    "share_of_copy": rate / ceiling,
-                }
-            del all_works, graphs
-            _free()
+def kernels() -> Rows:
+    """Each kernel, and the pair of ``first_step``, over sizes."""
+    yield {"kernel": "copy", "numel": COPIED, "bytes_per_second": copy_bandwidth()}
+    # One backend after the other: what crashes leaves the GPU unusable for all that follows.
+    for backend, numel, base in itertools.product(available(), SIZES, BASES):
+        rows = _rows_of(numel, base, backend, ROUNDS)
+        yield from _attempted(rows, backend=backend, numel=numel, base=base)
 
 
-def sweep(sizes: Sequence[int] = (25_600_000, 340_000_000)) -> Iterator[dict[str, Any]]:
-    """The update and climb under other chunk sizes, programs, threads and tiles."""
-    default = {name: getattr(backend, name) for name in ("CHUNK", "PROGRAMS", "THREADS")}
-    tiles = dict(backend.TILE_BYTES)
-    variants = [
-        {},
-        *({"CHUNK": chunk} for chunk in (2048, 8192, 16384)),
-        *({"PROGRAMS": programs} for programs in (4, 6, 12, 16)),
-        {"THREADS": 256, "tile": 2, "PROGRAMS": 4},
-        {"THREADS": 512, "tile": 4, "PROGRAMS": 2},
-        {"tile": 2},
-    ]
-    for numel in sizes:
-        for variant in variants:
-            for name, value in default.items():
-                setattr(backend, name, variant.get(name, value))
-            for name, value in tiles.items():
-                backend.TILE_BYTES[name] = value * variant.get("tile", 1)
-            try:
-                works = kernel_works(numel, "SGD", 1)
-                results = measure({k: replayed(v) for k, v in works.items()}, rounds=10)
-            finally:
-                for name, value in default.items():
-                    setattr(backend, name, value)
-                backend.TILE_BYTES.update(tiles)
-            for name, result in results.items():
-                rate = BUDGET[name] * 4 * numel / result["median"]
-                yield {
-                    "kernel": name,
-                    "numel": numel,
-                    "variant": variant or "default",
-                    "median": result["median"],
-                    "share_of_copy": rate / copy_bandwidth(),
-                }
-            del works
-            _free()
+def sweep() -> Rows:
+    """The Triton kernels under other chunk sizes, programs, threads and tiles."""
+    for numel, sizes in itertools.product(SIZES[:2], VARIANTS):
+        what = ", ".join(f"{k} {v}" for k, v in sizes.items()) or "as it is"
+        with variant(sizes):
+            rows = _rows_of(numel, "SGD", "triton", min(ROUNDS, 10), variant=what)
+            yield from _attempted(rows, numel=numel, variant=what)
 
 
 def _step(optimizer: Any) -> None:
@@ -261,177 +200,145 @@ def _step(optimizer: Any) -> None:
     optimizer.second_step()
 
 
-def steps(models: Sequence[str] = STEP_MODELS, compiled: bool = False) -> Iterator[dict[str, Any]]:
-    """Whole SAM steps without forward and backward, against the peers, side by side."""
-    for name in models:
-        workload = workloads.model(name)
-        for base, (cls, options) in BASES.items():
-            found = peers(DEVICE)
-            if compiled:
-                found = [*fused_sam_peers(DEVICE), peers(DEVICE, compiled=True)[-1]]
-            works: dict[str, Work] = {}
-            failed, memory = {}, {}
-            for peer in found:
-                before = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
-                try:
-                    params = parameters(workload.shapes, DEVICE, seed=1)
-                    for p in params:
-                        p.grad = torch.randn_like(p)
-                    optimizer = peer.make(as_groups(params, 1), cls, dict(options))
-                    work = functools.partial(_step, optimizer)
-                    work()
-                except Exception as error:  # another's failure must not hide the rest
-                    failed[peer.name] = repr(error)[:200]
-                    continue
-                works[peer.name] = work
-                if DEVICE.type == "cuda":
-                    memory[peer.name] = torch.cuda.memory_allocated() - before
-            results = measure(works)
-            ours = next(iter(works))
-            for peer_name, result in results.items():
-                pairs = zip(result["all"], results[ours]["all"], strict=True)
-                yield {
-                    "model": name,
-                    "base": base,
-                    "peer": peer_name,
-                    **summary(result["all"]),
-                    "times_ours": statistics.median(theirs / own for theirs, own in pairs),
-                    "bytes": memory.get(peer_name),
-                }
-            for peer_name, error in failed.items():
-                yield {"model": name, "base": base, "peer": peer_name, "failed": error}
-            del works, optimizer, params
-            _free()
+def _workload(name: str) -> workloads.Workload:
+    return workloads.split(1000, 5) if DRY else workloads.model(name)
 
 
-def compiled_steps() -> Iterator[dict[str, Any]]:
+def _work(peer: Peer, model: str, base: str, graph: bool) -> Work:
+    """A peer's step over the model's parameters, which has been done once."""
+    cls, options = BASES[base]
+    options = dict(options)
+    if graph and not DRY and base == "AdamW" and peer.family != "FusedSAM":
+        options["capturable"] = True
+    params = parameters(_workload(model).shapes, DEVICE, seed=1)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    work = functools.partial(_step, peer.make(as_groups(params, 1), cls, options))
+    work()
+    return captured([work]) if graph else work
+
+
+def _whole_steps(competitors: Sequence[Peer], *, graph: bool = False) -> Rows:
+    """SAM steps without forward and backward, side by side; the first peer is compared with."""
+    if not has("pytorch_optimizer"):
+        yield {"peer": "pytorch_optimizer SAM", "left_out": "pytorch_optimizer is not installed"}
+    for model, base in itertools.product(MODELS, BASES):
+        works: dict[str, Work] = {}
+        for peer in competitors:
+            try:
+                works[peer.name] = _work(peer, model, base, graph)
+            except Exception as error:  # another's failure must not hide the rest
+                why = f"{type(error).__name__}: {error}"[:200]
+                yield {"model": model, "base": base, "peer": peer.name, "failed": why}
+        results = measure(works)
+        for peer_name, times in results.items():
+            yield {
+                "model": model,
+                "base": base,
+                "peer": peer_name,
+                **summary(times),
+                "times_ours": dataclasses.asdict(ratio(times, next(iter(results.values())))),
+            }
+        del works
+        free()
+
+
+def steps() -> Rows:
+    """Steps as Python calls them: of small models, and of many tensors, this is the host's time."""
+    yield from _whole_steps(peers(DEVICE))
+
+
+def graphs() -> Rows:
+    """The same steps as CUDA graphs: the GPU's time, whatever the host needs."""
+    yield from _whole_steps(peers(DEVICE), graph=True)
+
+
+def compiled() -> Rows:
     """Against the foreach SAM under torch.compile, which takes long to compile."""
-    yield from steps(["ResNet-18", "ResNet-50"], compiled=True)
+    yield from _whole_steps([*fused_sam_peers(DEVICE), peers(DEVICE, compiled=True)[-1]])
 
 
-def host() -> Iterator[dict[str, Any]]:
-    """Host time of first_step and second_step with their launches, the GPU idle before."""
-    for name in ("ResNet-18", "ResNet-50", "ViT-B/16"):
-        for base, (cls, options) in BASES.items():
-            params = parameters(workloads.model(name).shapes, DEVICE, seed=1)
-            opt = FusedSAM(params, cls, rho=RHO, backend="triton", **options)
-            times = []
-            for _ in range(200):
-                for p in params:
-                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                if DEVICE.type == "cuda":
-                    torch.cuda.synchronize()
-                start = time.perf_counter()
-                _step(opt)
-                times.append(time.perf_counter() - start)
-            yield {"model": name, "base": base, **summary(times[50:])}
+def host() -> Rows:
+    """Host time of a step with its launches, while the GPU has nothing else to do."""
+    for backend, name, base in itertools.product(available(), MODELS[:2], BASES):
+        what = {"model": name, "base": base, "backend": backend}
+        yield from _attempted(_host_time(**what), **what)
 
 
-def training(batch: int = 256, size: int = 224) -> Iterator[dict[str, Any]]:
-    """A training step of ResNet-50 with real forward and backward: the optimizer's share."""
-    model = MODULES["ResNet-50"]().to(DEVICE, memory_format=torch.channels_last)
-    opt = FusedSAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=0.1, momentum=0.9)
+def _host_time(model: str, base: str, backend: str) -> Rows:
+    cls, options = BASES[base]
+    params = parameters(_workload(model).shapes, DEVICE, seed=1)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer = FusedSAM(params, cls, rho=RHO, backend=backend, **options)
+    times = []
+    for _ in range(ROUNDS + 200 * (not DRY)):
+        if not DRY:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        _step(optimizer)
+        times.append(time.perf_counter() - start)
+    row = {"model": model, "tensors": len(params), "base": base, "backend": backend}
+    yield {**row, **summary(times[ROUNDS // 2 :])}
+
+
+def training() -> Rows:
+    """A training step with real forward and backward: the optimizer's share of it."""
+    name, batch, size = ("ResNet-20", 2, 8) if DRY else ("ResNet-50", 256, 224)
+    model = MODULES[name]().to(DEVICE, memory_format=torch.channels_last)
     x = torch.randn(batch, 3, size, size, device=DEVICE).to(memory_format=torch.channels_last)
-    y = torch.randint(1000, (batch,), device=DEVICE)
+    y = torch.randint(10, (batch,), device=DEVICE)
 
     def backward() -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16):
             loss = torch.nn.functional.cross_entropy(model(x), y)
         loss.backward()
 
-    totals, optimizers = [], []
-    for i in range(25):
-        clock = Clock()
-        backward()
-        clock.tick()
-        opt.first_step(zero_grad=True)
-        clock.tick()
-        backward()
-        clock.tick()
-        opt.second_step(zero_grad=True)
-        clock.tick()
-        parts = clock.seconds()
-        if i >= 5:
+    for backend in available() if not DRY else ["native"]:
+        options = {"rho": RHO, "lr": 0.1, "momentum": 0.9, "backend": backend}
+        opt = FusedSAM(model.parameters(), torch.optim.SGD, **options)
+        totals, optimizers = [], []
+        for _ in range(ROUNDS):
+            clock = Clock()
+            backward()
+            clock.tick()
+            opt.first_step(zero_grad=True)
+            clock.tick()
+            backward()
+            clock.tick()
+            opt.second_step(zero_grad=True)
+            clock.tick()
+            parts = clock.seconds()
             totals.append(sum(parts))
             optimizers.append(parts[1] + parts[3])
-    share = [part / total for part, total in zip(optimizers, totals, strict=True)]
-    yield {
-        "model": "ResNet-50",
-        "batch": batch,
-        "step": summary(totals)["median"],
-        "optimizer": summary(optimizers)["median"],
-        "share": summary(share),
-    }
-
-
-def copy() -> Iterator[dict[str, Any]]:
-    """The copy bandwidth alone."""
-    yield {"bytes_per_second": copy_bandwidth()}
+        totals, optimizers = totals[ROUNDS // 4 :], optimizers[ROUNDS // 4 :]
+        yield {
+            "model": name,
+            "batch": batch,
+            "backend": backend,
+            **summary(totals),
+            "optimizer": summary(optimizers),
+            "share": dataclasses.asdict(ratio(optimizers, totals)),
+        }
 
 
 PARTS = {
-    "copy": copy,
-    "kernels": kernels,
-    "steps": steps,
-    "host": host,
-    "training": training,
-    "compiled": compiled_steps,
-    "sweep": sweep,
+    part.__name__: part for part in (facts, kernels, steps, host, training, graphs, compiled, sweep)
 }
 
 
-def _free() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.empty_cache()
+def main(name: str, folder: str) -> int:
+    """Run a part; its file is written after every row, so that whoever is stopped leaves some.
 
-
-# ------------------------------------------------------------------------------------------- report
-
-
-def run(part: str, folder: Path) -> None:
-    """Run a part; what it has found is written after every result."""
+    Returns the exit status: 1 if something of FusedSAM failed, but not for a peer.
+    """
     rows: list[dict[str, Any]] = []
-    for row in PARTS[part]():
+    for row in PARTS[name]():
         print({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}, flush=True)
         rows.append(row)
-        path = folder / f"{part}.json"
-        path.write_text(json.dumps({"machine": machine(), "results": rows}, indent=1))
-
-
-def table(folder: Path) -> str:
-    """Everything that the parts have written, as Markdown."""
-    lines: list[str] = []
-    for part in PARTS:
-        path = folder / f"{part}.json"
-        if not path.exists():
-            lines += [f"## {part}", "", "No results.", ""]
-            continue
-        content = json.loads(path.read_text())
-        facts = ", ".join(f"{k} {v}" for k, v in content["machine"].items())
-        lines += [f"## {part}", "", facts, ""]
-        columns = list(dict.fromkeys(key for row in content["results"] for key in row))
-        lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-        for row in content["results"]:
-            lines.append("| " + " | ".join(_cell(row.get(key)) for key in columns) + " |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def main() -> None:
-    """See the module's docstring; the part ``table`` prints what the others have written."""
-    part, folder = sys.argv[1], Path(sys.argv[2])
-    folder.mkdir(parents=True, exist_ok=True)
-    if part == "table":
-        print(table(folder))
-    else:
-        run(part, folder)
+        Path(folder, f"{name}.json").write_text(json.dumps({"rows": rows}, indent=1))
+    return int(any("failed" in row and "FusedSAM" in row.get("peer", "FusedSAM") for row in rows))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(*sys.argv[1:]))

@@ -1,68 +1,111 @@
 #!/bin/bash
-# Everything that needs a GPU, in under ten minutes: tests, memory checks, benchmarks.
+# Everything that needs a GPU, in two calls of nine minutes: what is true, and who is faster.
 #
-#   bench/gpu.sh [results folder]
+#   bench/gpu.sh truth     tests, kernels one by one, memory checks, DRAM traffic
+#   bench/gpu.sh peers     steps against others, graph replay, host time, training, compiled, sweep
+#   bench/gpu.sh PART...   these parts only, where one that must be left out fails; `suites` too,
+#                          those of `python -m bench`
 #
-# Needs a checkout, and a python3 with CUDA torch, Triton and pytest; no network, nothing installed.
-# Where nvcc is, the native backend is built in place first, and takes part.
-# A part that fails or takes too long is reported, and the rest still runs. The exit status is 0 if
-# all parts succeeded.
+#   RESULTS    where the table and the archive go (bench/results/gpu)
+#   DEADLINE   seconds from the start at which all is over (540)
+#   COMMIT     what the figures belong to, where there is no git
+#   PYTHON     an interpreter with CUDA torch, Triton and pytest (python3)
+#   DRY=1      without a GPU: all of it in small on the CPU, whose figures mean nothing
+#
+# Needs a checkout and no network, and installs nothing. Where nvcc is, the native CUDA library is
+# built in place first. A part that fails is reported, and the rest still runs. See bench/parts.sh.
 cd "$(dirname "$0")/.." || exit 2
-results=${1:-bench/results/gpu}
-mkdir -p "$results" || exit 2
-export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-unset TRITON_INTERPRET
+truth="tests kernels memcheck racecheck traffic"
+peers="steps host training graphs compiled sweep"
+NAMED=
+case $* in
+    truth) RUN=gpu-truth PARTS=$truth ;;
+    peers) RUN=gpu-peers PARTS=$peers ;;
+    *) RUN=gpu-parts PARTS=$* NAMED=yes ;;
+esac
+for name in ${PARTS:-nothing}; do
+    [[ " $truth $peers suites " == *" $name "* ]] || {
+        echo "bench/gpu.sh: no part is called $name; choose truth, peers, or of these:" \
+            "$truth $peers suites" >&2
+        exit 2
+    }
+done
+PARTS="facts build $PARTS"
+
 python=${PYTHON:-python3}
-failures=()
-started=$SECONDS
+device=cuda library=fused_sam/_native_cuda.abi3.so
+export python device library PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 # nobody knows which plugins are there
+unset TRITON_INTERPRET
+if [ -n "$DRY" ]; then
+    device=cpu library=fused_sam/_native.abi3.so
+    export CUDA_VISIBLE_DEVICES= FUSED_SAM_TEST_DEVICE=cpu TRITON_INTERPRET=1
+else
+    TORCH_CUDA_ARCH_LIST=$("$python" -c \
+        'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || {
+        echo "$python has no torch that sees a GPU; set PYTHON to one that has" >&2
+        exit 2
+    }
+    export TORCH_CUDA_ARCH_LIST
+fi
 
-part() { # name, seconds at most, command...
-    local name=$1 limit=$2 begin=$SECONDS
-    shift 2
-    echo "=== $name"
-    timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$results/$name.log"
-    local status=${PIPESTATUS[0]}
-    [ "$status" = 0 ] || failures+=("$name: exit status $status")
-    [ "$status" = 124 ] && echo "$name: stopped after $limit s"
-    echo "=== $name: $((SECONDS - begin)) s, exit status $status"
+build() { # the native library, unless it is newer than its sources; it must load
+    if [ -n "$(find csrc setup.py -newer "$library" 2>&1)" ]; then
+        FUSED_SAM_BUILD=$device "$python" setup.py -q build_ext --inplace || return
+    fi
+    "$python" -c "from fused_sam.backends import native; exit(native.missing('$device'))"
+}
+export -f build
+
+table() {
+    "$python" -m bench.gpu_table "$work"
 }
 
-"$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
-    echo "$python has no torch with a CUDA or ROCm GPU; set PYTHON to one that has" >&2
-    exit 2
+RESULTS=${RESULTS:-bench/results/gpu} DEADLINE=${DEADLINE:-540}
+. bench/parts.sh
+
+measured() { # NAME, and the rest as for part: a part of bench/gpu.py
+    part "$@" "$python" -m bench.gpu "$1" "$work"
 }
 
-if command -v nvcc > /dev/null; then
-    part build 120 env FUSED_SAM_BUILD=cuda "$python" setup.py -q build_ext --inplace
-else
-    echo "nvcc is not there: the native backend is left out"
-fi
-part tests 150 "$python" -m pytest -m gpu -q -p no:cacheprovider tests/test_gpu.py
-if command -v compute-sanitizer > /dev/null; then
-    for tool in memcheck racecheck; do
-        part "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-            "$python" bench/small_case.py
-    done
-else
-    echo "compute-sanitizer is not there: its parts are left out"
-fi
-part copy 20 "$python" -m bench.gpu copy "$results"
-part kernels 70 "$python" -m bench.gpu kernels "$results"
-part steps 100 "$python" -m bench.gpu steps "$results"
-part host 30 "$python" -m bench.gpu host "$results"
-part training 50 "$python" -m bench.gpu training "$results"
-part compiled 90 "$python" -m bench.gpu compiled "$results"
-if "$python" -c 'import pytest_benchmark, pytorch_optimizer' 2> /dev/null; then
-    part suites 75 "$python" -m bench --device cuda --quick --out "$results"
-else
-    echo "pytest-benchmark or pytorch_optimizer is not there: the suites of make bench are left out"
-fi
-remaining=$((585 - (SECONDS - started)))
-[ "$remaining" -gt 20 ] && part sweep "$remaining" "$python" -m bench.gpu sweep "$results"
-"$python" -m bench.gpu table "$results" > "$results/README.md" || failures+=("table")
-
-echo "$((SECONDS - started)) s in all; results are in $results"
-[ ${#failures[@]} = 0 ] || {
-    printf 'FAILED %s\n' "${failures[@]}"
-    exit 1
+there() { # NAME TOOL: whether the tool that this part needs is there
+    wanted "$1" || return
+    [ -n "$DRY" ] || command -v "$2" > /dev/null || {
+        left_out "$1" "$2 is not there"
+        return 1
+    }
 }
+
+# The least is what a part needs to be worth beginning; the limits of a call add up to its time.
+measured facts 5 20
+if [ -n "$DRY" ] || command -v nvcc > /dev/null; then
+    part build 5 90 bash -c build
+else
+    note build "left out: nvcc is not there, and the native CUDA kernels take no part" 0
+fi
+# A test that hangs is named; a warning of that machine must not hide what a test says.
+part tests 30 140 "$python" -m pytest -v -p no:cacheprovider -W default \
+    -o faulthandler_timeout=100 tests/test_gpu.py
+measured kernels 20 75
+for name in memcheck racecheck; do
+    sanitizer=(compute-sanitizer --tool $name --error-exitcode 1)
+    # torch asks the driver questions whose answer may be an error: these are no faults.
+    [ $name != memcheck ] || sanitizer+=(--report-api-errors no)
+    [ -z "$DRY" ] || sanitizer=()
+    there $name compute-sanitizer &&
+        part $name 20 65 "${sanitizer[@]}" "$python" -m bench.small_case
+done
+there traffic ncu && part traffic 20 70 "$python" -m bench.traffic "$work"
+
+measured steps 30 95
+measured host 10 20
+measured training 20 40
+measured graphs 30 75
+measured compiled 40 85
+measured sweep 15 40
+if "$python" -c 'import pytest_benchmark' 2> /dev/null; then
+    part suites 60 400 env PYTEST_ADDOPTS="-p benchmark" \
+        "$python" -m bench --device $device --quick --out "$work"
+elif wanted suites; then
+    left_out suites "pytest-benchmark is not installed"
+fi

@@ -23,7 +23,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # its launches could not be replaced
 import torch
 
 from fused_sam import FusedSAM, backends
-from fused_sam.backends import triton as backend
+from fused_sam.backends.triton import operations as backend
 
 PARAMETERS = 161
 """As ResNet-50 has."""
@@ -46,7 +46,7 @@ class NoLaunch:
 def without_launches(base=torch.optim.SGD, parameters=PARAMETERS, **options):
     """A FusedSAM whose kernels are not launched, and gradients for its two passes."""
     backends._no_triton = lambda device: None
-    for name in ("sq_norm_kernel", "perturb_kernel", "update_kernel", "restore_kernel"):
+    for name in ("reduce_kernel", "ascend_kernel", "update_kernel", "restore_kernel"):
         kernel = getattr(backend.kernels, name)
         setattr(backend.kernels, name, NoLaunch(kernel.fn))
     params = [torch.nn.Parameter(torch.randn(4, 5, 3)) for _ in range(parameters)]

@@ -45,7 +45,12 @@ def conditions(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that is measured, with "+" if files differ from it."""
+    """The commit that is measured, with "+" if files differ from it.
+
+    The environment variable COMMIT says it where the files came without git.
+    """
+    if given := os.environ.get("COMMIT"):
+        return given
     sha = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
     changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--", "fused_sam", "csrc")
     return (sha + ("+" if changed else "")) if sha else "unknown"

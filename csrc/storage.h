@@ -10,7 +10,7 @@
 #include <cuda_fp16.h>
 #endif
 
-#include "rules.h"
+#include "words.h"
 
 namespace fused_sam {
 inline namespace FUSED_SAM_ISA {

@@ -1,4 +1,4 @@
-// What Python, the CPU kernels and the CUDA kernels agree on: dtypes, rules and the slot table.
+// What Python, the CPU kernels and the CUDA kernels agree on: dtypes and the slot table.
 #pragma once
 
 #include <cstdint>
@@ -8,19 +8,21 @@ namespace fused_sam {
 enum class Dtype : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
 constexpr int kNumDtypes = 4;
 
-enum class RuleId : int { kSgd, kAdam, kRmsProp };
-constexpr int kNumRules = 3;
-
 // One parameter: its place in the flat buffers, in elements, and its row of hyperparameters.
 struct Slot {
   int64_t start;
   int64_t numel;
   int64_t row;
-  int64_t pinned;  // where the weights are, if not at `start` of the flat weights; else 0
+  int64_t weights;  // their address, wherever they are
 };
 
-// flags of a slot in update_
-constexpr uint8_t kPerturbed = 1;  // the weights are in `saved`
-constexpr uint8_t kFresh = 2;      // the state is still zero
+// The bits of a slot; fused_sam/backends/tables.py sets them.
+constexpr int32_t kPerturbed = 1;    // the weights w are in `saved`
+constexpr int32_t kFresh = 2;        // the rule's state is as it began
+constexpr int32_t kMissing = 4;      // there is no gradient
+constexpr int32_t kAligned = 8;      // weights and gradient allow 128-bit accesses
+constexpr int32_t kMaximize = 16;    // the group goes uphill
+constexpr int32_t kReadsParam = 32;  // the terms of the sum need the weights
+constexpr int kKeptShift = 8;        // from here on: which of the rule's states the group keeps
 
 }  // namespace fused_sam

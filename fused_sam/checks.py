@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,43 +12,18 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from .layout import is_dense, is_shared
-
-ASCENT_OPTIONS = ("rho", "adaptive", "eta")
-"""What a parameter group holds beside the base optimizer's options."""
+from .memory.window import is_dense, is_shared
+from .options import OPTIONS, check_values
 
 
 def check_ascent(group: Mapping[str, Any]) -> None:
-    """Raise unless a group's ascent options can be used with its parameters.
-
-    Raises:
-        TypeError, ValueError: rho or eta is not a finite number >= 0, adaptive is not a bool, or
-            is True with complex parameters.
-    """
-    for name in ("rho", "eta"):
-        _check_size(name, group[name])
-    if not isinstance(group["adaptive"], bool):
-        raise TypeError(f"adaptive must be True or False, got {group['adaptive']!r}")
+    """Raise unless a group's ascent options can be used with its parameters."""
+    check_values(group)
     if group["adaptive"] and any(p.is_complex() for p in _tensors(group["params"])):
         raise TypeError(
             "adaptive=True is not defined for complex parameters; put them into a group of their "
             "own with adaptive=False"
         )
-
-
-def check_max_grad_norm(value: Any) -> None:
-    """Raise unless ``value`` is None or a finite number > 0."""
-    if value is not None:
-        _check_size("max_grad_norm", value)
-        if value == 0:
-            raise ValueError("max_grad_norm=0 would stop all learning; use None for no clipping")
-
-
-def _check_size(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
 
 
 def check_base(cls: Any) -> None:
@@ -73,16 +47,16 @@ def check_base(cls: Any) -> None:
 
 def check_defaults(base: Optimizer) -> None:
     """Raise if an option of the base optimizer has the name of an ascent option."""
-    for name in ASCENT_OPTIONS:
+    for name in OPTIONS:
         if name in base.defaults:
             raise ValueError(
                 f"{type(base).__name__} has an option {name!r} of its own, which a parameter group "
-                f"cannot hold beside SAM's; choose another base optimizer, or subclass this one "
+                f"cannot hold besides SAM's; choose another base optimizer, or subclass this one "
                 f"and rename the option"
             )
 
 
-def check_options(cls: type[Optimizer], options: Mapping[str, Any], ours: Iterable[str]) -> None:
+def check_keywords(cls: type[Optimizer], options: Mapping[str, Any], ours: Iterable[str]) -> None:
     """Raise for a keyword that neither ``cls`` takes nor FusedSAM, whose keywords are ``ours``."""
     accepted = inspect.signature(cls.__init__).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):

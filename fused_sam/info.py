@@ -1,8 +1,14 @@
-"""``python -m fused_sam.info``: versions, backends, and for each missing one why and the remedy."""
+"""``python -m fused_sam.info``: versions, backends, and for each missing one why and the remedy.
+
+``python -m fused_sam.info "native (cuda)"``, with names of backends as they are printed, has exit
+status 1 where one of them is missing.
+"""
 
 from __future__ import annotations
 
 import platform
+import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -40,5 +46,18 @@ def report() -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main(required: Sequence[str]) -> int:
+    """Print the report; return the exit status: 1 if one of these backends is missing.
+
+    Raises:
+        SystemExit: there is no backend of that name.
+    """
     print(report())
+    found = availability()
+    if unknown := set(required) - found.keys():
+        raise SystemExit(f"{sorted(unknown)} are no backends; choose from {list(found)}")
+    return int(any(found[name] is not None for name in required))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -8,28 +8,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from . import backends
-from .backends import Backend, Gradients
-from .checks import (
-    ASCENT_OPTIONS,
-    as_groups,
-    check_ascent,
-    check_base,
-    check_defaults,
-    check_groups,
-    check_max_grad_norm,
-    check_options,
-)
-from .layout import Bucket, Layout, Stale
-from .rules import RULES, Rule
+from .ascents import SAM, SQUARES
+from .backends import capture
+from .blends import PLAIN
+from .checkpoint import Checkpointing
+from .checks import as_groups, check_base, check_defaults, check_groups, check_keywords
+from .engine import Engine
+from .facts import Facts
+from .memory import Gradients, Layout, Stale
+from .options import ADAPTIVE, ETA, OPTIONS, RHO, check_max_grad_norm, check_values
+from .rules import RULES
+from .scaling import clip_scale, found_nonfinite
 
 Closure = Callable[[], Any]
 
 
-class FusedSAM(Optimizer):
+class FusedSAM(Checkpointing):
     """Sharpness-Aware Minimization (Foret et al., ICLR 2021) with everything around it fused.
 
     One step: with the gradient g at the weights w, climb to ``w + rho * g / ||g||`` (one norm over
@@ -46,6 +43,11 @@ class FusedSAM(Optimizer):
 
     Construction moves the parameters into flat buffers; each stays a tensor with shape, strides and
     a storage of its own. Memory beyond the base optimizer's: one copy of the parameters.
+
+    A CUDA graph can hold a step, with torch 2.11 or later, if one ran before the capture. It keeps
+    the groups' numbers as they were then, and follows a learning rate that is a tensor on the GPU.
+    What it has seen stays allocated as long as the optimizer; if parameters are added or moved, the
+    next step raises once, and the graph must be captured again.
 
     Args:
         params: parameters or parameter groups, as for any ``torch.optim`` optimizer. A group may
@@ -76,19 +78,16 @@ class FusedSAM(Optimizer):
     base_optimizer: Optimizer
     max_grad_norm: float | None
     _backend_name: str
-    _layout: Layout
-    _backends: list[Backend]
-    _perturbed: bool
-    _sq_norm: Tensor | None
+    _facts: Facts
 
     def __init__(
         self,
         params: Any,
         base_optimizer: type[Optimizer] = torch.optim.SGD,
-        rho: float = 0.05,
-        adaptive: bool = False,
+        rho: float = RHO.default,
+        adaptive: bool = ADAPTIVE.default,
         *,
-        eta: float = 0.0,
+        eta: float = ETA.default,
         max_grad_norm: float | None = None,
         backend: str = "auto",
         **base_kwargs: Any,
@@ -96,7 +95,7 @@ class FusedSAM(Optimizer):
         ascent = {"rho": rho, "adaptive": adaptive, "eta": eta}
         check_base(base_optimizer)
         keywords = list(inspect.signature(FusedSAM).parameters)[:-1]  # the last is base_kwargs
-        check_options(base_optimizer, base_kwargs, keywords)
+        check_keywords(base_optimizer, base_kwargs, keywords)
         groups = as_groups(params)
         check_groups([{**ascent, **base_kwargs, **group} for group in groups])
         self._init(base_optimizer(groups, **base_kwargs), ascent, max_grad_norm, backend)
@@ -105,10 +104,10 @@ class FusedSAM(Optimizer):
     def wrap(
         cls,
         optimizer: Optimizer,
-        rho: float = 0.05,
-        adaptive: bool = False,
+        rho: float = RHO.default,
+        adaptive: bool = ADAPTIVE.default,
         *,
-        eta: float = 0.0,
+        eta: float = ETA.default,
         max_grad_norm: float | None = None,
         backend: str = "auto",
     ) -> FusedSAM:
@@ -184,15 +183,15 @@ class FusedSAM(Optimizer):
 
     def _fill_groups(self) -> None:
         for group in self.param_groups:
-            for key in ASCENT_OPTIONS:
-                group.setdefault(key, self.defaults[key])
+            for name in OPTIONS:
+                group.setdefault(name, self.defaults[name])
 
     # ------------------------------------------------------------------------------ the two steps
 
     @property
     def is_perturbed(self) -> bool:
         """Whether the parameters hold ``w + epsilon``: between first_step and second_step."""
-        return self._perturbed
+        return self._facts.perturbed
 
     @property
     def grad_norm(self) -> Tensor:
@@ -201,16 +200,18 @@ class FusedSAM(Optimizer):
         With ``adaptive`` it is ``||T g||``. Under a GradScaler it is that of the scaled gradients.
         Not finite, or zero: nothing was perturbed.
         """
-        if self._sq_norm is None:
+        facts = self._facts
+        if facts.total is None:
             raise RuntimeError("grad_norm is known after the first first_step() or step(closure)")
-        return self._sq_norm.sum().sqrt()
+        return facts.engine.number(facts.total).sqrt()
 
     @property
     def backend(self) -> str:
         """The name of the backend that runs; several devices may have several, joined by "+"."""
-        if not self._backends:
+        if not self._facts.engine.backends:
             self._refresh()
-        return "+".join(dict.fromkeys(backend.name for backend in self._backends))
+        names = [backend.name for backend in self._facts.engine.backends]
+        return "+".join(dict.fromkeys(names))
 
     def first_step(self, zero_grad: bool = False) -> None:
         """Save the weights w and climb to ``w + epsilon`` with the gradients that are there.
@@ -222,21 +223,23 @@ class FusedSAM(Optimizer):
             RuntimeError: the weights are perturbed already; a gradient is sparse.
             TypeError, ValueError: a group's rho, adaptive or eta cannot be used.
         """
-        if self._perturbed:
+        if self._facts.perturbed:
             raise RuntimeError(
                 "first_step() was called twice; call second_step() after the second backward, "
                 "or restore() to go back to w without an update"
             )
+        facts = self._facts
         with torch.no_grad():
             grads = self._gradients()
             for group in self.param_groups:
-                check_ascent(group)
-            sq_norm = self._climb(grads)
-            for _, bucket, bucket_grads in self._each(grads):
-                bucket.perturbed = [grad is not None for grad in bucket_grads]
-            self._sq_norm, self._perturbed = sq_norm, True
-            for _, bucket, bucket_grads in self._each(grads):
-                _bump_versions(bucket, bucket_grads)
+                check_values(group)
+            # From here on restore() is needed. Which weights are away it learns from the buckets.
+            facts.perturbed, facts.number = True, facts.number + 1
+            try:
+                facts.total = facts.engine.climb(SAM, grads, self.param_groups, facts.number)
+            except BaseException:
+                self.restore()
+                raise
         if zero_grad:
             self.zero_grad()
 
@@ -271,14 +274,14 @@ class FusedSAM(Optimizer):
                 between the two steps, or after ``GradScaler.unscale_``.
         """
         if closure is None:
-            if not self._perturbed:
+            if not self._facts.perturbed:
                 raise RuntimeError(
                     "step() without a closure is the second half of a SAM step and no first_step() "
                     "came before it: call first_step() and do a second backward, or pass a closure"
                 )
             self._descend()
             return None
-        if self._perturbed:
+        if self._facts.perturbed:
             raise RuntimeError(
                 "step(closure) was called between first_step() and second_step(): finish with "
                 "second_step(), or go back with restore()"
@@ -311,15 +314,13 @@ class FusedSAM(Optimizer):
 
     def restore(self) -> None:
         """Return the parameters to w without an update; does nothing if they are there."""
-        if not self._perturbed:
+        if not self._facts.perturbed:
             return
         with torch.no_grad():
             self._refresh()
-            for backend, bucket in zip(self._backends, self._layout.buckets, strict=True):
-                backend.restore_(bucket)
-                _bump_versions(bucket, ())
-                bucket.perturbed = [False] * len(bucket.slots)
-        self._perturbed = False
+            self._facts.engine.restore()
+        self._facts.perturbed = False
+        self._facts.captures.complain()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set the gradients to None, or to zero."""
@@ -351,23 +352,24 @@ class FusedSAM(Optimizer):
         found_inf = getattr(self, "found_inf", None) if not check_finite else found_inf
         if not isinstance(found_inf, Tensor):
             found_inf = None  # a GradScaler that saw no gradient at all sets the number 0
-        rule = RULES.get(type(base))
         if base._optimizer_step_pre_hooks:
             self.restore()  # they expect to see w
             for pre_hook in list(base._optimizer_step_pre_hooks.values()):
                 pre_hook(base, (), {})
         with torch.no_grad():
             grads = self._gradients()
+            engine, groups = self._facts.engine, self.param_groups
             if check_finite or self.max_grad_norm is not None:
-                sq_norm = self._sum_sq_norms(grads, None).sum()
+                sq_norm = engine.number(engine.reduce(SQUARES, grads, groups))
                 if check_finite:
-                    assert self._sq_norm is not None
-                    bad = ~(self._sq_norm.sum().to(sq_norm.device) + sq_norm).isfinite()
-                    found_inf = bad.float() + (0 if found_inf is None else found_inf)
+                    assert self._facts.total is not None
+                    first = engine.number(self._facts.total)
+                    found_inf = found_nonfinite(first, sq_norm, found_inf)
                 if self.max_grad_norm is not None:
-                    grad_scale = _clip_scale(sq_norm.sqrt(), self.max_grad_norm, grad_scale)
-            if rule:
-                self._update(grads, rule, grad_scale, found_inf)
+                    grad_scale = clip_scale(sq_norm.sqrt(), self.max_grad_norm, grad_scale)
+            if engine.layout.rule is not None:
+                engine.update(PLAIN, grads, groups, self.state, grad_scale, found_inf)
+                self._facts.perturbed = False
             else:
                 self._step_base(grad_scale, found_inf)
         for post_hook in list(base._optimizer_step_post_hooks.values()):
@@ -379,30 +381,6 @@ class FusedSAM(Optimizer):
         # Learning-rate schedulers, of either optimizer, look for this.
         self._opt_called = base._opt_called = True  # type: ignore[attr-defined]
 
-    def _update(
-        self,
-        grads: list[Gradients],
-        rule: Rule,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
-        layout, groups = self._layout, self.param_groups
-        if not layout.state_is_current(self.state):
-            layout.adopt(self.state)
-        for backend, bucket, bucket_grads in self._each(grads):
-            backend.update_(
-                bucket,
-                bucket_grads,
-                groups,
-                rule,
-                grad_scale=_on(grad_scale, bucket, bucket.compute_dtype),
-                found_inf=_on(found_inf, bucket, torch.float32),
-            )
-            _bump_versions(bucket, bucket_grads)
-            bucket.perturbed = [False] * len(bucket.slots)
-            layout.expose(bucket, bucket_grads, groups, self.state, found_inf)
-        self._perturbed = False
-
     def _step_base(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Return to w and let a base optimizer that has no rule step by itself."""
         self.restore()
@@ -410,76 +388,57 @@ class FusedSAM(Optimizer):
         if found_inf is not None and found_inf.item() != 0:
             return
         if grad_scale is not None:
-            for bucket in self._layout.buckets:
-                scale = grad_scale.to(bucket.device, bucket.compute_dtype)
-                present = [s.param.grad for s in bucket.slots if s.param.grad is not None]
-                for grad in present:  # in the compute dtype: float16 does not hold every scale
-                    grad.copy_(grad.to(torch.promote_types(grad.dtype, scale.dtype)) / scale)
+            self._facts.engine.blend(PLAIN, grad_scale)
         # Without torch's wrapper, which would run the global step hooks a second time.
         step = type(self.base_optimizer).step
         step = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
         step(self.base_optimizer)
 
-    def _climb(self, grads: list[Gradients]) -> Tensor:
-        """Save w and climb; return the squared norm as partial sums."""
-        groups = self.param_groups
-        if len(grads) == 1 and (climb_ := getattr(self._backends[0], "climb_", None)):
-            sq_norm: Tensor = climb_(self._layout.buckets[0], grads[0], groups)
-            return sq_norm
-        sq_norm = self._sum_sq_norms(grads, groups)
-        for backend, bucket, bucket_grads in self._each(grads):
-            total = sq_norm.to(bucket.device, bucket.compute_dtype, non_blocking=True)
-            backend.perturb_(bucket, bucket_grads, groups, total)
-        return sq_norm
-
-    def _sum_sq_norms(self, grads: list[Gradients], groups: list[dict[str, Any]] | None) -> Tensor:
-        """The squared global norm as partial sums, (k,), on the first bucket's device."""
-        parts = [
-            backend.sq_norm(bucket, bucket_grads, groups)
-            for backend, bucket, bucket_grads in self._each(grads)
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        if not parts:
-            return torch.zeros(1, device="cpu")
-        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parts) else torch.float32
-        device = parts[0].device
-        largest = min(torch.finfo(p.dtype).max for p in parts)
-        sums = torch.stack([p.sum().to(device, dtype, non_blocking=True) for p in parts])
-        # All buckets climb or none: what is infinite for one is infinite for all.
-        return torch.where(sums.sum() > largest, torch.inf, sums)
-
-    def _each(self, grads: list[Gradients]) -> list[tuple[Backend, Bucket, Gradients]]:
-        return list(zip(self._backends, self._layout.buckets, grads, strict=True))
-
     # ---- memory
 
     def _gradients(self) -> list[Gradients]:
-        """The gradients of every bucket; raises, before any change, if one cannot be used."""
+        """The gradients of every bucket; raises, before any change, if one cannot be used.
+
+        Or if a CUDA graph that is being captured, or was, would not do what a step does.
+        """
         self._refresh()
+        facts = self._facts
         try:
-            return [bucket.gradients() for bucket in self._layout.buckets]
+            grads = facts.engine.gradients()
         except Stale:
             self._build()
-            return [bucket.gradients() for bucket in self._layout.buckets]
+            grads = facts.engine.gradients()
+        if any([capture.is_capturing(bucket.device) for bucket in facts.engine.buckets]):
+            facts.captures.see(facts.engine.layout, grads, self.param_groups, self.state)
+        else:
+            facts.captures.complain()
+        return grads
 
     def _refresh(self) -> None:
         """Notice what has changed under the optimizer: parameters, groups."""
-        layout, groups = self._layout, self.param_groups
+        layout, groups = self._facts.engine.layout, self.param_groups
         # Between the two steps the strides are left unlooked at: that they change there, and the
         # address does not, would take a transposition in place of weights that are not the user's.
-        if not (layout.is_current(groups) and (self._perturbed or layout.has_strides())):
+        if not (layout.is_current(groups) and (self._facts.perturbed or layout.has_strides())):
             self._build()
 
     def _build(self) -> None:
         groups = self.param_groups
         check_groups([{**self.defaults, **group} for group in groups])
         devices = {p.device for group in groups for p in group["params"]}
+        for device in devices:
+            capture.refuse_to_prepare(device, "the parameters have yet to move into flat buffers")
         by_device = {device: backends.resolve(self._backend_name, device) for device in devices}
         self._fill_groups()
         rule = RULES.get(type(self.base_optimizer))
-        self._layout = Layout(groups, rule, self.state, self._layout)
-        self._backends = [by_device[bucket.device] for bucket in self._layout.buckets]
+        old = self._facts.engine.layout
+        if self._facts.captures.have_seen(old):
+            self._facts.captures.outdate(
+                "parameters were added, removed, moved or restrided: a replay reads and writes the "
+                "old memory, which is kept, and does not train them"
+            )
+        layout = Layout(groups, rule, self.state, old)
+        self._facts.engine = Engine(layout, [by_device[b.device] for b in layout.buckets])
 
     # ---- which gradients has a step used already
 
@@ -497,86 +456,3 @@ class FusedSAM(Optimizer):
             for p in group["params"]
             if p.grad is not None
         )
-
-    # ------------------------------------------------------------------------------- checkpoints
-
-    def state_dict(self) -> dict[str, Any]:
-        """As the base optimizer's, with the ascent options in the groups; each loads the other's.
-
-        Raises:
-            RuntimeError: the weights are perturbed.
-        """
-        self._refuse_perturbed("state_dict()")
-        return super().state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of FusedSAM, of the base optimizer's class, or of davda54/sam.
-
-        Ascent options that it lacks stay as they are.
-
-        Raises:
-            RuntimeError: the weights are perturbed.
-            ValueError: the groups do not fit; the optimizer is as it was.
-        """
-        self._refuse_perturbed("load_state_dict()")
-        groups = list(state_dict["param_groups"])
-        for i, (new, current) in enumerate(zip(groups, self.param_groups, strict=False)):
-            groups[i] = {**{key: current[key] for key in ASCENT_OPTIONS}, **new}
-        state = {
-            # davda54/sam keeps the saved weights in its state, and nothing else.
-            key: {k: v for k, v in entry.items() if k != "old_p"}
-            if isinstance(entry, dict) and "old_p" in entry
-            else entry
-            for key, entry in state_dict["state"].items()
-        }
-        super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What pickling and deepcopy keep; the layout is built anew from it."""
-        self._refuse_perturbed("pickling or copying")
-        keys = ("base_optimizer", "defaults", "max_grad_norm", "_backend_name")
-        return {key: self.__dict__[key] for key in keys}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Used by construction and unpickling; ``load_state_dict`` sets groups and state alone."""
-        if "base_optimizer" not in state:
-            self.base_optimizer.__setstate__(state)
-            return
-        super().__setstate__(state)
-        self._layout = Layout()
-        self._backends = []
-        self._perturbed = False
-        self._sq_norm = None
-
-    def _refuse_perturbed(self, what: str) -> None:
-        if self._perturbed:
-            raise RuntimeError(
-                f"{what} while the weights are perturbed would keep w + epsilon; "
-                f"call second_step() or restore() first"
-            )
-
-
-def _bump_versions(bucket: Bucket, grads: Gradients) -> None:
-    """Tell autograd that parameters were written in place through other tensors."""
-    if grads and all([grad is not None for grad in grads]):
-        increment_version(bucket.params)
-        return
-    present = grads or [None] * len(bucket.slots)
-    increment_version(
-        [
-            param
-            for param, grad, perturbed in zip(bucket.params, present, bucket.perturbed, strict=True)
-            if perturbed or grad is not None
-        ]
-    )
-
-
-def _on(value: Tensor | None, bucket: Bucket, dtype: torch.dtype) -> Tensor | None:
-    return None if value is None else value.to(bucket.device, dtype, non_blocking=True)
-
-
-def _clip_scale(norm: Tensor, max_norm: float, grad_scale: Tensor | None) -> Tensor:
-    """What the gradients must be divided by to undo the loss scale and clip, as torch clips."""
-    scale = torch.ones_like(norm) if grad_scale is None else grad_scale.to(norm.device, norm.dtype)
-    coefficient = (max_norm / (norm / scale + 1e-6)).clamp_max_(1.0)
-    return scale / coefficient

@@ -25,6 +25,10 @@ def _cast_to_nearest(self, src, dst_type):
     return _cast(self, src, dst_type)
 
 
+def _binary(self, operation, lhs, rhs):
+    return self.binary_op(lhs, rhs, operation)
+
+
 class _Kept:
     """What was patched stays patched: in this process nothing compiles."""
 
@@ -56,5 +60,8 @@ def _np_dtype(dtype):
 
 np.seterr(all="ignore")  # lanes without an element may compute 0 / 0, as on a GPU
 interpreter.InterpreterBuilder.cast_impl = _cast_to_nearest
+# A GPU's maximum and minimum drop NaN unless they are told to keep it; the interpreter's keep it.
+interpreter.InterpreterBuilder.create_maxnumf = functools.partialmethod(_binary, np.fmax)
+interpreter.InterpreterBuilder.create_minnumf = functools.partialmethod(_binary, np.fmin)
 interpreter._patch_lang = _patch_once
 interpreter._get_np_dtype = _np_dtype

@@ -1,12 +1,28 @@
 """The benchmarks' parts: what they measure is what they say, and their verdicts are right."""
 
 import json
+import os
+import signal
+import subprocess
+import tarfile
+import time
 
 import pytest
 import torch
 
 from bench import __main__ as bench_main
-from bench import compare, losses, models, peers, report, results, stats, workloads
+from bench import (
+    compare,
+    gpu_table,
+    losses,
+    machine,
+    models,
+    peers,
+    report,
+    results,
+    stats,
+    workloads,
+)
 from bench.costs import costs
 from bench.measure import Arena
 
@@ -192,3 +208,201 @@ def test_spread_of_ratios_is_taken_pair_by_pair():
     found = stats.ratio([2.0, 30.0, 400.0], [1.0, 10.0, 100.0])
     assert found.median == 3.0
     assert 2.0 < found.p20 < 3.0 < found.p80 < 4.0
+
+
+# ------------------------------------------------------------------------------------ bench/gpu.sh
+
+PARTS = """#!/bin/bash
+RUN=run RESULTS={results} DEADLINE={deadline} PARTS="{parts}" NAMED={named}
+table() {{ cat "$work/parts.tsv"; }}
+. {root}/bench/parts.sh
+reserve=0
+part first 1 9 echo said by the first
+part failing 1 9 bash -c 'echo words; exit 7'
+slow() {{ echo begun; [ -z "{json}" ] || echo "{{}}" > "$work/slow.json"; sleep 30; }}
+export -f slow
+export work
+part slow 1 {slow} bash -c slow
+part greedy 60 90 echo never
+part last 1 9 echo said by the last
+"""
+
+
+def _script(tmp_path, parts, *, named="", deadline=100, slow=1, json=""):
+    script = tmp_path / "script.sh"
+    places = {"results": tmp_path / "results", "root": results.ROOT}
+    script.write_text(
+        PARTS.format(parts=parts, named=named, deadline=deadline, slow=slow, json=json, **places)
+    )
+    return ["bash", str(script)]
+
+
+def _outcomes(tmp_path):
+    """What the archive says of each part, after a look at what else must be in it."""
+    with tarfile.open(tmp_path / "results" / "run.tar.gz") as archive:
+        files = {
+            os.path.basename(member.name): archive.extractfile(member).read().decode()
+            for member in archive
+            if member.isfile()
+        }
+    assert files["run.md"] == (tmp_path / "results" / "run.md").read_text() == files["parts.tsv"]
+    outcomes = {}
+    for line in files["parts.tsv"].splitlines():
+        name, _, outcomes[name] = line.split("\t")
+        assert outcomes[name].startswith("left out") or f"{name}.log" in files
+    return outcomes
+
+
+@pytest.mark.parametrize("named", ["", "yes"])
+def test_a_part_that_fails_or_does_not_fit_stops_no_other(tmp_path, named):
+    """Guards the exit status: what was not asked for by name may be left out."""
+    command = _script(tmp_path, "first greedy last", named=named, deadline=30)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == (named == "yes")
+    found = _outcomes(tmp_path)
+    assert list(found) == ["first", "greedy", "last"]
+    assert found["first"] == found["last"] == "succeeded" and "left out" in found["greedy"]
+    assert "said by the first" in done.stdout and "said by the last" in done.stdout
+
+    done = subprocess.run(_script(tmp_path, "failing last"), capture_output=True, text=True)
+    assert done.returncode == 1 and "FAILED failing: exit status 7" in done.stdout
+    assert _outcomes(tmp_path)["last"] == "succeeded"
+
+
+@pytest.mark.parametrize(("left", "named", "status"), [("", "", 1), ("1", "", 0), ("1", "yes", 1)])
+def test_a_part_that_is_too_slow_is_stopped(tmp_path, left, named, status):
+    """Guards what was measured until then: with results it is cut short, without it has failed."""
+    command = _script(tmp_path, "slow last", named=named, json=left)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == status
+    found = _outcomes(tmp_path)
+    assert found["slow"].startswith("cut short" if left else "FAILED, stopped at its limit")
+    assert found["last"] == "succeeded" and "begun" in done.stdout
+
+
+def test_no_part_passes_the_deadline(tmp_path):
+    """Guards the end of all: a part gets what is left, and later ones are left out."""
+    start = time.monotonic()
+    command = _script(tmp_path, "slow greedy last", deadline=2, slow=25, json="1")
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert time.monotonic() - start < 20  # far less than the 25 s that the part may have
+    assert [words.split()[0] for words in _outcomes(tmp_path).values()] == ["cut", "left", "left"]
+
+
+def test_an_interrupted_run_leaves_its_archive(tmp_path):
+    command = _script(tmp_path, "first slow last", slow=60)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        while "begun" not in process.stdout.readline():
+            pass
+        process.send_signal(signal.SIGTERM)
+        assert "FAILED stopped by a signal" in process.stdout.read()
+    assert process.returncode == 1
+    assert _outcomes(tmp_path) == {"first": "succeeded"}
+
+
+def test_gpu_script_names_the_parts_that_there_are():
+    for arguments in ([], ["truths"], ["kernels", "nothing"]):
+        command = ["bash", "bench/gpu.sh", *arguments]
+        done = subprocess.run(command, cwd=results.ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and "kernels memcheck" in done.stderr
+
+
+def test_commit_comes_from_a_variable_where_git_is_not(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv("COMMIT", raising=False)
+    assert machine.commit() == "unknown"
+    monkeypatch.setenv("COMMIT", "abc123")
+    assert machine.commit() == "abc123"
+
+
+NCU = """==PROF== Connected to process 7
+"ID","Process ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
+"0","7","reduce_kernel","Command line metrics","dram__bytes_read.sum","byte","1,024"
+"0","7","reduce_kernel","Command line metrics","dram__bytes_write.sum","byte","64"
+"1","7","void up<float, 2>(A, B)","Command line metrics","dram__bytes_read.sum","byte","4000"
+"1","7","void up<float, 2>(A, B)","Command line metrics","dram__bytes_write.sum","byte","32"
+==PROF== Disconnected from process 7
+"""
+
+
+def test_traffic_is_read_from_the_profiler():
+    traffic = pytest.importorskip("bench.traffic")
+    launched = [{"kernel": "reduce"}, {"kernel": "update_"}]
+    first, second = traffic.beside(launched, NCU)
+    assert (first["kernel"], first["read"], first["written"]) == ("reduce", 1024, 64)
+    assert (second["function"], second["read"]) == ("void up<float, 2>(A, B)", 4000)
+    with pytest.raises(ValueError, match=r"saw 0 kernels where 2 ran: ==ERROR== no permission"):
+        traffic.beside(launched, "==ERROR== no permission")
+
+
+@pytest.mark.parametrize("base", peers.BASES)
+def test_every_kernel_of_the_budget_is_launched(base):
+    launches = pytest.importorskip("bench.launches")
+    kernels = {k for k in launches.ACCESSES if base in k or (base == "SGD" and "update" not in k)}
+    for name in launches.available():
+        found = launches.launches(100, base, name, copies=2)
+        assert set(found) == kernels
+        for works in found.values():
+            assert len(works) == 2
+            for work in works:
+                work()
+
+
+@pytest.mark.parametrize(("broken", "status"), [("FusedSAM", 1), ("foreach SAM", 0)])
+def test_a_failure_of_ours_fails_the_part_and_hides_nothing(tmp_path, monkeypatch, broken, status):
+    gpu = pytest.importorskip("bench.gpu")
+
+    def part():
+        yield {"peer": f"{broken} native", "failed": "words"}
+        yield {"peer": "another", "median": 1.0}
+
+    monkeypatch.setitem(gpu.PARTS, "steps", part)
+    assert gpu.main("steps", str(tmp_path)) == status
+    assert len(json.loads((tmp_path / "steps.json").read_text())["rows"]) == 2
+
+
+def test_a_backend_that_cannot_launch_leaves_the_figures_of_the_next(monkeypatch):
+    gpu = pytest.importorskip("bench.gpu")
+
+    def launches(numel, base, backend, copies):
+        if backend == "first":
+            raise RuntimeError("no kernel image")
+        return {"restore_": [lambda: None]}
+
+    monkeypatch.setattr(gpu, "SIZES", [1000])
+    monkeypatch.setattr(gpu, "copy_bandwidth", lambda: 1e12)
+    monkeypatch.setattr(gpu, "measure", lambda works, rounds: {name: [1.0] for name in works})
+    monkeypatch.setattr(gpu, "launches", launches)
+    monkeypatch.setattr(gpu, "captured", lambda works: works[0])
+    monkeypatch.setattr(gpu, "available", lambda: ["first", "second"])
+    _, *rows = gpu.kernels()
+    assert [row.get("failed") for row in rows] == ["RuntimeError: no kernel image"] * 2 + [None] * 2
+    assert rows[-1]["kernel"] == "restore_"
+
+
+def test_gpu_table_says_which_aims_are_met(tmp_path):
+    """Guards the verdicts, and that figures of other sizes and peers do not enter them."""
+    time_ = {"median": 1e-3, "p20": 9e-4, "p80": 2e-3}
+    kernel = {"backend": "triton", "copies": 1, **time_, "bytes_per_second": 3e12}
+    kernels = [{"kernel": "copy", "numel": 9, "bytes_per_second": 3.1e12}]
+    for name, numel, share in (("reduce", 10**6, 0.5), ("ascend_", 10**8, 0.951)):
+        kernels.append({**kernel, "kernel": name, "numel": numel, "share_of_copy": share})
+    step = {"model": "ResNet-50", "base": "SGD"}
+    steps = [
+        {**step, "peer": peer, **time_, "median": ratio, "times_ours": {**time_, "median": ratio}}
+        for peer, ratio in (("FusedSAM triton", 1.0), ("slow", 3.0), ("best", 1.4), ("mid", 2.0))
+    ]
+    steps.append({"peer": "absent", "left_out": "it is not installed"})
+    replays = [{**row, "median": row["median"] / 2} for row in steps[:1]]
+    host = [{"model": "ResNet-50", "tensors": 161, "base": "SGD", "backend": "triton", **time_}]
+    rows = {"kernels": kernels, "steps": steps, "graphs": replays, "host": host}
+    for name, content in rows.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": content}))
+    text = gpu_table.page(tmp_path)
+    aims = [line for line in text.splitlines() if line.endswith(("| met |", "| MISSED |"))]
+    assert ["met" in aim.split("|")[-2] for aim in aims] == [True, False, False]
+    assert "95.1%: ascend_" in aims[0] and "1.40: ResNet-50 SGD, best" in aims[1]
+    assert "1000 us" in aims[2]
+    assert "absent, left_out it is not installed" in text
+    assert "1000.000 host, 1.00" in text and "3.100 TB/s" in text

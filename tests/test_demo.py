@@ -175,6 +175,22 @@ def test_each_method_learns_and_repeats_bit_for_bit(method, digits):
         assert torch.equal(p, q)
 
 
+def test_training_does_not_depend_on_the_default_device(digits):
+    """Guards data, first weights and directions, which are made on the CPU whatever the default."""
+    method = make_methods(0.1)[2]
+    one = train(method, digits.train, digits.test, epochs=1, seed=3)
+    with torch.device("meta"):
+        data = load_digits()
+        noisy = flip_labels(data.train, 0.2, seed=0)
+        other = train(method, data.train, data.test, epochs=1, seed=3)
+        surface = landscape.LossSurface(other.model, data.train)
+        generator = torch.Generator().manual_seed(0)
+        direction = landscape.filter_normalised_direction(surface.weights, generator)
+    for name, weight in one.model.state_dict().items():
+        assert torch.equal(weight, other.model.state_dict()[name])
+    assert {t.device.type for t in (noisy.labels, *direction.values())} == {"cpu"}
+
+
 # ---------------------------------------------------------------------------------- measurements
 
 

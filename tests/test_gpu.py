@@ -1,18 +1,22 @@
-"""Triton and, where it was built, native on a real GPU. bench/gpu.sh runs these."""
+"""Triton and, where it was built, native on a real GPU. bench/gpu.sh runs these.
+
+FUSED_SAM_TEST_DEVICE=cpu runs what can run there, to find mistakes in the tests themselves.
+"""
 
 import copy
+import os
 
 import pytest
 import torch
-from oracle import same_bits, step
+from oracle import Textbook, same_bits
 
 from fused_sam import FusedSAM
 from fused_sam.backends import native
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU"),
-]
+DEVICE = torch.device(os.environ.get("FUSED_SAM_TEST_DEVICE", "cuda"))
+GPU = torch.cuda.is_available() and DEVICE.type == "cuda"
+no_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA or ROCm GPU")
+pytestmark = [pytest.mark.gpu, *([no_gpu] if DEVICE.type == "cuda" else [])]
 
 SGD, ADAMW, RMSPROP = torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop
 RULES = {
@@ -23,7 +27,7 @@ RULES = {
     "adamw": (ADAMW, {"weight_decay": 0.1, "betas": (0.85, 0.97)}),
     "rmsprop-all": (RMSPROP, {"centered": True, "momentum": 0.5, "weight_decay": 0.05}),
 }
-SIZES = [1, 0, 63, 4095, 4096, 4097, 100_003]
+SIZES = [1, 0, 63, 4095, 4096, 4097, 100_003 if GPU else 5001]
 
 
 @pytest.fixture(
@@ -32,7 +36,8 @@ SIZES = [1, 0, 63, 4095, 4096, 4097, 100_003]
         pytest.param(
             "native",
             marks=pytest.mark.skipif(
-                native.missing("cuda") is not None, reason=f"native: {native.missing('cuda')}"
+                native.missing(DEVICE.type) is not None,
+                reason=f"native: {native.missing(DEVICE.type)}",
             ),
         ),
     ]
@@ -42,9 +47,9 @@ def gpu_backend(request):
 
 
 @pytest.fixture(autouse=True)
-def _on_the_gpu():
+def _on_the_device():
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with DEVICE:
         yield
 
 
@@ -72,8 +77,9 @@ def test_steps_as_the_textbook(rule, dtype, adaptive, gpu_backend):
     params, opt = make(
         SIZES, base, dtype, gpu_backend, rho=0.3, adaptive=adaptive, eta=0.01, **options
     )
+    textbook = Textbook(opt)
     for first, second in (((), ()), ((3,), (2, 6)), ((), ())):
-        step(opt, random_grads(params, first), random_grads(params, second))
+        textbook.step(random_grads(params, first), random_grads(params, second))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -86,30 +92,68 @@ def test_groups_keep_their_own_options(rule, gpu_backend):
         {"params": params[5:], "lr": torch.tensor(0.02)},
     ]
     opt = FusedSAM(groups, base, backend=gpu_backend, lr=0.05, **options)
+    textbook = Textbook(opt)
     for _ in range(3):
-        step(opt, random_grads(params), random_grads(params))
+        textbook.step(random_grads(params), random_grads(params))
         opt.param_groups[2]["lr"].mul_(0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_unaligned_gradients(dtype, gpu_backend):
     params, opt = make([4099, 17, 100_001], dtype=dtype, backend=gpu_backend, momentum=0.9)
+    textbook = Textbook(opt)
     for _ in range(2):
         passes = []
         for _ in range(2):
             flat = torch.randn(1 + sum(p.numel() for p in params)).to(dtype)
             views = flat[1:].split([p.numel() for p in params])
             passes.append(dict(zip(params, views, strict=True)))
-        step(opt, *passes)
+        textbook.step(*passes)
+
+
+@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("offset", [0, 3], ids=["pinned", "pinned-misaligned"])
+def test_parameters_that_must_stay_where_they_are(offset, dtype, adaptive, gpu_backend):
+    """Guards the way by address: parameters that are views of a storage with other owners.
+
+    They lie among others that move, so that a wrong slot's address would be noticed; with an offset
+    no access of 16 bytes fits. What surrounds them in their storage must not be touched.
+    """
+    shared = torch.randn(3 * 4096 + 100).to(dtype)
+    before = shared.clone()
+    sizes = {0: 4097, 4992: 31, 8192: 4096}
+    places = [slice(at + offset, at + offset + n) for at, n in sizes.items()]
+    params = make_params([17, 4099, 63], dtype)
+    for i, place in zip((0, 2, 4), places, strict=True):
+        params.insert(i, torch.nn.Parameter(shared[place]))
+    addresses = [params[i].data_ptr() for i in (0, 2, 4)]
+    opt = FusedSAM(
+        params, ADAMW, backend=gpu_backend, lr=0.05, rho=0.3, adaptive=adaptive, weight_decay=0.1
+    )
+    textbook = Textbook(opt)
+    for first, second in (((), ()), ((2,), (0,)), ((), ())):
+        textbook.step(random_grads(params, first), random_grads(params, second))
+    for p in params:
+        p.grad = torch.randn_like(p)
+    opt.first_step()
+    opt.restore()
+    assert [params[i].data_ptr() for i in (0, 2, 4)] == addresses
+    outside = torch.ones_like(shared, dtype=torch.bool)
+    for i, place in zip((0, 2, 4), places, strict=True):
+        assert same_bits(params[i].detach(), shared[place])
+        assert not same_bits(shared[place], before[place])
+        outside[place] = False
+    assert same_bits(shared[outside], before[outside])
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
 def test_found_inf_restores_exactly(max_grad_norm, gpu_backend):
     params, opt = make(base=ADAMW, backend=gpu_backend, max_grad_norm=max_grad_norm)
+    textbook = Textbook(opt)
     for found_inf in (0.0, 1.0, 0.0):
         opt.grad_scale, opt.found_inf = torch.tensor(4.0), torch.tensor(found_inf)
-        step(
-            opt,
+        textbook.step(
             random_grads(params),
             random_grads(params, (2,)),
             grad_scale=4.0,
@@ -117,8 +161,8 @@ def test_found_inf_restores_exactly(max_grad_norm, gpu_backend):
         )
 
 
-def test_lr_zero_returns_the_same_bits():
-    params, opt = make(lr=0.0, momentum=0.9)
+def test_lr_zero_returns_the_same_bits(gpu_backend):
+    params, opt = make(lr=0.0, backend=gpu_backend, momentum=0.9)
     before = [p.detach().clone() for p in params]
     for value in (1.0, torch.inf, torch.nan):
         for method in (opt.first_step, opt.second_step):
@@ -128,12 +172,14 @@ def test_lr_zero_returns_the_same_bits():
         assert all(same_bits(p, q) for p, q in zip(params, before, strict=True))
 
 
-def test_runs_give_the_same_bits():
+def test_runs_give_the_same_bits(gpu_backend):
     """Guards the two-stage reduction: no order depends on who comes first."""
     results = []
     for _ in range(3):
         torch.manual_seed(3)
-        params, opt = make([3_000_001, 77], ADAMW, adaptive=True, rho=0.5)
+        params, opt = make(
+            [3_000_001 if GPU else 9001, 77], ADAMW, backend=gpu_backend, adaptive=True, rho=0.5
+        )
         for _ in range(3):
             for method in (opt.first_step, opt.second_step):
                 for p in params:
@@ -143,9 +189,9 @@ def test_runs_give_the_same_bits():
     assert same_bits(results[0], results[1]) and same_bits(results[0], results[2])
 
 
-def test_denormal_second_moments_are_no_zero():
+def test_denormal_second_moments_are_no_zero(gpu_backend):
     """Guards square roots of denormal numbers: g**2 = 1e-40 under a small eps."""
-    params, opt = make([1000], RMSPROP, lr=1e-3, eps=1e-30)
+    params, opt = make([1000], RMSPROP, backend=gpu_backend, lr=1e-3, eps=1e-30)
     params[0].data.zero_()
     params[0].grad = torch.full_like(params[0], 1e-20)
     opt.second_step()
@@ -153,6 +199,7 @@ def test_denormal_second_moments_are_no_zero():
     assert (params[0] / -1e-2 - 1).abs().max() < 1e-2
 
 
+@no_gpu
 def test_more_than_two_to_the_31_elements():
     free, _ = torch.cuda.mem_get_info()
     n = 2**31 + 5
@@ -180,6 +227,7 @@ def make_model():
     )
 
 
+@no_gpu
 @pytest.mark.parametrize("base, options", [(SGD, {"momentum": 0.9}), (ADAMW, {})])
 def test_graph_replay_is_eager(base, options, gpu_backend):
     """Guards capture of a whole step; later eager steps must not disturb what a graph reads."""
@@ -225,10 +273,11 @@ def test_graph_replay_is_eager(base, options, gpu_backend):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
-def test_two_streams():
+@no_gpu
+def test_two_streams(gpu_backend):
     """Guards launches on the current stream: the second step on another, ordered by an event."""
-    params, opt = make([1_000_003], momentum=0.9)
-    twins, twin = make([1_000_003], momentum=0.9)
+    params, opt = make([1_000_003], backend=gpu_backend, momentum=0.9)
+    twins, twin = make([1_000_003], backend=gpu_backend, momentum=0.9)
     twins[0].data.copy_(params[0].data)
     side = torch.cuda.Stream()
     for _ in range(5):
@@ -246,9 +295,11 @@ def test_two_streams():
         assert same_bits(params[0], twins[0])
 
 
+@no_gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
-def test_nothing_waits_for_the_gpu(max_grad_norm):
-    params, opt = make(base=ADAMW, max_grad_norm=max_grad_norm)
+def test_nothing_waits_for_the_gpu(max_grad_norm, gpu_backend):
+    params, opt = make(base=ADAMW, backend=gpu_backend, max_grad_norm=max_grad_norm)
     opt.param_groups[0]["lr"] = torch.tensor(0.01)
     grads = [random_grads(params) for _ in range(2)]
     try:
@@ -263,8 +314,9 @@ def test_nothing_waits_for_the_gpu(max_grad_norm):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_steady_state_allocates_nothing():
-    params, opt = make(base=ADAMW)
+@no_gpu
+def test_steady_state_allocates_nothing(gpu_backend):
+    params, opt = make(base=ADAMW, backend=gpu_backend)
     for p in params:
         p.grad = torch.randn_like(p)
     counts = []
@@ -276,28 +328,28 @@ def test_steady_state_allocates_nothing():
 
 
 @pytest.mark.parametrize("style", ["closure", "steps"])
-def test_grad_scaler_on_a_small_convnet(style):
+def test_grad_scaler_on_a_small_convnet(style, gpu_backend):
     """Guards AMP: the loss falls, a step whose gradients overflow changes no weight."""
     model = make_model()
-    opt = FusedSAM(model.parameters(), backend="triton", lr=0.02, momentum=0.9)
-    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
+    opt = FusedSAM(model.parameters(), backend=gpu_backend, lr=0.02, momentum=0.9)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**10)
     x, y = torch.randn(32, 3, 8, 8), torch.randint(10, (32,))
     losses = []
 
     def backward(factor=1.0):
         opt.zero_grad()
-        with torch.autocast("cuda", torch.float16):
+        with torch.autocast(DEVICE.type, torch.float16):
             loss = torch.nn.functional.cross_entropy(model(x), y) * factor
         scaler.scale(loss).backward()
-        return loss
+        return loss.detach()
 
     for i in range(12):
         factor = torch.inf if i == 6 else 1.0
         before = [p.detach().clone() for p in model.parameters()]
+        losses.append(backward().item())
         if style == "closure":
-            losses.append(float(scaler.step(opt, lambda: backward(factor))))  # noqa: B023
+            scaler.step(opt, lambda: backward(factor))  # noqa: B023
         else:
-            losses.append(float(backward()))
             opt.first_step(zero_grad=True)
             backward(factor)
             scaler.step(opt)

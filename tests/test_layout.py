@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from oracle import assert_same_bits, first_step, inject, params_of, second_step, step
+from oracle import Textbook, assert_same_bits, inject, params_of
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -43,10 +43,10 @@ def grads_like(params):
     return {p: torch.randn_like(p) for p in params}
 
 
-def steps(opt, n=1):
+def steps(textbook, n=1):
     for _ in range(n):
-        params = params_of(opt)
-        step(opt, grads_like(params), grads_like(params))
+        params = params_of(textbook.opt)
+        textbook.step(grads_like(params), grads_like(params))
 
 
 def saved_bytes(obj):
@@ -69,7 +69,8 @@ def test_saving_one_layer_writes_one_layer(backend):
     """A parameter that is a plain view of the flat buffer would drag all of it into the file."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(300, 300))
     opt = make(model.parameters(), backend=backend)
-    steps(opt)
+    textbook = Textbook(opt)
+    steps(textbook)
     assert saved_bytes(model[0].state_dict()) < 4 * 20 + 4096
     assert saved_bytes(opt.state[model[0].weight]) < 4 * 16 + 4096
     for p in model.parameters():
@@ -84,16 +85,18 @@ def test_safetensors_saves_and_loads_in_place(tmp_path, backend):
 
     model = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(2, 3, 3))
     opt = make(model.parameters(), backend=backend)
-    steps(opt)
+    textbook = Textbook(opt)
+    steps(textbook)
     save_model(model, str(tmp_path / "model.safetensors"))
     kept = copy.deepcopy(model.state_dict())
     addresses = [p.data_ptr() for p in params_of(opt)]
-    steps(opt)
+    steps(textbook)
     load_model(model, str(tmp_path / "model.safetensors"))
     for name, value in model.state_dict().items():
         assert_same_bits(value, kept[name], name)
     assert [p.data_ptr() for p in params_of(opt)] == addresses
-    steps(opt)
+    textbook.reread(*params_of(opt))
+    steps(textbook)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -104,11 +107,12 @@ def test_parameters_keep_values_strides_and_identity(dtype, backend):
     params.append(nn.Parameter(torch.randn(3, 5, 2, dtype=dtype).permute(2, 0, 1)))
     before = [(p.detach().clone(), p.stride(), p.requires_grad) for p in params]
     opt = make(params, backend=backend)
+    textbook = Textbook(opt)
     for p, q, (w, stride, requires_grad) in zip(params, params_of(opt), before, strict=True):
         assert p is q and type(p) is nn.Parameter and p.is_leaf
         assert_same_bits(p, w)
         assert (p.stride(), p.requires_grad, p.dtype) == (stride, requires_grad, dtype)
-    steps(opt, 2)
+    steps(textbook, 2)
     for p, (_, stride, _) in zip(params, before, strict=True):
         assert p.stride() == stride
         if p.numel():
@@ -122,19 +126,20 @@ def test_parameters_with_gaps_become_dense(backend):
     before = [gaps.detach().clone(), expanded.detach().clone()]
     try:
         opt = make([gaps, expanded], backend=backend)
+        textbook = Textbook(opt)
     except ValueError as error:
         # Only while something else holds the memory.
         pytest.fail(str(error))
     assert gaps.is_contiguous() and expanded.is_contiguous()
     assert_same_bits(gaps, before[0])
     assert_same_bits(expanded, before[1])
-    steps(opt, 2)
+    steps(textbook, 2)
 
 
 def test_parameters_are_aligned_to_64_elements(backend):
     params = make_params(((1,), (63,), (64,), (65,), (3, 43)))
     opt = make(params, backend=backend)
-    (bucket,) = opt._layout.buckets
+    (bucket,) = opt._facts.engine.buckets
     assert [slot.start for slot in bucket.slots] == [0, 64, 128, 192, 320]
     assert all(p.data_ptr() % (ALIGNMENT * 2) == bucket.weights.data_ptr() % 128 for p in params)
     starts = {p.data_ptr() - bucket.weights.data_ptr() for p in params}
@@ -161,7 +166,7 @@ def test_padding_stays_zero(rule, eps, dtype, backend):
                 grads[params[0]].fill_(torch.nan)
             inject(grads)
             half()
-    for bucket in opt._layout.buckets:
+    for bucket in opt._facts.engine.buckets:
         buffers = [bucket.weights, bucket.saved]
         buffers += [state.flat for name, state in bucket.states.items() if name != "step"]
         for flat in buffers:
@@ -175,13 +180,14 @@ def test_padding_stays_zero(rule, eps, dtype, backend):
 def test_addresses_stay_from_step_to_step(rule, backend):
     params = make_params()
     opt = make(params, rule, backend=backend)
-    steps(opt)
+    textbook = Textbook(opt)
+    steps(textbook)
 
     def addresses():
         tensors = list(params)
         for p in params:
             tensors += [v for v in opt.state[p].values()]
-        for bucket in opt._layout.buckets:
+        for bucket in opt._facts.engine.buckets:
             tensors += [bucket.weights, bucket.saved, *(s.flat for s in bucket.states.values())]
         return [t.data_ptr() for t in tensors]
 
@@ -190,7 +196,7 @@ def test_addresses_stay_from_step_to_step(rule, backend):
     for missing in (), (0,), (1, 2), ():
         grads = grads_like(params)
         grads.update({params[i]: None for i in missing})
-        step(opt, grads, grads_like(params))
+        textbook.step(grads, grads_like(params))
     assert addresses() == before
     assert all(opt.state[p] is w for p, w in zip(params, windows, strict=True))
 
@@ -247,8 +253,8 @@ def test_dropped_optimizer_frees_its_memory(backend):
     """No cycle keeps the flat buffers alive once optimizer and model are gone."""
     params = make_params()
     opt = make(params, backend=backend)
-    steps(opt)
-    buffers = [weakref.ref(b.saved) for b in opt._layout.buckets]
+    steps(Textbook(opt))
+    buffers = [weakref.ref(b.saved) for b in opt._facts.engine.buckets]
     del opt
     gc.collect()
     assert all(ref() is None for ref in buffers)
@@ -314,19 +320,20 @@ def test_layout_follows_parameters_that_move(rule, move, when, backend):
     """Noticed at the next step, with the state kept, in the dtype that the parameter has now."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(5, 7))
     opt = make(model.parameters(), rule, backend=backend)
+    textbook = Textbook(opt)
     params = list(model.parameters())
-    steps(opt, 2)
+    steps(textbook, 2)
     state = {p: {k: v.clone() for k, v in opt.state[p].items()} for p in params}
     if when == "between steps":
         move(model)
+        textbook.reread(*params)
     else:
-        saved = first_step(opt, {**grads_like(params), params[1]: None})
+        textbook.first_step({**grads_like(params), params[1]: None})
         opt.zero_grad()
         move(model)
         # What was saved is what the step returns to; what had not been climbed is where it is now.
-        assert params[1] not in saved
-        saved = {p: (w.to(p.dtype).to(w.dtype), bits.to(p.dtype)) for p, (w, bits) in saved.items()}
-        second_step(opt, {**grads_like(params), params[2]: None}, saved)
+        textbook.reread(params[1])
+        textbook.second_step({**grads_like(params), params[2]: None})
         state = {p: {k: v.clone() for k, v in opt.state[p].items()} for p in params}
     weights = [(p.detach().clone(), p.stride()) for p in params]
     opt.zero_grad()
@@ -339,7 +346,7 @@ def test_layout_follows_parameters_that_move(rule, move, when, backend):
             kept = opt.state[p][name]
             expected = value if name == "step" else value.to(p.dtype)
             assert_same_bits(kept, expected, name)
-    steps(opt, 2)
+    steps(textbook, 2)
 
 
 @pytest.mark.parametrize("rule", FUSED)
@@ -347,14 +354,15 @@ def test_layout_follows_parameters_that_are_swapped(rule, backend):
     """model.to() swaps tensors instead of p.data if told so, which weak references would forbid."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(5, 7))
     opt = make(model.parameters(), rule, backend=backend)
-    steps(opt, 2)
+    textbook = Textbook(opt)
+    steps(textbook, 2)
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         model.double()  # with the gradients of the last step in place
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     assert all(p.dtype == torch.float64 == p.grad.dtype for p in params_of(opt))
-    steps(opt, 2)
+    steps(textbook, 2)
 
 
 @pytest.mark.parametrize("rule", FUSED)
@@ -382,10 +390,12 @@ def test_transposed_in_place(rule, backend):
     """The address stays, the strides do not: a gradient must still meet its own element."""
     params = make_params([(4, 4), (3,)])
     opt = make(params, rule, backend=backend)
-    steps(opt)
+    textbook = Textbook(opt)
+    steps(textbook)
     params[0].data = params[0].data.t()
+    textbook.reread(params[0])
     grads = {p: torch.randn(p.shape) for p in params}  # contiguous
-    step(opt, grads, {p: torch.randn(p.shape) for p in params})
+    textbook.step(grads, {p: torch.randn(p.shape) for p in params})
 
 
 @pytest.mark.parametrize("rule", FUSED)
@@ -393,11 +403,14 @@ def test_pruned_in_place(rule, backend):
     """The address stays and there are fewer elements: nothing may be read beyond the gradient."""
     params = make_params([(8, 4), (3,)])
     opt = make(params, rule, backend=backend)
-    steps(opt)
+    textbook = Textbook(opt)
+    steps(textbook)
     params[0].data = params[0].data[:3]
     for p in params:
         opt.state[p].clear()
-    steps(opt, 2)
+        textbook.state[p].clear()
+    textbook.reread(params[0])
+    steps(textbook, 2)
     assert params[0].shape == (3, 4)
 
 
@@ -405,10 +418,11 @@ def test_moves_again_and_again(backend):
     """A window of an earlier layout is the optimizer's to move: it must not count as shared."""
     params = make_params()
     opt = make(params, backend=backend)
+    textbook = Textbook(opt)
     for _ in range(3):
         opt.add_param_group({"params": make_params()})
-        steps(opt)
-    (bucket,) = opt._layout.buckets
+        steps(textbook)
+    (bucket,) = opt._facts.engine.buckets
     assert bucket.weights.numel() == bucket.size == 64 * (1 + 1 + 2 + 1) * 4
 
 
@@ -416,22 +430,26 @@ def test_group_added_while_perturbed(backend):
     """What has climbed returns; what came later takes a plain step."""
     params, new = make_params(), make_params([(4, 3), (70,)])
     opt = make(params, backend=backend)
-    steps(opt)
-    saved = first_step(opt, grads_like(params))
+    textbook = Textbook(opt)
+    steps(textbook)
+    textbook.first_step(grads_like(params))
     opt.add_param_group({"params": new, "lr": 0.2})
-    second_step(opt, grads_like([*params, *new]), saved)
-    steps(opt)
+    textbook.second_step(grads_like([*params, *new]))
+    steps(textbook)
 
 
 def test_loading_state_keeps_addresses(backend):
     params = make_params()
     opt = make(params, "adam", backend=backend)
-    steps(opt)
+    textbook = Textbook(opt)
+    steps(textbook)
     addresses = [p.data_ptr() for p in params]
     saved = copy.deepcopy(opt.state_dict())
-    steps(opt)
+    state = {p: {k: v.clone() for k, v in textbook.state[p].items()} for p in params}
+    steps(textbook)
     opt.load_state_dict(saved)
-    steps(opt)
+    textbook.state = state
+    steps(textbook)
     assert [p.data_ptr() for p in params] == addresses
 
 
@@ -439,15 +457,21 @@ def test_state_that_the_user_replaces_is_used(backend):
     """As with torch.optim: assigned tensors, deleted entries, cleared state."""
     params = make_params()
     opt = make(params, backend=backend)
-    steps(opt)
-    opt.state[params[0]]["momentum_buffer"] = torch.randn(5, 7)
-    steps(opt)
+    textbook = Textbook(opt)
+    steps(textbook)
+    state = textbook.state
+    state[params[0]]["momentum_buffer"] = torch.randn(5, 7)
+    opt.state[params[0]]["momentum_buffer"] = state[params[0]]["momentum_buffer"].clone()
+    steps(textbook)
+    state[params[1]].clear()
     del opt.state[params[1]]
-    steps(opt)
-    opt.state[params[2]] = {"momentum_buffer": torch.randn(65)}
-    steps(opt)
+    steps(textbook)
+    state[params[2]] = {"momentum_buffer": torch.randn(65)}
+    opt.state[params[2]] = {k: v.clone() for k, v in state[params[2]].items()}
+    steps(textbook)
+    state.update({p: {} for p in params})
     opt.state.clear()
-    steps(opt)
+    steps(textbook)
 
 
 # -------------------------------------------------------------------- parameters that must not move
@@ -492,15 +516,16 @@ def test_shared_memory_stays_where_it_is_and_steps(adaptive, rule, build, backen
     others = make_params()
     addresses = [p.data_ptr() for p in params]
     opt = make([*others[:2], *params, *others[2:]], rule, adaptive=adaptive, backend=backend)
+    textbook = Textbook(opt)
     assert [p.data_ptr() for p in params] == addresses
     if isinstance(holder, torch.Tensor):
         outside = torch.ones(holder.shape, dtype=torch.bool)
         for p in params:
             outside.as_strided(p.shape, p.stride(), p.storage_offset()).fill_(False)
         kept = holder[outside].clone()
-    steps(opt, 2)
-    first_step(opt, grads_like(others))
-    opt.restore()
+    steps(textbook, 2)
+    textbook.first_step(grads_like(others))
+    textbook.restore()
     assert [p.data_ptr() for p in params] == addresses
     if build is numpy_backed:
         assert torch.equal(torch.from_numpy(holder), params[0].detach())
@@ -515,11 +540,12 @@ def test_shared_memory_is_shared_after_construction(backend):
     """share_memory_() moves a window into shared memory, where it must then stay."""
     params = make_params()
     opt = make(params, backend=backend)
-    steps(opt)
+    textbook = Textbook(opt)
+    steps(textbook)
     for p in params:
         p.share_memory_()
     addresses = [p.data_ptr() for p in params]
-    steps(opt, 2)
+    steps(textbook, 2)
     assert [p.data_ptr() for p in params] == addresses
     assert all(p.is_shared() for p in params)
 
@@ -552,7 +578,7 @@ def test_lstm_trains(backend):
     before = [p.detach().clone() for p in model.parameters()]
     opt.step(lambda: model(torch.randn(5, 2, 3))[0].square().sum().backward())
     assert all(not torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
-    steps(opt)
+    steps(Textbook(opt))
 
 
 # ------------------------------------------------------------------------------------- copies, EMA
@@ -562,10 +588,11 @@ def test_averaged_model_and_deepcopy_are_independent(backend):
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3))
     model.to(memory_format=torch.channels_last)
     opt = make(model.parameters(), backend=backend)
+    textbook = Textbook(opt)
     average = AveragedModel(model)
     copied = copy.deepcopy(model)
     kept = [p.detach().clone() for p in model.parameters()]
-    steps(opt)
+    steps(textbook)
     average.update_parameters(model)
     for p, c, w in zip(model.parameters(), copied.parameters(), kept, strict=True):
         assert_same_bits(c, w)
@@ -574,21 +601,23 @@ def test_averaged_model_and_deepcopy_are_independent(backend):
     for a, p in zip(average.module.parameters(), model.parameters(), strict=True):
         assert_same_bits(a, p)
     opt2 = make(copied.parameters(), backend=backend)
-    steps(opt2)
-    steps(opt)
+    steps(Textbook(opt2))
+    steps(textbook)
 
 
 def test_two_optimizers_over_the_same_parameters(backend):
     """One after the other, as in fine-tuning phases, and in turn."""
     params = make_params()
-    first = make(params, "sgd", backend=backend)
+    first = Textbook(make(params, "sgd", backend=backend))
     steps(first, 2)
-    second = make(params, "adamw", backend=backend)
+    second = Textbook(make(params, "adamw", backend=backend))
     steps(second, 2)
     for _ in range(2):
-        steps(first)
-        steps(second)
-    del first
+        for one in first, second:
+            one.reread(*params)  # the other has stepped
+            steps(one)
+    del first, one
+    gc.collect()
     steps(second)
 
 
@@ -599,10 +628,11 @@ def test_graph_alive_at_construction_still_backpropagates(backend):
     loss = (x @ weight).square().sum()
     expected = torch.autograd.grad(loss, [x, weight], retain_graph=True)
     opt = make([weight], backend=backend)
+    textbook = Textbook(opt)
     grads = torch.autograd.grad(loss, [x, weight])
     for g, e in zip(grads, expected, strict=True):
         assert_same_bits(g, e)
-    steps(opt)
+    steps(textbook)
 
 
 # ---------------------------------------------------------------------------------------- gradients
@@ -615,6 +645,7 @@ def test_gradients_of_any_strides(rule, dtype, backend):
     params = make_params([(4, 4), (4, 4), (3, 1, 5), (2, 3, 2, 2)], dtype)
     params[3].data = params[3].data.to(memory_format=torch.channels_last)
     opt = make(params, rule, backend=backend)
+    textbook = Textbook(opt)
 
     def grads():
         return {
@@ -625,7 +656,7 @@ def test_gradients_of_any_strides(rule, dtype, backend):
         }
 
     for _ in range(2):
-        step(opt, grads(), grads())
+        textbook.step(grads(), grads())
 
 
 @pytest.mark.parametrize("part", ["conj", "imag of conj"])
@@ -651,13 +682,10 @@ def test_misaligned_gradients(backend):
     for dtype in torch.float32, torch.bfloat16:
         params = make_params([(65,), (64,), (7,)], dtype)
         opt = make(params, backend=backend)
+        textbook = Textbook(opt)
         for _ in range(2):
-            saved = None
-            for half in range(2):
+            for half in textbook.first_step, textbook.second_step:
                 flat = torch.randn(200).to(dtype)
                 views = [flat[1:66], flat[67:131], flat[133:140]]
                 grads = dict(zip(params, views, strict=True))
-                if half == 0:
-                    saved = first_step(opt, grads)
-                else:
-                    second_step(opt, grads, saved)
+                half(grads)

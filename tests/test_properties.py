@@ -3,7 +3,7 @@
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import step
+from oracle import Textbook
 
 from fused_sam import FusedSAM
 
@@ -130,9 +130,10 @@ def test_any_parameters_and_gradients_step_as_the_textbook(backend, data, rule, 
         clip = None  # the clip coefficient is as coarse as the coarsest norm in it
     strides = [p.stride() for p in params]
     opt = FusedSAM(groups, cls, max_grad_norm=clip, backend=backend, **options)
+    textbook = Textbook(opt)
     for _ in range(2):
         first, second = (
             {p: grad_of(p, data.draw(GRAD_LAYOUTS), generator) for p in params} for _ in range(2)
         )
-        step(opt, first, second)
+        textbook.step(first, second)
     assert [p.stride() for p in params] == strides

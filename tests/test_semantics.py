@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from oracle import assert_same_bits, first_step, inject, params_of, second_step, step
+from oracle import Textbook, assert_same_bits, inject, params_of
 from torch import nn
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -139,8 +139,9 @@ def test_plain_update_for_params_without_first_grad(backend):
     """Row 2: none in pass 1, one in pass 2: a plain base update; it is not perturbed."""
     params = make_params()
     opt = FusedSAM(params, rho=0.5, backend=backend, lr=0.1, momentum=0.9, weight_decay=0.1)
+    textbook = Textbook(opt)
     for _ in range(2):
-        step(opt, {**grads_like(params), params[1]: None}, grads_like(params))
+        textbook.step({**grads_like(params), params[1]: None}, grads_like(params))
 
 
 @pytest.mark.parametrize("rule", ALL)
@@ -174,7 +175,7 @@ def test_zero_gradient_does_not_perturb(adaptive, dtype, backend):
     """Row 4: no 0 / 0."""
     params = make_params(dtype=dtype)
     opt = FusedSAM(params, rho=0.5, adaptive=adaptive, backend=backend, lr=0.1, momentum=0.5)
-    step(opt, {p: torch.zeros_like(p) for p in params}, grads_like(params))
+    Textbook(opt).step({p: torch.zeros_like(p) for p in params}, grads_like(params))
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
@@ -280,7 +281,7 @@ def test_fp16_norm_does_not_overflow(adaptive, backend):
     params = make_params([(70,), (5, 5)], dtype=torch.float16)
     opt = FusedSAM(params, rho=0.5, adaptive=adaptive, backend=backend, lr=1e-5)
     big = {p: torch.full_like(p, 3e4) for p in params}
-    step(opt, big, grads_like(params))
+    Textbook(opt).step(big, grads_like(params))
     assert opt.grad_norm > 65504 or adaptive
 
 
@@ -292,7 +293,7 @@ def test_saved_weights_are_allocated_once(backend):
     for _ in range(3):
         inject(grads_like(params))
         opt.first_step()
-        addresses |= {b.saved.data_ptr() for b in opt._layout.buckets}
+        addresses |= {b.saved.data_ptr() for b in opt._facts.engine.buckets}
         opt.second_step()
     assert len(addresses) == 1
 
@@ -349,8 +350,9 @@ def test_second_step_alone_is_a_base_step(rule, backend):
     cls, options = FUSED[rule]
     params = make_params()
     opt = FusedSAM(params, cls, backend=backend, lr=0.05, **options)
+    textbook = Textbook(opt)
     for _ in range(2):
-        second_step(opt, {**grads_like(params), params[1]: None})
+        textbook.second_step({**grads_like(params), params[1]: None})
     assert not opt.is_perturbed
 
 
@@ -374,14 +376,16 @@ def test_restore_goes_back_without_an_update(dtype, backend):
     before = weights_of(opt)
     opt.restore()
     assert_weights(opt, before)
-    first_step(opt, {**grads_like(params), params[0]: None})
+    textbook = Textbook(opt)
+    textbook.first_step({**grads_like(params), params[0]: None})
     assert opt.is_perturbed
     opt.restore()
     assert not opt.is_perturbed and not opt.state
     assert_weights(opt, before)
     opt.restore()
     assert_weights(opt, before)
-    step(opt, grads_like(params), grads_like(params))
+    textbook.restore()
+    textbook.step(grads_like(params), grads_like(params))
 
 
 @pytest.mark.parametrize("style", ["first_step", "second_step"])
@@ -744,7 +748,7 @@ def test_closure_that_raises_under_a_scaler_leaves_no_scale_behind(backend):
 
     with pytest.raises(KeyboardInterrupt):
         scaler.step(opt, bad)
-    second_step(opt, grads_like(params))
+    Textbook(opt).second_step(grads_like(params))
 
 
 @pytest.mark.parametrize("left", ["stale", "zeroed in place"])
@@ -855,7 +859,7 @@ def test_nan_gradient_with_max_grad_norm_poisons_nothing_that_is_skipped(backend
         opt.step()
         del opt.grad_scale, opt.found_inf
         assert_weights(opt, before)
-        step(opt, grads_like(params), grads_like(params))
+        Textbook(opt).step(grads_like(params), grads_like(params))
 
 
 # --------------------------------------------------------------------- schedulers, hooks, wrap()
@@ -1018,7 +1022,7 @@ def test_wrap_reads_the_options_of_groups(backend):
         (0.1, False, 0.01),
     ]
     assert opt.max_grad_norm == 3.0
-    step(opt, grads_like(params), grads_like(params))
+    Textbook(opt).step(grads_like(params), grads_like(params))
 
 
 # ----------------------------------------------------------------------- any other base optimizer
@@ -1036,7 +1040,7 @@ def test_any_other_optimizer_equals_the_textbook(rule, backend):
     opt = FusedSAM(params, cls, rho=0.5, backend=backend, lr=0.05, **options)
     base = cls(twins, lr=0.05, **options)
     for i in range(4):
-        first_step(opt, {**grads_like(params), params[i % 3]: None})
+        Textbook(opt).first_step({**grads_like(params), params[i % 3]: None})
         grads = [torch.randn_like(p) for p in params]
         grads[(i + 1) % 3] = None
         inject(dict(zip(params, grads, strict=True)))
@@ -1065,9 +1069,10 @@ def test_adadeltas_own_rho_is_not_sams(backend):
 def test_changing_rho_and_lr_between_steps(backend):
     params = make_params()
     opt = FusedSAM(params, backend=backend, lr=0.1, momentum=0.9)
+    textbook = Textbook(opt)
     for rho, lr in (0.5, 0.1), (0.1, 0.2), (0.0, 0.01), (1, 1):
         opt.param_groups[0].update(rho=rho, lr=lr)
-        step(opt, grads_like(params), grads_like(params))
+        textbook.step(grads_like(params), grads_like(params))
 
 
 def test_a_parameter_moved_to_another_group_takes_its_options(backend):
@@ -1075,19 +1080,21 @@ def test_a_parameter_moved_to_another_group_takes_its_options(backend):
     params = make_params()
     groups = [{"params": params[:2], "lr": 0.1}, {"params": params[2:], "lr": 0.7, "rho": 2.0}]
     opt = FusedSAM(groups, backend=backend, lr=0.1, momentum=0.9)
-    step(opt, grads_like(params), grads_like(params))
+    textbook = Textbook(opt)
+    textbook.step(grads_like(params), grads_like(params))
     opt.param_groups[1]["params"].insert(0, opt.param_groups[0]["params"].pop())
-    step(opt, grads_like(params), grads_like(params))
+    textbook.step(grads_like(params), grads_like(params))
 
 
 def test_added_group_steps_with_its_own_options(backend):
     params = make_params()
     opt = FusedSAM(params[:1], rho=0.3, backend=backend, lr=0.1, momentum=0.9)
-    step(opt, grads_like(params[:1]), grads_like(params[:1]))
+    textbook = Textbook(opt)
+    textbook.step(grads_like(params[:1]), grads_like(params[:1]))
     opt.add_param_group({"params": params[1], "rho": 0.9, "lr": 0.3})
-    step(opt, grads_like(params[:2]), grads_like(params[:2]))
+    textbook.step(grads_like(params[:2]), grads_like(params[:2]))
     opt.base_optimizer.add_param_group({"params": [params[2]], "momentum": 0.0})
-    step(opt, grads_like(params), grads_like(params))
+    textbook.step(grads_like(params), grads_like(params))
     assert [group["rho"] for group in opt.param_groups] == [0.3, 0.9, 0.3]
 
 
@@ -1099,19 +1106,21 @@ def test_group_without_parameters(backend):
     opt.second_step()
     params = make_params()
     opt.add_param_group({"params": params})
-    step(opt, grads_like(params), grads_like(params))
+    Textbook(opt).step(grads_like(params), grads_like(params))
 
 
 def test_groups_and_state_can_be_assigned(backend):
     """As some wrappers do to share groups: the base optimizer takes what is assigned."""
     params = make_params()
     opt = FusedSAM(params, rho=0.3, backend=backend, lr=0.1, momentum=0.9)
-    step(opt, grads_like(params), grads_like(params))
+    textbook = Textbook(opt)
+    textbook.step(grads_like(params), grads_like(params))
     opt.param_groups = [{**opt.param_groups[0], "lr": 0.2, "params": params[:2]}]
     assert opt.base_optimizer.param_groups is opt.param_groups
     opt.state = type(opt.state)(dict, {params[0]: opt.state[params[0]]})
     assert opt.base_optimizer.state is opt.state
-    step(opt, grads_like(params[:2]), grads_like(params[:2]))
+    textbook.state[params[1]].clear()
+    textbook.step(grads_like(params[:2]), grads_like(params[:2]))
 
 
 def test_keywords_reach_an_optimizer_that_takes_any(backend):
@@ -1130,7 +1139,7 @@ def test_named_parameters_keep_their_names(backend):
     opt = FusedSAM(model.named_parameters(), backend=backend, lr=0.1)
     assert opt.param_groups[0]["param_names"] == ["weight", "bias"]
     params = list(model.parameters())
-    step(opt, grads_like(params), grads_like(params))
+    Textbook(opt).step(grads_like(params), grads_like(params))
 
 
 def test_defaults_and_repr_name_the_ascent_options(backend):

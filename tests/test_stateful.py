@@ -1,8 +1,8 @@
 """Random sequences of everything that users do to an optimizer, checked against the textbook.
 
-The machine keeps nothing of its own but the exact weights to return to while perturbed: every step
-is predicted from the weights, the state and the groups that are visible just before it, so that
-whatever the layout does in between must stay invisible.
+The textbook has weights and state of its own, which it never reads back: whatever the layout does
+between steps must stay invisible, and only the rules here that write to a parameter themselves tell
+it so.
 """
 
 import copy
@@ -18,7 +18,7 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from oracle import assert_same_bits, exact, first_step, params_of, second_step
+from oracle import Textbook, assert_same_bits, exact, inject, params_of
 
 from fused_sam import FusedSAM
 
@@ -55,7 +55,6 @@ class Training(RuleBasedStateMachine):
         self.generator = torch.Generator().manual_seed(seed)
         self.dtype = dtype
         cls, options = BASES[base]
-        self.saved = None
         self.opt = FusedSAM(
             [{"params": self.make_params(2)}, {"params": self.make_params(2), "lr": 0.02}],
             cls,
@@ -65,6 +64,7 @@ class Training(RuleBasedStateMachine):
             lr=0.05,
             **options,
         )
+        self.textbook = Textbook(self.opt)
 
     # ---- helpers
 
@@ -93,18 +93,16 @@ class Training(RuleBasedStateMachine):
     @at_w
     @rule()
     def first_step(self):
-        self.saved = first_step(self.opt, self.grads())
+        self.textbook.first_step(self.grads())
 
     @rule()
     def second_step(self):
-        second_step(self.opt, self.grads(), self.saved)
-        self.saved = None
+        self.textbook.second_step(self.grads())
 
     @perturbed
     @rule()
     def step(self):
-        second_step(self.opt, self.grads(), self.saved, step=self.opt.step)
-        self.saved = None
+        self.textbook.second_step(self.grads(), self.opt.step)
 
     @at_w
     @rule(n=st.integers(1, 3))
@@ -115,27 +113,26 @@ class Training(RuleBasedStateMachine):
 
     @rule()
     def restore(self):
-        self.opt.restore()
-        for p, (_, bits) in (self.saved or {}).items():
-            assert_same_bits(p, bits)
-        self.saved = None
+        self.textbook.restore()
 
     @at_w
     @rule()
     def step_with_closure(self):
         """Zero gradients: no perturbation, and no more than momentum and decay."""
-        self.opt.zero_grad()
+        zeros = {p: torch.zeros_like(p) for p in params_of(self.opt) if p.requires_grad}
         calls = []
 
         def closure():
             calls.append(1)
-            for p in params_of(self.opt):
-                if p.requires_grad:
-                    p.grad = torch.zeros_like(p)
+            inject(zeros)
             return len(calls)
 
-        assert self.opt.step(closure) == 1
-        assert len(calls) == 2
+        def run():
+            self.opt.zero_grad()
+            assert self.opt.step(closure) == 1
+            assert len(calls) == 2
+
+        self.textbook.second_step(zeros, run)
 
     # ---- what happens in between
 
@@ -156,6 +153,7 @@ class Training(RuleBasedStateMachine):
         if rho is not None:
             group["rho"] = rho
         self.opt.add_param_group(group)
+        self.textbook.check()
 
     @rule()
     def move_between_groups(self):
@@ -180,6 +178,7 @@ class Training(RuleBasedStateMachine):
         p = self.some_param()
         value = self.random(p.shape)
         p.data = value.t().contiguous().t() if strided and p.dim() == 2 else value
+        self.textbook.weights[p] = value.clone()
 
     @perturbed
     @rule()
@@ -193,6 +192,8 @@ class Training(RuleBasedStateMachine):
         p = self.some_param()
         with torch.no_grad():
             p.clamp_(-1, 1)
+        if p not in self.textbook.climbed:
+            self.textbook.weights[p].clamp_(-1, 1)
 
     @at_w
     @rule(dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
@@ -204,6 +205,7 @@ class Training(RuleBasedStateMachine):
             for name, value in self.opt.state.get(p, {}).items():
                 if name != "step":
                     self.opt.state[p][name] = value.to(dtype)
+        self.textbook.check()
 
     @at_w
     @rule(through_file=st.booleans())
@@ -222,6 +224,7 @@ class Training(RuleBasedStateMachine):
         frozen = [p.requires_grad for p in params_of(self.opt)]
         old = [p.detach().clone() for p in params_of(self.opt)]
         self.opt = copy.deepcopy(self.opt)
+        self.textbook.follow(self.opt)
         for p, w, flag in zip(params_of(self.opt), old, frozen, strict=True):
             assert_same_bits(p, w)
             assert p.requires_grad == flag
@@ -234,7 +237,6 @@ class Training(RuleBasedStateMachine):
             return
         base = self.opt.base_optimizer
         assert self.opt.param_groups is base.param_groups and self.opt.state is base.state
-        assert self.opt.is_perturbed == (self.saved is not None)
 
     @invariant()
     def weights_are_finite_and_state_fits(self):

@@ -1,20 +1,22 @@
 """The Triton backend's tables and launches; for its arithmetic see test_table.py."""
 
-import functools
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from oracle import first_step, inject, second_step, step
+from oracle import Textbook, inject
 
 from fused_sam import FusedSAM, backends
+from fused_sam.backends import capture, tables
 
 triton = pytest.importorskip("fused_sam.backends.triton")
+operations = triton.operations
 pytestmark = pytest.mark.skipif(not triton.INTERPRETED, reason="TRITON_INTERPRET=1 is not set")
 
-CHUNK = triton.CHUNK
+CHUNK = operations.CHUNK
 SGD, ADAMW, RMSPROP = torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop
 MOMENTUM = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 
@@ -35,10 +37,10 @@ def launches(monkeypatch):
     """The names of the kernels that were to be launched; none is."""
     names = []
 
-    def record(tables, bucket, kernel, *rest):
+    def record(launcher, kernel, *rest):
         names.append(kernel.fn.__name__)
 
-    monkeypatch.setattr(triton, "_launch", record)
+    monkeypatch.setattr(operations._Launcher, "launch", record)
     return names
 
 
@@ -46,17 +48,63 @@ def launches(monkeypatch):
 def uploads(monkeypatch):
     """How many tables were uploaded."""
     sizes = []
-    upload = triton._upload
+    upload = tables.Tables._upload
 
-    def record(staging, *args):
-        sizes.append(staging.numel())
-        return upload(staging, *args)
+    def record(self, values, *args):
+        sizes.append(len(values))
+        return upload(self, values, *args)
 
-    monkeypatch.setattr(triton, "_upload", record)
+    monkeypatch.setattr(tables.Tables, "_upload", record)
     return sizes
 
 
-THREE = ["sq_norm_kernel", "perturb_kernel", "update_kernel"]
+@pytest.fixture
+def hints(monkeypatch):
+    """Checks what the kernels promise the compiler: every pointer that is called aligned is it.
+
+    ``pointers`` counts them. The compiler turns such a promise into accesses that fault.
+    """
+    import triton.language as tl
+
+    counter = SimpleNamespace(pointers=0)
+    multiple_of = tl.multiple_of
+
+    def check(value, multiple, **rest):
+        multiple = getattr(multiple, "value", multiple)
+        assert not np.any(value.handle.data % multiple), f"no multiple of {multiple}"
+        counter.pointers += value.dtype.is_ptr()
+        return multiple_of(value, multiple, **rest)
+
+    monkeypatch.setattr(tl, "multiple_of", check)
+    return counter
+
+
+def launcher_of(opt):
+    """The tables and the launcher of the one bucket."""
+    (bucket,) = opt._facts.engine.buckets
+    return bucket.cache[operations._Launcher]
+
+
+def aligned_slots(opt):
+    """What the tables with gradients, of the one bucket, say of each slot's alignment."""
+    tables_of_flags = launcher_of(opt)._known["flags"].values()
+    flags = [table.tolist() for table in tables_of_flags]
+    return {
+        tuple(bool(flag & tables.ALIGNED) for flag in row)
+        for row in flags
+        if not any(flag & tables.MISSING for flag in row)
+    }
+
+
+def step_as_given(opt, *passes):
+    """A whole step with these very gradients: oracle.step copies them to aligned memory."""
+    for method, grads in zip((opt.first_step, opt.second_step), passes, strict=True):
+        for p, grad in grads.items():
+            p.grad = grad
+        method()
+
+
+THREE = ["reduce_kernel", "ascend_kernel", "update_kernel"]
 
 
 @pytest.mark.parametrize("base", [SGD, ADAMW, RMSPROP])
@@ -84,7 +132,7 @@ def test_clipping_costs_one_launch_more(launches):
     inject(random_grads(params, 0))
     opt.first_step()
     opt.second_step()
-    assert launches == [*THREE[:2], "sq_norm_kernel", "update_kernel"]
+    assert launches == [*THREE[:2], "reduce_kernel", "update_kernel"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -95,8 +143,9 @@ def test_sizes_around_a_chunk(base, dtype):
     sizes = [CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5, tile - 1, tile, tile + 1, 1]
     options = MOMENTUM if base is SGD else {"lr": 0.1, "weight_decay": 0.1}
     params, opt = make(sizes, base, dtype, **options)
+    textbook = Textbook(opt)
     for i in range(2):
-        step(opt, random_grads(params, 2 * i), random_grads(params, 2 * i + 1))
+        textbook.step(random_grads(params, 2 * i), random_grads(params, 2 * i + 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -115,11 +164,39 @@ def test_unaligned_gradients(dtype):
                 p.grad = g
             getattr(opt, method)()
             getattr(twin, method)()
-    lives = [bucket.cache["triton"].lives.values() for bucket in opt._layout.buckets]
-    assert not any(live.aligned for table in lives for live in table)
+    assert not any(first for first, *_ in aligned_slots(opt))
     for p, q in zip(params, twins, strict=True):
         assert torch.equal(p, q)
         assert torch.equal(opt.state[p]["momentum_buffer"], twin.state[q]["momentum_buffer"])
+
+
+def test_one_misaligned_gradient_leaves_the_others_wide(hints):
+    """Guards alignment as a fact about a slot: of three gradients one begins at an odd element."""
+    sizes = [CHUNK, 2 * CHUNK, CHUNK + 5]
+    params, opt = make(sizes, ADAMW, lr=0.1)
+    for i in range(2):
+        passes = [random_grads(params, 2 * i + k) for k in range(2)]
+        for grads in passes:
+            grads[params[1]] = torch.cat([torch.zeros(1), grads[params[1]]])[1:]
+        step_as_given(opt, *passes)
+    assert aligned_slots(opt) == {(True, False, True)}
+    assert hints.pointers
+
+
+def test_a_misaligned_pinned_parameter_is_not_taken_for_aligned(hints):
+    """Guards weights that must stay where they are, off the grid, with gradients that are on it."""
+    base = torch.randn(2 * CHUNK + 8)
+    params = [torch.nn.Parameter(base[1 : 2 * CHUNK + 1]), torch.nn.Parameter(torch.randn(CHUNK))]
+    assert params[0].data_ptr() % 16 == 4
+    opt = FusedSAM(params, ADAMW, backend="triton", lr=0.1)
+    for i in range(2):
+        step_as_given(opt, random_grads(params, 2 * i), random_grads(params, 2 * i + 1))
+    params[0].grad = params[1].grad = None
+    opt.first_step()
+    opt.restore()
+    slots = opt._facts.engine.buckets[0].slots
+    assert aligned_slots(opt) == {tuple(slot.param is params[1] for slot in slots)}
+    assert hints.pointers
 
 
 def test_pinned_parameters_are_reached_by_address():
@@ -128,37 +205,38 @@ def test_pinned_parameters_are_reached_by_address():
     params = [torch.nn.Parameter(base[3 : CHUNK + 20]), torch.nn.Parameter(torch.randn(9))]
     address = params[0].data_ptr()
     opt = FusedSAM(params, ADAMW, backend="triton", lr=0.1)
+    textbook = Textbook(opt)
     for i in range(2):
-        step(opt, random_grads(params, 2 * i), random_grads(params, 2 * i + 1))
+        textbook.step(random_grads(params, 2 * i), random_grads(params, 2 * i + 1))
     assert params[0].data_ptr() == address
     assert torch.equal(base[3 : CHUNK + 20], params[0])
 
 
-def test_offsets_beyond_two_to_the_31():
+def test_offsets_beyond_two_to_the_31(monkeypatch):
     """Guards 64-bit offsets: tables that say a chunk begins 2**31 + elements into its tensor.
 
     The addresses and the flat offset are shifted back by as much, so that the memory is the same.
     """
-    number = 2**31 // CHUNK + 3
-    shift = number * CHUNK
+    shift = (2**31 // CHUNK + 3) * CHUNK
     assert shift > 2**31
     params, opt = make([CHUNK + 7], ADAMW, lr=0.1)
     twins, twin = make([CHUNK + 7], ADAMW, lr=0.1)
+    addresses = tables.Tables._addresses
+
+    def shifted(self, at):
+        return addresses(self, tuple(a - 4 * shift for a in at) if self is shifted.of else at)
+
+    monkeypatch.setattr(tables.Tables, "_addresses", shifted)
     for i in range(4):
         grads = torch.randn(CHUNK + 7)
         params[0].grad, twins[0].grad = grads, grads.clone()
         if i == 0:
-            tables = triton._tables(opt._layout.buckets[0])
-            tables.chunks[:, 1] += number
-            tables.slots[0] += torch.tensor([-shift * 4, shift, -shift, 0])
-            tables._live = functools.partial(_shifted, tables._live, 4 * shift)
+            launcher = shifted.of = operations._launcher(opt._facts.engine.buckets[0])
+            launcher.slots[:4] += torch.tensor([-shift, shift, 0, -shift * 4])
+            launcher.slots[5::2] += shift
         for optimizer in (opt, twin):
             (optimizer.second_step if i % 2 else optimizer.first_step)()
         assert torch.equal(params[0], twins[0])
-
-
-def _shifted(live, shift, key, addresses):
-    return live(key, tuple(address - shift for address in addresses))
 
 
 class Traffic:
@@ -195,7 +273,7 @@ def test_every_element_is_moved_once(monkeypatch):
     inject(random_grads(params, 0))
     opt.first_step()
     opt.second_step()
-    bucket = opt._layout.buckets[0]
+    bucket = opt._facts.engine.buckets[0]
     tensors = {
         "w": params[0].detach(),
         "g": params[0].grad,
@@ -222,57 +300,34 @@ def test_tables_are_uploaded_when_they_change(uploads):
         opt.second_step()
         return len(uploads)
 
-    assert one_step() == 4  # gradients twice, with flags and without; ascent; update
-    assert one_step() == 1  # the state is not fresh any more
-    assert [one_step() for _ in range(3)] == [0, 0, 0]
+    # On a CPU the table of addresses is made for each pass: nothing is uploaded there.
+    assert one_step() == 2 + 4  # flags at w and perturbed; ascent; update
+    assert one_step() == 2 + 1  # the state is not fresh any more
+    assert [one_step() for _ in range(3)] == [2, 2, 2]
     opt.param_groups[0]["lr"] = 0.2
-    assert one_step() == 1
+    assert one_step() == 2 + 1
     opt.param_groups[0]["rho"] = 0.2
-    assert one_step() == 1
-    assert one_step() == 0
-    params[0].grad = None
+    assert one_step() == 2 + 1
     assert one_step() == 2
-
-
-def test_new_addresses_at_every_step_reuse_the_tables():
-    """Guards against growth where gradients never come back to an address."""
-    params, opt = make([3, 2 * CHUNK + 1], **MOMENTUM)
-    kept = []
-    for i in range(2 * triton._KEPT_TABLES):
-        grads = random_grads(params, i)
-        inject(grads)
-        kept.append([p.grad for p in params])  # so that no address comes back
-        if i < 60:
-            opt.first_step()
-            opt.second_step()
-        else:
-            saved = first_step(opt, grads) if i % 40 == 0 else opt.first_step()
-            kept.append([p.grad for p in params])
-            if saved:
-                second_step(opt, grads, saved)
-            else:
-                opt.second_step()
-    tables = opt._layout.buckets[0].cache["triton"]
-    assert len(tables.lives) == triton._KEPT_TABLES
-    storages = {live.table.data_ptr() for live in tables.lives.values()}
-    assert len(storages) == triton._KEPT_TABLES
+    params[0].grad = None
+    assert one_step() == 2 + 2
 
 
 def test_a_captured_graph_owns_its_tables(monkeypatch, uploads):
-    """Guards replay: a graph uploads what it reads, and that stays as long as the bucket."""
+    """Guards replay: a graph uploads what it reads, even what has not changed."""
     params, opt = make([5, CHUNK + 6], ADAMW, lr=0.1)
-    inject(random_grads(params, 0))
-    opt.first_step()
-    opt.second_step()
-    tables = opt._layout.buckets[0].cache["triton"]
-    before = list(tables.lives), dict(tables.hypers)
+    textbook = Textbook(opt)
+    for i in range(2):
+        textbook.step(random_grads(params, i), random_grads(params, i))
+    launcher = launcher_of(opt)
+    before = [dict(known) for known in launcher._known.values()], dict(launcher._hyper)
     uploads.clear()
-    monkeypatch.setattr(triton, "_is_capturing", lambda device: True)
-    step(opt, random_grads(params, 1), random_grads(params, 2))
-    assert len(uploads) == 4 == len(tables.captured)  # even what has not changed
-    assert (list(tables.lives), dict(tables.hypers)) == before
-    monkeypatch.setattr(triton, "_is_capturing", lambda device: False)
-    step(opt, random_grads(params, 3), random_grads(params, 4))
+    monkeypatch.setattr(capture, "is_capturing", lambda device: True)
+    textbook.step(random_grads(params, 1), random_grads(params, 2))
+    assert len(uploads) == 2 + 3 + 3  # addresses; flags; hyperparameters
+    assert ([dict(known) for known in launcher._known.values()], dict(launcher._hyper)) == before
+    monkeypatch.setattr(capture, "is_capturing", lambda device: False)
+    textbook.step(random_grads(params, 3), random_grads(params, 4))
 
 
 def test_step_counts_are_each_parameters_own():
@@ -283,14 +338,14 @@ def test_step_counts_are_each_parameters_own():
             p.grad = None if i == missing else torch.ones_like(p)
         opt.second_step()
     assert [opt.state[p]["step"].item() for p in params] == [4.0, 5.0, 3.0, 4.0]
-    assert opt._layout.buckets[0].cache["triton"].ticket.item() == 0
+    assert launcher_of(opt).ticket.item() == 0
 
 
 def test_more_slots_than_a_block_count_their_steps():
     params, opt = make([1] * 1200, ADAMW, lr=0.1)
     inject(random_grads(params, 0))
     opt.second_step()
-    assert torch.equal(opt._layout.buckets[0].states["step"].flat, torch.ones(1200))
+    assert torch.equal(opt._facts.engine.buckets[0].states["step"].flat, torch.ones(1200))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 0.9, 0.99, 0.999, 0.999999])

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../mathematics.h"
 #include "../tables.h"
 
 namespace fused_sam {
@@ -21,9 +22,9 @@ struct Problem {
   void* states[3];       // S (size,) or null
   float* step;           // (num_slots,) or null
   const Slot* slots;     // (num_slots,), by rising start
-  const int64_t* grads;  // (num_slots,): addresses of S (numel,), or 0
-  const uint8_t* flags;  // (num_slots,), update_ only
-  const void* hyper;     // Hyper<T> (rows,)
+  const int64_t* grads;  // (num_slots,): addresses of S (numel,)
+  const int32_t* flags;  // (num_slots,)
+  const void* hyper;     // Columns<T> (rows,) of what is computed
   int64_t num_slots;
   int64_t num_moved;  // slots in the flat weights
   int64_t size;
@@ -32,16 +33,20 @@ struct Problem {
 
 inline int64_t num_spans(int64_t size) { return (size + kSpan - 1) / kSpan; }
 
+// partials: T (num_spans,). Writes those of the spans [begin, end).
+using Reduce = void (*)(const Problem&, void* partials, int64_t begin, int64_t end);
+// total: the reduced number over all buckets.
+using Ascend = void (*)(const Problem&, double total, int64_t begin, int64_t end);
+// skip: restore only. `step` counts the running step already.
+using Update = void (*)(const Problem&, double grad_scale, bool skip, int64_t begin, int64_t end);
+using Restore = void (*)(const Problem&, int64_t begin, int64_t end);
+
 struct Kernels {
   const char* name;
-  // partials: T (num_spans,). Writes those of the spans [begin, end).
-  void (*sq_norm[kNumDtypes])(const Problem&, bool by_group, void* partials, int64_t begin,
-                              int64_t end);
-  // sq_norm: T, the squared norm over all buckets.
-  void (*perturb_[kNumDtypes])(const Problem&, const void* sq_norm, int64_t begin, int64_t end);
-  // skip: restore only. `step` counts the running step already.
-  void (*update_[kNumRules][kNumDtypes])(const Problem&, double grad_scale, bool skip,
-                                         int64_t begin, int64_t end);
+  Reduce reduce[kNumSums][kNumDtypes];
+  Ascend ascend_[kNumAscents][kNumDtypes];
+  Update update_[kNumRules][kNumDtypes];
+  Restore restore_[kNumDtypes];
 };
 
 // The best set that this machine can run; FUSED_SAM_CPU names another one.

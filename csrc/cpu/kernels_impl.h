@@ -5,8 +5,10 @@
 
 #include "kernels.h"
 
-#include "../rules.h"
+#include "../mathematics.h"
 #include "../storage.h"
+
+#include <type_traits>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -39,7 +41,8 @@ using ComputeOf = typename Compute<S>::Type;
 template <typename S>
 struct Piece {
   const Slot* slot;
-  int64_t index;   // of the slot
+  int64_t index;  // of the slot
+  int32_t flags;
   int64_t offset;  // within the slot
   int64_t numel;
   S* weights;
@@ -63,8 +66,21 @@ FUSED_SAM_INLINE void for_each_piece(const Problem& p, int64_t begin, int64_t en
     if (first >= stop) continue;
     S* weights = i < p.num_moved ? static_cast<S*>(p.weights) + slot.start
                                  : static_cast<S*>(p.pinned[i - p.num_moved]);
-    const S* grad = reinterpret_cast<const S*>(p.grads[i]);
-    f(Piece<S>{&slot, i, first, stop - first, weights + first, grad ? grad + first : grad});
+    const bool missing = (p.flags[i] & kMissing) != 0;
+    const S* grad = missing ? nullptr : reinterpret_cast<const S*>(p.grads[i]) + first;
+    f(Piece<S>{&slot, i, p.flags[i], first, stop - first, weights + first, grad});
+  }
+}
+
+// The hyperparameters of a group. A copy: no store can change it, which the compiler does not know
+// of a reference.
+template <typename Value, typename T>
+FUSED_SAM_INLINE auto columns_of(const Problem& p, const Slot& slot) {
+  using Columns = typename Value::template Columns<T>;
+  if constexpr (Value::kColumns == 0) {
+    return Columns{};
+  } else {
+    return static_cast<const Columns*>(p.hyper)[slot.row];
   }
 }
 
@@ -127,11 +143,11 @@ FUSED_SAM_INLINE void end_streaming() {
 #endif
 }
 
-// ----------------------------------------------------------------------------------------- sq_norm
+// ------------------------------------------------------------------------------------------ reduce
 
-template <typename S, bool kAdaptive>
-FUSED_SAM_INLINE void add_squares(double (&sums)[kLanes], const S* weights, const S* grad,
-                                  int64_t n, ComputeOf<S> eta) {
+template <typename Sums, bool kReadsParam, typename S>
+FUSED_SAM_INLINE void add_terms(double (&sums)[kLanes], const S* weights, const S* grad, int64_t n,
+                                const typename Sums::template Columns<ComputeOf<S>>& group) {
   using T = ComputeOf<S>;
   int64_t i = 0;
   while (i < n) {
@@ -141,16 +157,14 @@ FUSED_SAM_INLINE void add_squares(double (&sums)[kLanes], const S* weights, cons
       if (i + kNext + kLanes <= n) prefetch(grad + i + kNext, kStep);
       FUSED_SAM_VECTORIZE
       for (int lane = 0; lane < kLanes; ++lane) {
-        const T w = kAdaptive ? load(weights[i + lane]) : T(0);
-        const T x = ascent_dual(w, load(grad[i + lane]), kAdaptive, eta);
-        run[lane] += x * x;
+        const T w = kReadsParam ? load(weights[i + lane]) : T(0);
+        run[lane] += Sums::template terms<kReadsParam>(w, load(grad[i + lane]), group);
       }
     }
     if (n - i < kLanes) {
       for (int lane = 0; i < n; ++lane, ++i) {
-        const T w = kAdaptive ? load(weights[i]) : T(0);
-        const T x = ascent_dual(w, load(grad[i]), kAdaptive, eta);
-        run[lane] += x * x;
+        const T w = kReadsParam ? load(weights[i]) : T(0);
+        run[lane] += Sums::template terms<kReadsParam>(w, load(grad[i]), group);
       }
     }
     FUSED_SAM_VECTORIZE
@@ -158,19 +172,18 @@ FUSED_SAM_INLINE void add_squares(double (&sums)[kLanes], const S* weights, cons
   }
 }
 
-template <typename S>
-void sq_norm(const Problem& p, bool by_group, void* partials, int64_t begin, int64_t end) {
+template <typename Sums, typename S>
+void reduce(const Problem& p, void* partials, int64_t begin, int64_t end) {
   using T = ComputeOf<S>;
-  const Hyper<T>* hyper = static_cast<const Hyper<T>*>(p.hyper);
   for (int64_t span = begin; span < end; ++span) {
     alignas(64) double sums[kLanes] = {};
     for_each_piece<S>(p, span * kSpan, (span + 1) * kSpan, [&](const Piece<S>& piece) {
       if (!piece.grad) return;
-      if (by_group && hyper[piece.slot->row].adaptive != T(0)) {
-        add_squares<S, true>(sums, piece.weights, piece.grad, piece.numel,
-                             hyper[piece.slot->row].eta);
+      const auto group = columns_of<Sums, T>(p, *piece.slot);
+      if (piece.flags & kReadsParam) {
+        add_terms<Sums, true>(sums, piece.weights, piece.grad, piece.numel, group);
       } else {
-        add_squares<S, false>(sums, piece.weights, piece.grad, piece.numel, T(0));
+        add_terms<Sums, false>(sums, piece.weights, piece.grad, piece.numel, group);
       }
     });
     double sum = 0;
@@ -179,128 +192,125 @@ void sq_norm(const Problem& p, bool by_group, void* partials, int64_t begin, int
   }
 }
 
-// ---------------------------------------------------------------------------------------- perturb_
+// ----------------------------------------------------------------------------------------- ascend_
 
-template <typename S, bool kAdaptive>
-FUSED_SAM_INLINE void climb(S* weights, const S* grad, int64_t n, ComputeOf<S> scale,
-                            ComputeOf<S> eta) {
+template <typename Ascent, typename S>
+FUSED_SAM_INLINE void climb(S* weights, const S* grad, int64_t n,
+                            const typename Ascent::template Scalars<ComputeOf<S>>& scalars_) {
+  const auto scalars = scalars_;
   FUSED_SAM_VECTORIZE
   for (int64_t i = 0; i < n; ++i) {
-    weights[i] = round_to<S>(ascend(load(weights[i]), load(grad[i]), scale, kAdaptive, eta));
+    weights[i] = round_to<S>(Ascent::move(load(weights[i]), load(grad[i]), scalars));
   }
 }
 
-template <typename S>
-void perturb_(const Problem& p, const void* sq_norm, int64_t begin, int64_t end) {
+template <typename Ascent, typename S>
+void ascend_(const Problem& p, double total, int64_t begin, int64_t end) {
   using T = ComputeOf<S>;
-  const Hyper<T>* hyper = static_cast<const Hyper<T>*>(p.hyper);
-  // Forwards: walking back over what sq_norm left in the caches upsets the hardware's prefetching
+  // Forwards: walking back over what reduce left in the caches upsets the hardware's prefetching
   // and loses more than it finds.
   for (int64_t span = begin; span < end; ++span) {
     for_each_piece<S>(p, span * kSpan, (span + 1) * kSpan, [&](const Piece<S>& piece) {
       if (!piece.grad) return;
-      const Hyper<T>& group = hyper[piece.slot->row];
-      const T scale = ascent_scale(group.rho, *static_cast<const T*>(sq_norm));
+      const auto scalars = Ascent::scalars(columns_of<Ascent, T>(p, *piece.slot), T(total));
       S* saved = static_cast<S*>(p.saved) + piece.slot->start + piece.offset;
       for (int64_t i = 0; i < piece.numel; i += kTile) {
         const int64_t n = piece.numel - i < kTile ? piece.numel - i : kTile;
         S* weights = piece.weights + i;
         (p.stream ? stream<S> : copy<S>)(saved + i, weights, n);
-        if (scale == T(0)) continue;
-        if (group.adaptive != T(0)) {
-          climb<S, true>(weights, piece.grad + i, n, scale, group.eta);
-        } else {
-          climb<S, false>(weights, piece.grad + i, n, scale, group.eta);
-        }
+        // 0 * inf is NaN, and a scale of 0 must move nothing.
+        if (scalars.scale != T(0)) climb<Ascent>(weights, piece.grad + i, n, scalars);
       }
     });
   }
   if (p.stream) end_streaming();
 }
 
+// ---------------------------------------------------------------------------------------- restore_
+
+template <typename S>
+FUSED_SAM_INLINE void restore(const Problem& p, const Piece<S>& piece) {
+  const S* saved = static_cast<const S*>(p.saved) + piece.slot->start + piece.offset;
+  (p.stream ? stream<S> : copy<S>)(piece.weights, saved, piece.numel);
+}
+
+template <typename S>
+void restore_(const Problem& p, int64_t begin, int64_t end) {
+  for_each_piece<S>(p, begin * kSpan, end * kSpan, [&](const Piece<S>& piece) {
+    if (piece.flags & kPerturbed) restore(p, piece);
+  });
+  if (p.stream) end_streaming();
+}
+
 // ----------------------------------------------------------------------------------------- update_
 
 // weights and from may be the same memory.
-template <typename Rule, int kOptions, typename S>
+template <typename Rule, unsigned kKept, typename S>
 FUSED_SAM_INLINE void step(S* weights, const S* from, const S* grad, S* const (&states)[kMaxStates],
-                           int64_t n, const Hyper<ComputeOf<S>>& group_,
-                           const Step<ComputeOf<S>>& step_) {
+                           int64_t n, ComputeOf<S> descent, bool frozen,
+                           const typename Rule::template Scalars<ComputeOf<S>>& scalars_) {
   using T = ComputeOf<S>;
   // Copies: the stores below cannot change them, which the compiler does not know of references.
-  const Hyper<T> group = group_;
-  const Step<T> step = step_;
-  const bool frozen = group.lr == T(0);
+  const auto scalars = scalars_;
   S* const state0 = states[0];
   S* const state1 = states[1];
   S* const state2 = states[2];
   FUSED_SAM_VECTORIZE
   for (int64_t i = 0; i < n; ++i) {
     T state[kMaxStates] = {};
-    if (Rule::uses(kOptions, 0)) state[0] = load(state0[i]);
-    if (Rule::uses(kOptions, 1)) state[1] = load(state1[i]);
-    if (Rule::uses(kOptions, 2)) state[2] = load(state2[i]);
+    if (kKept & 1u) state[0] = load(state0[i]);
+    if (kKept & 2u) state[1] = load(state1[i]);
+    if (kKept & 4u) state[2] = load(state2[i]);
     const S old = from[i];
-    const S updated =
-        round_to<S>(Rule::template update<kOptions>(load(old), load(grad[i]), state, group, step));
-    if (Rule::uses(kOptions, 0)) state0[i] = round_to<S>(state[0]);
-    if (Rule::uses(kOptions, 1)) state1[i] = round_to<S>(state[1]);
-    if (Rule::uses(kOptions, 2)) state2[i] = round_to<S>(state[2]);
+    const S updated = round_to<S>(
+        Rule::template update<kKept>(load(old), descent * load(grad[i]), state, scalars));
+    if (kKept & 1u) state0[i] = round_to<S>(state[0]);
+    if (kKept & 2u) state1[i] = round_to<S>(state[1]);
+    if (kKept & 4u) state2[i] = round_to<S>(state[2]);
     // 0 * inf is NaN and -0.0 - -0.0 is 0.0: with lr 0 only a copy gives the bits back.
     weights[i] = frozen ? old : updated;
   }
 }
 
-template <typename Rule, int kOptions, typename S>
-void update_piece(const Problem& p, const Piece<S>& piece, const S* from,
-                  const Hyper<ComputeOf<S>>& group, const Step<ComputeOf<S>>& scalars) {
-  const int64_t at = piece.slot->start + piece.offset;
-  // Streamed where the old weights were not read from there.
-  const bool streams = p.stream && from != piece.weights;
-  alignas(64) S tile[kTile];
-  for (int64_t i = 0; i < piece.numel; i += kTile) {
-    const int64_t n = piece.numel - i < kTile ? piece.numel - i : kTile;
-    S* states[kMaxStates] = {};
-    for (int k = 0; k < kMaxStates; ++k) {
-      if (Rule::uses(kOptions, k)) states[k] = static_cast<S*>(p.states[k]) + at + i;
-    }
-    step<Rule, kOptions, S>(streams ? tile : piece.weights + i, from + i, piece.grad + i, states, n,
-                            group, scalars);
-    if (streams) stream(piece.weights + i, tile, n);
+// Calls f with the states that a group keeps as a constant.
+template <typename Rule, unsigned kMask = 0, typename F>
+FUSED_SAM_INLINE void with_kept(unsigned kept, const F& f) {
+  if constexpr ((kMask & Rule::kAlways) == Rule::kAlways) {
+    if (kept == kMask) return f(std::integral_constant<unsigned, kMask>());
   }
+  if constexpr (kMask + 1 < 1u << Rule::kStates) with_kept<Rule, kMask + 1>(kept, f);
 }
 
 template <typename Rule, typename S>
 void update_(const Problem& p, double grad_scale, bool skip, int64_t begin, int64_t end) {
   using T = ComputeOf<S>;
-  const Hyper<T>* hyper = static_cast<const Hyper<T>*>(p.hyper);
-  for (int64_t span = begin; span < end; ++span) {
-    for_each_piece<S>(p, span * kSpan, (span + 1) * kSpan, [&](const Piece<S>& piece) {
-      const uint8_t flags = p.flags[piece.index];
-      const S* saved = static_cast<const S*>(p.saved) + piece.slot->start + piece.offset;
-      if (!piece.grad || skip) {
-        if (flags & kPerturbed) {
-          (p.stream ? stream<S> : copy<S>)(piece.weights, saved, piece.numel);
+  for_each_piece<S>(p, begin * kSpan, end * kSpan, [&](const Piece<S>& piece) {
+    if (!piece.grad || skip) {
+      if (piece.flags & kPerturbed) restore(p, piece);
+      return;
+    }
+    const auto group = columns_of<Rule, T>(p, *piece.slot);
+    const T descent = (piece.flags & kMaximize ? T(-1) : T(1)) / T(grad_scale);
+    const auto scalars =
+        Rule::scalars(group, p.step ? T(p.step[piece.index]) : T(1), (piece.flags & kFresh) != 0);
+    const int64_t at = piece.slot->start + piece.offset;
+    const S* from = piece.flags & kPerturbed ? static_cast<const S*>(p.saved) + at : piece.weights;
+    // Streamed where the old weights were not read from there.
+    const bool streams = p.stream && from != piece.weights;
+    with_kept<Rule>(unsigned(piece.flags) >> kKeptShift, [&](auto kept) {
+      alignas(64) S tile[kTile];
+      for (int64_t i = 0; i < piece.numel; i += kTile) {
+        const int64_t n = piece.numel - i < kTile ? piece.numel - i : kTile;
+        S* states[kMaxStates] = {};
+        for (int k = 0; k < kMaxStates; ++k) {
+          if (kept.value & 1u << k) states[k] = static_cast<S*>(p.states[k]) + at + i;
         }
-        return;
-      }
-      const Hyper<T>& group = hyper[piece.slot->row];
-      const Step<T> scalars = make_step(
-          group, T(grad_scale), p.step ? T(p.step[piece.index]) : T(1), (flags & kFresh) != 0);
-      const S* from = flags & kPerturbed ? saved : piece.weights;
-      switch (int(group.options)) {
-        case 0:
-          return update_piece<Rule, 0>(p, piece, from, group, scalars);
-        case 1:
-          return update_piece<Rule, 1>(p, piece, from, group, scalars);
-        case 2:
-          if constexpr (Rule::kVariants > 2) update_piece<Rule, 2>(p, piece, from, group, scalars);
-          return;
-        case 3:
-          if constexpr (Rule::kVariants > 3) update_piece<Rule, 3>(p, piece, from, group, scalars);
-          return;
+        step<Rule, kept.value, S>(streams ? tile : piece.weights + i, from + i, piece.grad + i,
+                                  states, n, descent, group.lr == T(0), scalars);
+        if (streams) stream(piece.weights + i, tile, n);
       }
     });
-  }
+  });
   if (p.stream) end_streaming();
 }
 
@@ -309,15 +319,19 @@ void update_(const Problem& p, double grad_scale, bool skip, int64_t begin, int6
 #define FUSED_SAM_STRING_(x) #x
 #define FUSED_SAM_STRING(x) FUSED_SAM_STRING_(x)
 
+#define FUSED_SAM_ALL_DTYPES(kernel, what) \
+  {kernel<what, float>, kernel<what, double>, kernel<what, BFloat16>, kernel<what, Float16>},
+#define FUSED_SAM_REDUCE(sums) FUSED_SAM_ALL_DTYPES(reduce, sums)
+#define FUSED_SAM_ASCEND(ascent) FUSED_SAM_ALL_DTYPES(ascend_, ascent)
+#define FUSED_SAM_UPDATE(rule) FUSED_SAM_ALL_DTYPES(update_, rule)
+
 extern const Kernels kKernels;
 const Kernels kKernels = {
     FUSED_SAM_STRING(FUSED_SAM_ISA),
-    {sq_norm<float>, sq_norm<double>, sq_norm<BFloat16>, sq_norm<Float16>},
-    {perturb_<float>, perturb_<double>, perturb_<BFloat16>, perturb_<Float16>},
-    {{update_<Sgd, float>, update_<Sgd, double>, update_<Sgd, BFloat16>, update_<Sgd, Float16>},
-     {update_<Adam, float>, update_<Adam, double>, update_<Adam, BFloat16>, update_<Adam, Float16>},
-     {update_<RmsProp, float>, update_<RmsProp, double>, update_<RmsProp, BFloat16>,
-      update_<RmsProp, Float16>}},
+    {FUSED_SAM_SUMS(FUSED_SAM_REDUCE)},
+    {FUSED_SAM_ASCENTS(FUSED_SAM_ASCEND)},
+    {FUSED_SAM_RULES(FUSED_SAM_UPDATE)},
+    {restore_<float>, restore_<double>, restore_<BFloat16>, restore_<Float16>},
 };
 
 }  // namespace FUSED_SAM_ISA

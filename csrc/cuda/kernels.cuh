@@ -1,6 +1,6 @@
 // The CUDA kernels. They use blocks of kThreads threads, __syncthreads, warp shuffles, static
-// shared memory, one integer atomic and the cooperative grid barrier, and nothing of the host: the
-// tests run this very file on a CPU, under an emulation of those.
+// shared memory and one integer atomic, and nothing of the host: the tests run this very file on a
+// CPU, under an emulation of those.
 //
 // A chunk is kChunk elements of one parameter; the table of chunks is walked by a persistent grid.
 #pragma once
@@ -9,7 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../rules.h"
+#include "../mathematics.h"
 #include "../storage.h"
 #include "../tables.h"
 #include "launch.h"
@@ -61,19 +61,18 @@ __device__ __forceinline__ void write(S* to, const Pack<S, kWidth>& pack) {
   }
 }
 
-__device__ __forceinline__ bool is_aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % kAccess == 0;
-}
-
 // The part of a parameter that a block works on.
 template <typename S>
 struct Piece {
   Slot slot;
   int64_t index;  // of the slot
-  int64_t at;     // of the first element in the flat buffers
+  int32_t flags;
+  int64_t at;  // of the first element in the flat buffers
   int numel;
   S* weights;
-  const S* grad;  // or null
+  const S* grad;  // nowhere if it is missing
+
+  __device__ bool has(int32_t flag) const { return (flags & flag) != 0; }
 };
 
 template <typename S>
@@ -82,17 +81,26 @@ __device__ __forceinline__ Piece<S> piece_of(const DeviceProblem& p, int chunk) 
   Piece<S> piece;
   piece.slot = p.slots[c.slot];
   piece.index = c.slot;
+  piece.flags = p.flags[c.slot];
   piece.at = piece.slot.start + c.offset;
   const int64_t rest = piece.slot.numel - c.offset;
   piece.numel = static_cast<int>(rest < kChunk ? rest : kChunk);
-  piece.weights = (piece.slot.pinned ? reinterpret_cast<S*>(piece.slot.pinned)
-                                     : static_cast<S*>(p.weights) + piece.slot.start) +
-                  c.offset;
-  const S* grad = reinterpret_cast<const S*>(p.grads[c.slot]);
-  piece.grad = grad ? grad + c.offset : nullptr;
+  piece.weights = reinterpret_cast<S*>(piece.slot.weights) + c.offset;
+  piece.grad = p.grads ? reinterpret_cast<const S*>(p.grads[c.slot]) + c.offset : nullptr;
   FUSED_SAM_ASSUME_GLOBAL(piece.weights);
   FUSED_SAM_ASSUME_GLOBAL(piece.grad);
   return piece;
+}
+
+// The hyperparameters of a group.
+template <typename Value, typename T>
+__device__ __forceinline__ auto columns_of(const DeviceProblem& p, const Slot& slot) {
+  using Columns = typename Value::template Columns<T>;
+  if constexpr (Value::kColumns == 0) {
+    return Columns{};
+  } else {
+    return static_cast<const Columns*>(p.hyper)[slot.row];
+  }
 }
 
 // Calls body(width, unroll, i) for this thread's elements: 128-bit accesses where they are
@@ -141,83 +149,85 @@ __device__ __forceinline__ double block_sum(double x) {
   return sum;
 }
 
-// ----------------------------------------------------------------------------------------- sq_norm
+// Whether this is the last block that comes here; all others have done what they do before. ticket
+// is 0 at first, and the last block's to set to 0 again.
+__device__ __forceinline__ bool is_last(unsigned* ticket) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
 
-template <typename S, bool kAdaptive>
-__device__ __forceinline__ ComputeOf<S> sum_squares(const Piece<S>& piece, bool aligned,
-                                                    ComputeOf<S> eta) {
+// ------------------------------------------------------------------------------------------ reduce
+
+template <typename Sums, bool kReadsParam, typename S>
+__device__ __forceinline__ ComputeOf<S> sum_terms(
+    const Piece<S>& piece, const typename Sums::template Columns<ComputeOf<S>>& group) {
   using T = ComputeOf<S>;
   T sum = T(0);
-  for_packs<S, 4>(piece.numel, aligned, [&](auto width, auto unroll, int i) {
+  for_packs<S, 4>(piece.numel, piece.has(kAligned), [&](auto width, auto unroll, int i) {
     constexpr int kWidth = decltype(width)::value, kUnroll = decltype(unroll)::value;
     constexpr int kStride = kThreads * kWidth;
     Pack<S, kWidth> weights[kUnroll], grad[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (kAdaptive) weights[u] = read<kWidth>(piece.weights + i + u * kStride);
+      if (kReadsParam) weights[u] = read<kWidth>(piece.weights + i + u * kStride);
       grad[u] = read<kWidth>(piece.grad + i + u * kStride);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
-        const T w = kAdaptive ? load(weights[u].at[k]) : T(0);
-        const T x = ascent_dual(w, load(grad[u].at[k]), kAdaptive, eta);
-        sum += x * x;
+        const T w = kReadsParam ? load(weights[u].at[k]) : T(0);
+        sum += Sums::template terms<kReadsParam>(w, load(grad[u].at[k]), group);
       }
     }
   });
   return sum;
 }
 
-// This block's share of the squared norm, in every thread.
-template <typename S>
-__device__ double share_of_sq_norm(const DeviceProblem& p, bool by_group) {
+// partials: T (kPartials,), scratch; total: what it comes to, in the compute dtype.
+template <typename Sums, typename S>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    reduce_kernel(DeviceProblem p, ComputeOf<S>* partials, double* total, unsigned* ticket) {
   using T = ComputeOf<S>;
-  const Hyper<T>* hyper = static_cast<const Hyper<T>*>(p.hyper);
   double sum = 0;
   for (int chunk = blockIdx.x; chunk < p.num_chunks; chunk += gridDim.x) {
     const Piece<S> piece = piece_of<S>(p, chunk);
-    if (!piece.grad) continue;
-    const Hyper<T>& group = hyper[piece.slot.row];
-    if (by_group && group.adaptive != T(0)) {
-      const bool aligned = is_aligned(piece.grad) && is_aligned(piece.weights);
-      sum += sum_squares<S, true>(piece, aligned, group.eta);
-    } else {
-      sum += sum_squares<S, false>(piece, is_aligned(piece.grad), T(0));
-    }
+    if (piece.has(kMissing)) continue;
+    const auto group = columns_of<Sums, T>(p, piece.slot);
+    sum += piece.has(kReadsParam) ? sum_terms<Sums, true>(piece, group)
+                                  : sum_terms<Sums, false>(piece, group);
   }
-  return block_sum(sum);
-}
-
-// partials: T (kPartials,); those beyond the grid become 0.
-template <typename T>
-__device__ void write_partial(T* partials, double sum) {
+  sum = block_sum(sum);
+  // The thread that takes the ticket has stored the partial sum.
   if (threadIdx.x == 0) partials[blockIdx.x] = T(sum);
-  if (blockIdx.x != 0) return;
-  for (int i = gridDim.x + threadIdx.x; i < kPartials; i += kThreads) partials[i] = T(0);
+  if (!is_last(ticket)) return;
+  sum = 0;
+  // Past the first-level cache, which may hold what was there before.
+  for (int i = threadIdx.x; i < int(gridDim.x); i += kThreads) {
+    sum += double(static_cast<volatile T*>(partials)[i]);
+  }
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) {
+    *total = double(T(sum));
+    *ticket = 0;
+  }
 }
 
-template <typename S>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
-    sq_norm_kernel(DeviceProblem p, ComputeOf<S>* partials, bool by_group) {
-  write_partial(partials, share_of_sq_norm<S>(p, by_group));
-}
+// ----------------------------------------------------------------------------------------- ascend_
 
-// ---------------------------------------------------------------------------------------- perturb_
-
-template <typename T>
-__device__ T sum_of(const T* values, int64_t n) {
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < n; i += kThreads) sum += double(values[i]);
-  return T(block_sum(sum));
-}
-
-template <typename S, bool kAdaptive>
-__device__ __forceinline__ void climb(S* saved, const Piece<S>& piece, bool aligned,
-                                      ComputeOf<S> scale, ComputeOf<S> eta) {
-  using T = ComputeOf<S>;
-  for_packs<S, 2>(piece.numel, aligned, [&](auto width, auto unroll, int i) {
+template <typename Ascent, typename S>
+__device__ __forceinline__ void climb(
+    S* saved, const Piece<S>& piece,
+    const typename Ascent::template Scalars<ComputeOf<S>>& scalars) {
+  const bool stays = scalars.scale == ComputeOf<S>(0);
+  for_packs<S, 2>(piece.numel, piece.has(kAligned), [&](auto width, auto unroll, int i) {
     constexpr int kWidth = decltype(width)::value, kUnroll = decltype(unroll)::value;
     constexpr int kStride = kThreads * kWidth;
     Pack<S, kWidth> weights[kUnroll], grad[kUnroll];
@@ -231,8 +241,10 @@ __device__ __forceinline__ void climb(S* saved, const Piece<S>& piece, bool alig
       write(saved + i + u * kStride, weights[u]);
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
-        const T w = load(weights[u].at[k]);
-        weights[u].at[k] = round_to<S>(ascend(w, load(grad[u].at[k]), scale, kAdaptive, eta));
+        const S old = weights[u].at[k];
+        const S moved = round_to<S>(Ascent::move(load(old), load(grad[u].at[k]), scalars));
+        // 0 * inf is NaN, and a scale of 0 must move nothing.
+        weights[u].at[k] = stays ? old : moved;
       }
       write(piece.weights + i + u * kStride, weights[u]);
     }
@@ -253,68 +265,55 @@ __device__ __forceinline__ void copy(S* to, const S* from, int numel, bool align
   });
 }
 
-template <typename S>
-__device__ __forceinline__ void perturb_chunk(const DeviceProblem& p, ComputeOf<S> sq_norm,
-                                              int chunk) {
+template <typename Ascent, typename S>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    ascend_kernel(DeviceProblem p, const double* total, int64_t* climbed, int64_t number) {
   using T = ComputeOf<S>;
-  const Piece<S> piece = piece_of<S>(p, chunk);
-  if (!piece.grad) return;
-  const Hyper<T>& group = static_cast<const Hyper<T>*>(p.hyper)[piece.slot.row];
-  const T scale = ascent_scale(group.rho, sq_norm);
-  S* saved = static_cast<S*>(p.saved) + piece.at;
-  const bool aligned = is_aligned(piece.grad) && is_aligned(piece.weights);
-  if (scale == T(0)) {
-    copy<S>(saved, piece.weights, piece.numel, is_aligned(piece.weights));
-  } else if (group.adaptive != T(0)) {
-    climb<S, true>(saved, piece, aligned, scale, group.eta);
-  } else {
-    climb<S, false>(saved, piece, aligned, scale, group.eta);
-  }
-}
-
-template <typename S>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
-    perturb_kernel(DeviceProblem p, const ComputeOf<S>* sq_norm, int64_t num_partials) {
-  const ComputeOf<S> sum = sum_of(sq_norm, num_partials);
+  if (blockIdx.x == 0 && threadIdx.x == 0) *climbed = number;
+  const T sum = T(*total);
   for (int chunk = blockIdx.x; chunk < p.num_chunks; chunk += gridDim.x) {
-    perturb_chunk<S>(p, sum, chunk);
+    const Piece<S> piece = piece_of<S>(p, chunk);
+    if (piece.has(kMissing)) continue;
+    const auto scalars = Ascent::scalars(columns_of<Ascent, T>(p, piece.slot), sum);
+    S* saved = static_cast<S*>(p.saved) + piece.at;
+    climb<Ascent>(saved, piece, scalars);
   }
 }
 
-// sq_norm and perturb_ in one cooperative launch. The second phase walks back, so that it finds
-// the end of the gradients still in the L2.
+// ---------------------------------------------------------------------------------------- restore_
+
+template <typename S>
+__device__ __forceinline__ void restore(const DeviceProblem& p, const Piece<S>& piece) {
+  if (!piece.has(kPerturbed)) return;
+  const S* saved = static_cast<const S*>(p.saved) + piece.at;
+  copy<S>(piece.weights, saved, piece.numel, piece.has(kAligned));
+}
+
 template <typename S>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    climb_kernel(DeviceProblem p, ComputeOf<S>* partials) {
-  write_partial(partials, share_of_sq_norm<S>(p, true));
-  cooperative_groups::this_grid().sync();
-  const ComputeOf<S> sum = sum_of(static_cast<const ComputeOf<S>*>(partials), gridDim.x);
-  const int blocks = gridDim.x;
-  const int rounds = (p.num_chunks - 1 - int(blockIdx.x) + blocks) / blocks;
-  for (int round = rounds - 1; round >= 0; --round) {
-    perturb_chunk<S>(p, sum, int(blockIdx.x) + round * blocks);
+    restore_kernel(DeviceProblem p, int64_t* climbed) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) *climbed = 0;
+  for (int chunk = blockIdx.x; chunk < p.num_chunks; chunk += gridDim.x) {
+    restore(p, piece_of<S>(p, chunk));
   }
 }
 
 // ----------------------------------------------------------------------------------------- update_
 
 // weights and from may be the same memory.
-template <typename Rule, int kOptions, typename S>
-__device__ __forceinline__ void update_piece(const DeviceProblem& p, const Piece<S>& piece,
-                                             const S* from, const Hyper<ComputeOf<S>>& group_,
-                                             const Step<ComputeOf<S>>& step) {
+template <typename Rule, unsigned kKept, typename S>
+__device__ __forceinline__ void update_piece(
+    const DeviceProblem& p, const Piece<S>& piece, const S* from, ComputeOf<S> descent, bool frozen,
+    const typename Rule::template Scalars<ComputeOf<S>>& scalars) {
   using T = ComputeOf<S>;
-  const Hyper<T> group = group_;
-  const bool frozen = group.lr == T(0);
-  const bool aligned = is_aligned(piece.grad) && is_aligned(piece.weights);
   S* states[kMaxStates];
 #pragma unroll
   for (int k = 0; k < kMaxStates; ++k) {
-    states[k] = Rule::uses(kOptions, k) ? static_cast<S*>(p.states[k]) + piece.at : nullptr;
+    states[k] = kKept & 1u << k ? static_cast<S*>(p.states[k]) + piece.at : nullptr;
   }
   // Two accesses in flight for each buffer where the registers suffice.
-  constexpr int kMaxUnroll = sizeof(S) == 4 && !Rule::uses(kOptions, 2) ? 2 : 1;
-  for_packs<S, kMaxUnroll>(piece.numel, aligned, [&](auto width, auto unroll, int i) {
+  constexpr int kMaxUnroll = sizeof(S) == 4 && !(kKept & 4u) ? 2 : 1;
+  for_packs<S, kMaxUnroll>(piece.numel, piece.has(kAligned), [&](auto width, auto unroll, int i) {
     constexpr int kWidth = decltype(width)::value, kUnroll = decltype(unroll)::value;
     constexpr int kStride = kThreads * kWidth;
     Pack<S, kWidth> weights[kUnroll], grad[kUnroll], state[kMaxStates][kUnroll];
@@ -324,7 +323,7 @@ __device__ __forceinline__ void update_piece(const DeviceProblem& p, const Piece
       grad[u] = read<kWidth>(piece.grad + i + u * kStride);
 #pragma unroll
       for (int s = 0; s < kMaxStates; ++s) {
-        if (!Rule::uses(kOptions, s)) continue;
+        if (!(kKept & 1u << s)) continue;
         state[s][u] = read<kWidth>(static_cast<const S*>(states[s] + i + u * kStride));
       }
     }
@@ -335,14 +334,14 @@ __device__ __forceinline__ void update_piece(const DeviceProblem& p, const Piece
         T buffers[kMaxStates] = {};
 #pragma unroll
         for (int s = 0; s < kMaxStates; ++s) {
-          if (Rule::uses(kOptions, s)) buffers[s] = load(state[s][u].at[k]);
+          if (kKept & 1u << s) buffers[s] = load(state[s][u].at[k]);
         }
         const S old = weights[u].at[k];
-        const S updated = round_to<S>(
-            Rule::template update<kOptions>(load(old), load(grad[u].at[k]), buffers, group, step));
+        const S updated = round_to<S>(Rule::template update<kKept>(
+            load(old), descent * load(grad[u].at[k]), buffers, scalars));
 #pragma unroll
         for (int s = 0; s < kMaxStates; ++s) {
-          if (Rule::uses(kOptions, s)) state[s][u].at[k] = round_to<S>(buffers[s]);
+          if (kKept & 1u << s) state[s][u].at[k] = round_to<S>(buffers[s]);
         }
         // 0 * inf is NaN and -0.0 - -0.0 is 0.0: with lr 0 only a copy gives the bits back.
         weights[u].at[k] = frozen ? old : updated;
@@ -350,10 +349,19 @@ __device__ __forceinline__ void update_piece(const DeviceProblem& p, const Piece
       write(piece.weights + i + u * kStride, weights[u]);
 #pragma unroll
       for (int s = 0; s < kMaxStates; ++s) {
-        if (Rule::uses(kOptions, s)) write(states[s] + i + u * kStride, state[s][u]);
+        if (kKept & 1u << s) write(states[s] + i + u * kStride, state[s][u]);
       }
     }
   });
+}
+
+// Calls f with the states that a group keeps as a constant.
+template <typename Rule, unsigned kMask = 0, typename F>
+__device__ __forceinline__ void with_kept(unsigned kept, const F& f) {
+  if constexpr ((kMask & Rule::kAlways) == Rule::kAlways) {
+    if (kept == kMask) return f(std::integral_constant<unsigned, kMask>());
+  }
+  if constexpr (kMask + 1 < 1u << Rule::kStates) with_kept<Rule, kMask + 1>(kept, f);
 }
 
 template <typename Rule, typename S>
@@ -361,38 +369,24 @@ __device__ __forceinline__ void update_chunk(const DeviceProblem& p, ComputeOf<S
                                              bool skip, int chunk) {
   using T = ComputeOf<S>;
   const Piece<S> piece = piece_of<S>(p, chunk);
-  const uint8_t flags = p.flags[piece.index];
-  const S* saved = static_cast<const S*>(p.saved) + piece.at;
-  if (!piece.grad || skip) {
-    if (flags & kPerturbed) {
-      copy(piece.weights, saved, piece.numel, is_aligned(piece.weights));
-    }
-    return;
-  }
-  const Hyper<T>& group = static_cast<const Hyper<T>*>(p.hyper)[piece.slot.row];
+  if (piece.has(kMissing) || skip) return restore(p, piece);
+  const auto group = columns_of<Rule, T>(p, piece.slot);
   const T count = p.step ? T(p.step[piece.index] + 1.0f) : T(1);
-  const Step<T> step = make_step(group, grad_scale, count, (flags & kFresh) != 0);
-  const S* from = flags & kPerturbed ? saved : piece.weights;
+  const auto scalars = Rule::scalars(group, count, piece.has(kFresh));
+  const T descent = (piece.has(kMaximize) ? T(-1) : T(1)) / grad_scale;
+  const S* from = piece.has(kPerturbed) ? static_cast<const S*>(p.saved) + piece.at : piece.weights;
   FUSED_SAM_ASSUME_GLOBAL(from);
-  switch (int(group.options)) {
-    case 0:
-      return update_piece<Rule, 0>(p, piece, from, group, step);
-    case 1:
-      return update_piece<Rule, 1>(p, piece, from, group, step);
-    case 2:
-      if constexpr (Rule::kVariants > 2) update_piece<Rule, 2>(p, piece, from, group, step);
-      return;
-    case 3:
-      if constexpr (Rule::kVariants > 3) update_piece<Rule, 3>(p, piece, from, group, step);
-      return;
-  }
+  with_kept<Rule>(unsigned(piece.flags) >> kKeptShift, [&](auto kept) {
+    update_piece<Rule, kept.value>(p, piece, from, descent, group.lr == T(0), scalars);
+  });
 }
 
 // grad_scale, found_inf: one number each, or null. ticket: 0, and 0 again afterwards.
 template <typename Rule, typename S>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     update_kernel(DeviceProblem p, const ComputeOf<S>* grad_scale, const float* found_inf,
-                  unsigned* ticket) {
+                  unsigned* ticket, int64_t* climbed) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) *climbed = 0;
   const bool skip = found_inf && *found_inf != 0.0f;
   const ComputeOf<S> scale = grad_scale ? *grad_scale : ComputeOf<S>(1);
   for (int chunk = blockIdx.x; chunk < p.num_chunks; chunk += gridDim.x) {
@@ -400,16 +394,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   }
   if constexpr (Rule::kCounts) {
     // The last block to come here counts the step: all others have read the old count.
-    __shared__ bool last;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      __threadfence();
-      last = atomicAdd(ticket, 1u) == gridDim.x - 1;
-    }
-    __syncthreads();
-    if (!last) return;
-    for (int i = threadIdx.x; p.step && !skip && i < p.num_slots; i += kThreads) {
-      if (p.grads[i]) p.step[i] += 1.0f;
+    if (!is_last(ticket)) return;
+    for (int i = threadIdx.x; !skip && i < p.num_slots; i += kThreads) {
+      if (!(p.flags[i] & kMissing)) p.step[i] += 1.0f;
     }
     if (threadIdx.x == 0) *ticket = 0;
   }

@@ -1,6 +1,5 @@
 // Launches: a persistent grid, as many blocks as the GPU holds at once and no more than the work.
 // Nothing here waits, allocates or copies, so all of it can be captured in a CUDA graph.
-#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
 #include <mutex>
@@ -11,21 +10,6 @@
 
 namespace fused_sam {
 namespace {
-
-// The tensors' device, for the length of a call.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    error_ = cudaGetDevice(&before_);
-    if (error_ == cudaSuccess && device != before_) error_ = cudaSetDevice(device);
-  }
-  ~DeviceGuard() { cudaSetDevice(before_); }
-  cudaError_t error() const { return error_; }
-
- private:
-  int before_ = 0;
-  cudaError_t error_;
-};
 
 // How many blocks of the kernel a device holds at once. Asked once for each kernel and device.
 cudaError_t resident_blocks(const void* kernel, int device, int* blocks) {
@@ -48,23 +32,16 @@ cudaError_t resident_blocks(const void* kernel, int device, int* blocks) {
 }
 
 template <typename... Parameters, typename... Arguments>
-const char* launch(bool cooperative, void (*kernel)(Parameters...), int num_chunks, int device,
-                   void* stream, Arguments... arguments) {
-  const DeviceGuard guard(device);
-  cudaError_t error = guard.error();
+const char* launch(void (*kernel)(Parameters...), int num_chunks, int device, void* stream,
+                   Arguments... arguments) {
   int blocks = 0;
-  if (error == cudaSuccess) {
-    error = resident_blocks(reinterpret_cast<const void*>(kernel), device, &blocks);
-  }
+  cudaError_t error = resident_blocks(reinterpret_cast<const void*>(kernel), device, &blocks);
   if (error == cudaSuccess) {
     blocks = blocks < kPartials ? blocks : kPartials;
     blocks = blocks < num_chunks ? blocks : num_chunks;
     void* pointers[] = {static_cast<void*>(&arguments)...};
-    const auto function = reinterpret_cast<const void*>(kernel);
-    const dim3 grid(blocks ? blocks : 1), block(kThreads);
-    const auto on = static_cast<cudaStream_t>(stream);
-    error = cooperative ? cudaLaunchCooperativeKernel(function, grid, block, pointers, 0, on)
-                        : cudaLaunchKernel(function, grid, block, pointers, 0, on);
+    error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks ? blocks : 1),
+                             dim3(kThreads), pointers, 0, static_cast<cudaStream_t>(stream));
   }
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();  // the caller reports it; it must not turn up again elsewhere
@@ -87,67 +64,59 @@ const char* with_storage(Dtype dtype, const F& f) {
   return "unknown dtype";
 }
 
-bool can_cooperate(int device) {
-  int cooperative = 0;
-  return cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device) ==
-             cudaSuccess &&
-         cooperative;
-}
+// Calls f(Value()) with the value of a number in one of the lists of mathematics.h.
+#define FUSED_SAM_CASE(value) \
+  if (index == number++) return f(value());
+#define FUSED_SAM_WITH(name, list)               \
+  template <typename F>                          \
+  const char* name(int64_t index, const F& f) {  \
+    int64_t number = 0;                          \
+    list(FUSED_SAM_CASE) return "unknown value"; \
+  }
+FUSED_SAM_WITH(with_sums, FUSED_SAM_SUMS)
+FUSED_SAM_WITH(with_ascent, FUSED_SAM_ASCENTS)
+FUSED_SAM_WITH(with_rule, FUSED_SAM_RULES)
 
 }  // namespace
 
-const char* launch_sq_norm(Dtype dtype, const DeviceProblem& p, void* partials, bool by_group,
-                           int device, void* stream) {
-  return with_storage(dtype, [&](auto s) {
-    using T = ComputeOf<decltype(s)>;
-    return launch(false, sq_norm_kernel<decltype(s)>, p.num_chunks, device, stream, p,
-                  static_cast<T*>(partials), by_group);
-  });
-}
-
-const char* launch_perturb_(Dtype dtype, const DeviceProblem& p, const void* sq_norm,
-                            int64_t num_partials, int device, void* stream) {
-  return with_storage(dtype, [&](auto s) {
-    using T = ComputeOf<decltype(s)>;
-    return launch(false, perturb_kernel<decltype(s)>, p.num_chunks, device, stream, p,
-                  static_cast<const T*>(sq_norm), num_partials);
-  });
-}
-
-const char* launch_climb_(Dtype dtype, const DeviceProblem& p, void* partials, int device,
-                          void* stream) {
-  // Predicted, not measured: one launch is faster than two at every size. Small networks save the
-  // launch; large ones read again from the L2 what it holds of the gradients, and a grid barrier
-  // costs about what the gap between two kernels does.
-  if (can_cooperate(device)) {
-    return with_storage(dtype, [&](auto s) {
-      using T = ComputeOf<decltype(s)>;
-      return launch(true, climb_kernel<decltype(s)>, p.num_chunks, device, stream, p,
-                    static_cast<T*>(partials));
-    });
-  }
-  const char* error = launch_sq_norm(dtype, p, partials, true, device, stream);
-  return error ? error : launch_perturb_(dtype, p, partials, kPartials, device, stream);
-}
-
-const char* launch_update_(Dtype dtype, RuleId rule, const DeviceProblem& p, const void* grad_scale,
-                           const float* found_inf, unsigned* ticket, int device, void* stream) {
+const char* launch_reduce(Dtype dtype, int64_t sums, const DeviceProblem& p, void* partials,
+                          double* total, unsigned* ticket, int device, void* stream) {
   return with_storage(dtype, [&](auto s) {
     using S = decltype(s);
-    const auto scale = static_cast<const ComputeOf<S>*>(grad_scale);
-    const auto with =
-        [&](void (*kernel)(DeviceProblem, const ComputeOf<S>*, const float*, unsigned*)) {
-          return launch(false, kernel, p.num_chunks, device, stream, p, scale, found_inf, ticket);
-        };
-    switch (rule) {
-      case RuleId::kSgd:
-        return with(update_kernel<Sgd, S>);
-      case RuleId::kAdam:
-        return with(update_kernel<Adam, S>);
-      case RuleId::kRmsProp:
-        return with(update_kernel<RmsProp, S>);
-    }
-    return "unknown rule";
+    return with_sums(sums, [&](auto value) {
+      return launch(reduce_kernel<decltype(value), S>, p.num_chunks, device, stream, p,
+                    static_cast<ComputeOf<S>*>(partials), total, ticket);
+    });
+  });
+}
+
+const char* launch_ascend_(Dtype dtype, int64_t ascent, const DeviceProblem& p, const double* total,
+                           int64_t* climb, int64_t number, int device, void* stream) {
+  return with_storage(dtype, [&](auto s) {
+    using S = decltype(s);
+    return with_ascent(ascent, [&](auto value) {
+      return launch(ascend_kernel<decltype(value), S>, p.num_chunks, device, stream, p, total,
+                    climb, number);
+    });
+  });
+}
+
+const char* launch_update_(Dtype dtype, int64_t rule, const DeviceProblem& p,
+                           const void* grad_scale, const float* found_inf, unsigned* ticket,
+                           int64_t* climb, int device, void* stream) {
+  return with_storage(dtype, [&](auto s) {
+    using S = decltype(s);
+    return with_rule(rule, [&](auto value) {
+      return launch(update_kernel<decltype(value), S>, p.num_chunks, device, stream, p,
+                    static_cast<const ComputeOf<S>*>(grad_scale), found_inf, ticket, climb);
+    });
+  });
+}
+
+const char* launch_restore_(Dtype dtype, const DeviceProblem& p, int64_t* climb, int device,
+                            void* stream) {
+  return with_storage(dtype, [&](auto s) {
+    return launch(restore_kernel<decltype(s)>, p.num_chunks, device, stream, p, climb);
   });
 }
 

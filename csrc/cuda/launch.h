@@ -10,8 +10,8 @@ namespace fused_sam {
 // Elements of one parameter that a block takes at a time: 16 for each thread.
 constexpr int kChunk = 4096;
 
-// Length of sq_norm's result: more blocks than a GPU holds at once, so that every block has its
-// own partial sum and the length does not depend on the GPU.
+// Length of reduce's scratch: more blocks than a GPU holds at once, so that every block has its own
+// partial sum and the length does not depend on the GPU.
 constexpr int kPartials = 2048;
 
 struct Chunk {
@@ -21,27 +21,27 @@ struct Chunk {
 
 // A bucket's memory and tables on the device, as Problem in cpu/kernels.h.
 struct DeviceProblem {
-  void* weights;
   void* saved;
   void* states[3];
   float* step;
   const Slot* slots;
   const Chunk* chunks;
-  const int64_t* grads;
-  const uint8_t* flags;
+  const int64_t* grads;  // null for restore_
+  const int32_t* flags;
   const void* hyper;
   int num_slots;
   int num_chunks;
 };
 
-// All return null, or what went wrong. stream: a cudaStream_t of the device.
-const char* launch_sq_norm(Dtype dtype, const DeviceProblem& p, void* partials, bool by_group,
-                           int device, void* stream);
-const char* launch_perturb_(Dtype dtype, const DeviceProblem& p, const void* sq_norm,
-                            int64_t num_partials, int device, void* stream);
-const char* launch_climb_(Dtype dtype, const DeviceProblem& p, void* partials, int device,
-                          void* stream);
-const char* launch_update_(Dtype dtype, RuleId rule, const DeviceProblem& p, const void* grad_scale,
-                           const float* found_inf, unsigned* ticket, int device, void* stream);
+// All return null, or what went wrong. device: the current one. stream: a cudaStream_t of it.
+const char* launch_reduce(Dtype dtype, int64_t sums, const DeviceProblem& p, void* partials,
+                          double* total, unsigned* ticket, int device, void* stream);
+const char* launch_ascend_(Dtype dtype, int64_t ascent, const DeviceProblem& p, const double* total,
+                           int64_t* climb, int64_t number, int device, void* stream);
+const char* launch_update_(Dtype dtype, int64_t rule, const DeviceProblem& p,
+                           const void* grad_scale, const float* found_inf, unsigned* ticket,
+                           int64_t* climb, int device, void* stream);
+const char* launch_restore_(Dtype dtype, const DeviceProblem& p, int64_t* climb, int device,
+                            void* stream);
 
 }  // namespace fused_sam

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from . import native
-from .interface import Backend, Gradients, Groups
-from .reference import ReferenceBackend
+from . import capture, native
+from .base import Backend, Groups
+from .combine import combine
 
-__all__ = ["NAMES", "Backend", "Gradients", "Groups", "missing", "resolve"]
+__all__ = ["NAMES", "Backend", "Groups", "capture", "combine", "missing", "resolve"]
 
 NAMES = ("triton", "native", "reference")
 """Those that can be asked for by name."""
@@ -51,7 +51,7 @@ def _make(name: str) -> Backend:
         from .triton import TritonBackend
 
         return TritonBackend()
-    return native.NativeBackend() if name == "native" else ReferenceBackend()
+    return native.NativeBackend() if name == "native" else Backend()
 
 
 def _no_triton(device: torch.device) -> str | None:

@@ -51,8 +51,8 @@ def load_digits() -> Digits:
     Pixels are shifted and scaled to mean 0 and standard deviation 1 over the training part.
     """
     bunch = sklearn_digits()
-    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1)
-    labels = torch.tensor(bunch.target, dtype=torch.int64)
+    images = torch.tensor(bunch.images, dtype=torch.float32, device="cpu").unsqueeze(1)
+    labels = torch.tensor(bunch.target, dtype=torch.int64, device="cpu")
     rest, test = train_test_split(
         range(len(labels)), test_size=TEST_SIZE, stratify=labels, random_state=0
     )
@@ -67,8 +67,8 @@ def flip_labels(data: Labelled, fraction: float, seed: int) -> Labelled:
     """Give ``fraction`` of the images a wrong label, each of the nine wrong ones equally likely."""
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same labels for all devices
     flipped = round(fraction * len(data.labels))
-    where = torch.randperm(len(data.labels), generator=generator)[:flipped]
-    shift = torch.randint(1, CLASSES, (flipped,), generator=generator)
+    where = torch.randperm(len(data.labels), generator=generator, device="cpu")[:flipped]
+    shift = torch.randint(1, CLASSES, (flipped,), generator=generator, device="cpu")
     labels = data.labels.clone()
     labels[where] = (labels[where] + shift.to(labels.device)) % CLASSES
     return Labelled(data.images, labels)
@@ -81,7 +81,8 @@ def shuffled_batches(
 
     The rest that fills no batch is left out: here it is one image, too few for BatchNorm.
     """
-    order = torch.randperm(len(data.labels), generator=generator).to(data.labels.device)
+    order = torch.randperm(len(data.labels), generator=generator, device="cpu")
+    order = order.to(data.labels.device)
     for start in range(0, len(order) - size + 1, size):
         index = order[start : start + size]
         yield data.images[index], data.labels[index]

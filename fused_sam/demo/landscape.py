@@ -109,7 +109,7 @@ def _filter_norms(weight: Tensor) -> Tensor:
 def _random_like(tensors: Offset, generator: torch.Generator) -> Offset:
     # Drawn on the CPU: the same numbers for every device.
     return {
-        name: torch.randn(t.shape, generator=generator).to(t.device, t.dtype)
+        name: torch.randn(t.shape, generator=generator, device="cpu").to(t.device, t.dtype)
         for name, t in tensors.items()
     }
 

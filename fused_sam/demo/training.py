@@ -52,13 +52,14 @@ class Run:
 def make_model(seed: int) -> nn.Module:
     """A convolutional network of 26 thousand weights: 8x8 pixels, then 8x8, 4x4, 2x2, classes."""
     torch.manual_seed(seed)
-    return nn.Sequential(
-        *_convolution(1, 16),
-        *_convolution(16, 32, stride=2),
-        *_convolution(32, 64, stride=2),
-        nn.Flatten(),
-        nn.Linear(64 * 2 * 2, CLASSES),
-    )
+    with torch.device("cpu"):  # the same first weights for every device
+        return nn.Sequential(
+            *_convolution(1, 16),
+            *_convolution(16, 32, stride=2),
+            *_convolution(32, 64, stride=2),
+            nn.Flatten(),
+            nn.Linear(64 * 2 * 2, CLASSES),
+        )
 
 
 def _convolution(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:

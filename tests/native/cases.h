@@ -12,7 +12,7 @@
 #include <random>
 #include <vector>
 
-#include "../../csrc/rules.h"
+#include "../../csrc/mathematics.h"
 #include "../../csrc/storage.h"
 #include "../../csrc/tables.h"
 
@@ -60,38 +60,51 @@ bool same_bits(S a, S b) {
   return std::memcmp(&a, &b, sizeof(S)) == 0;
 }
 
+enum class RuleId : int { kSgd, kAdam, kRmsProp };  // as FUSED_SAM_RULES lists them
+
 // A rule with its options, as torch.optim has them; one group.
 struct Options {
   RuleId rule;
-  int variant;  // Hyper::options
+  int variant;  // SGD: 1 momentum; Adam: 1 amsgrad; RMSprop: 1 momentum, 2 centered
   bool nesterov = false, maximize = false, decoupled = false, adaptive = false;
   double lr = 0.1, weight_decay = 0.05, momentum = 0.9, dampening = 0.25, eps = 1e-3;
   double beta1 = 0.8, beta2 = 0.95, rho = 0.5, eta = 0.01, grad_scale = 1;
   double step = 3;  // the running one
+
+  // Which states the group keeps, as bits.
+  int kept() const {
+    if (rule == RuleId::kSgd) return variant & 1;
+    if (rule == RuleId::kAdam) return 3 | (variant & 1) << 2;
+    return 1 | (variant & 3) << 1;
+  }
 };
 
+// The rows of the tables, of every value.
 template <typename T>
-Hyper<T> make_hyper(const Options& o) {
-  Hyper<T> h = {};
-  h.rho = T(o.maximize ? -o.rho : o.rho);
-  h.adaptive = T(o.adaptive);
-  h.eta = T(o.eta);
-  h.maximize = T(o.maximize);
-  h.lr = T(o.lr);
-  h.weight_decay = T(o.weight_decay);
-  h.options = T(o.variant);
-  h.eps = T(o.eps);
-  h.momentum = T(o.momentum);
-  h.one_minus_dampening = T(1 - o.dampening);
-  h.nesterov = T(o.nesterov);
-  h.decoupled_weight_decay = T(o.decoupled);
-  h.one_minus_beta1 = T(1 - o.beta1);
-  h.log_beta1 = T(o.beta1 > 0 ? std::log(o.beta1) : -std::numeric_limits<double>::infinity());
-  h.beta2 = T(o.beta2);
-  h.one_minus_beta2 = T(1 - o.beta2);
-  h.log_beta2 = T(std::log(o.beta2));
-  return h;
-}
+struct Hyper {
+  SamNorm::Columns<T> ascent;
+  Sgd::Columns<T> sgd;
+  Adam::Columns<T> adam;
+  RmsProp::Columns<T> rmsprop;
+
+  explicit Hyper(const Options& o) {
+    const auto log = [](double beta) {
+      return T(beta > 0 ? std::log(beta) : -std::numeric_limits<double>::infinity());
+    };
+    ascent = {T(o.maximize ? -o.rho : o.rho), T(o.adaptive), T(o.eta)};
+    const T momentum = T(o.variant & 1 ? o.momentum : 0);
+    sgd = {T(o.lr), T(o.weight_decay), momentum, T(1 - o.dampening), T(o.nesterov)};
+    adam = {T(o.lr),    T(o.weight_decay), T(o.decoupled), T(1 - o.beta1), log(o.beta1),
+            T(o.beta2), T(1 - o.beta2),    log(o.beta2),   T(o.eps),       T(o.variant & 1)};
+    rmsprop = {T(o.lr),  T(o.weight_decay), T(o.beta2),      T(1 - o.beta2),
+               T(o.eps), momentum,          T(o.variant & 2)};
+  }
+
+  const void* of(RuleId rule) const {
+    if (rule == RuleId::kSgd) return &sgd;
+    return rule == RuleId::kAdam ? static_cast<const void*>(&adam) : &rmsprop;
+  }
+};
 
 // The rules of torch.optim, written from its documentation.
 inline double textbook(double w, double g, double (&s)[3], const Options& o, bool fresh) {
@@ -132,8 +145,12 @@ inline double textbook(double w, double g, double (&s)[3], const Options& o, boo
   std::abort();
 }
 
-// A bucket: parameters of odd sizes, some without a gradient, some gradients off 16 bytes, the last
-// two parameters pinned (one of them off 16 bytes).
+constexpr int kPinned = 3;
+
+// A bucket: parameters of odd sizes, some without a gradient, some gradients off 16 bytes. The last
+// kPinned parameters are pinned: the first of them at an aligned address, the others one element
+// off. Of these, one has an aligned gradient, so that nothing but its own address forbids 128-bit
+// accesses to it, and one has none, so that it is only returned.
 template <typename S>
 struct Bucket {
   struct Grad {
@@ -144,18 +161,18 @@ struct Bucket {
   std::vector<Slot> slots;
   std::vector<Grad> grads;
   std::vector<int64_t> addresses;
-  std::vector<uint8_t> flags;
+  std::vector<int32_t> flags;
   std::vector<float> step;
-  std::unique_ptr<S[]> pinned_memory[2];
+  std::unique_ptr<S[]> pinned_memory[kPinned];
   std::vector<void*> pinned;
   S *weights, *saved, *states[3];
   int64_t moved = 0, size = 0;
 
   explicit Bucket(const std::vector<int64_t>& sizes, unsigned seed) : random_(seed) {
     for (size_t i = 0; i < sizes.size(); ++i) {
-      slots.push_back({size, sizes[i], 0, 0});
+      slots.push_back({size, sizes[i], 0, 0});  // weights: below
       size += (sizes[i] + 63) / 64 * 64;
-      if (i + 2 < sizes.size()) moved = size;
+      if (i + kPinned < sizes.size()) moved = size;
       Grad grad;
       if (i % 4 != 3) {
         // Off by one element for every third one: no 128-bit access is aligned then.
@@ -166,20 +183,23 @@ struct Bucket {
       }
       addresses.push_back(reinterpret_cast<int64_t>(grad.data));
       grads.push_back(std::move(grad));
-      flags.push_back(static_cast<uint8_t>((i % 5 != 4 ? kPerturbed : 0) | (i % 2 ? kFresh : 0)));
+      flags.push_back((i % 5 != 4 ? kPerturbed : 0) | (i % 2 ? kFresh : 0));
       step.push_back(2.0f);
     }
     weights = flat(moved);
     saved = flat(size);
     for (S*& state : states) state = flat(size);
-    for (int k = 0; k < 2; ++k) {
-      const Slot& slot = slots[slots.size() - 2 + k];
-      pinned_memory[k].reset(new (std::align_val_t(64)) S[slot.numel + k]);
-      pinned.push_back(pinned_memory[k].get() + k);
-      slots[slots.size() - 2 + k].pinned = reinterpret_cast<int64_t>(pinned.back());
+    for (int k = 0; k < kPinned; ++k) {
+      const Slot& slot = slots[num_moved() + k];
+      const int64_t off = k > 0;
+      pinned_memory[k].reset(new (std::align_val_t(64)) S[slot.numel + off]);
+      pinned.push_back(pinned_memory[k].get() + off);
     }
     for (size_t i = 0; i < slots.size(); ++i) {
-      const Slot& slot = slots[i];
+      Slot& slot = slots[i];
+      slot.weights = reinterpret_cast<int64_t>(weights_of(i));
+      const bool aligned = slot.weights % 16 == 0 && addresses[i] % 16 == 0;
+      flags[i] |= (addresses[i] ? 0 : kMissing) | (aligned ? kAligned : 0);
       fill(weights_of(i), slot.numel, -2, 2);
       fill(saved + slot.start, slot.numel, -2, 2);
       fill(states[0] + slot.start, slot.numel, 0.5, 1);
@@ -196,7 +216,7 @@ struct Bucket {
     for (Grad& grad : grads) release(grad.memory);
   }
 
-  int num_moved() const { return static_cast<int>(slots.size()) - 2; }
+  int num_moved() const { return static_cast<int>(slots.size()) - kPinned; }
 
   S* weights_of(size_t i) {
     return static_cast<int>(i) < num_moved() ? weights + slots[i].start
@@ -204,6 +224,16 @@ struct Bucket {
   }
 
   bool has_grad(size_t i) const { return addresses[i] != 0; }
+
+  // The bits of each slot with those of a group.
+  std::vector<int32_t> bits(const Options& o) const {
+    std::vector<int32_t> all = flags;
+    for (int32_t& flag : all) {
+      flag |=
+          (o.maximize ? kMaximize : 0) | (o.adaptive ? kReadsParam : 0) | o.kept() << kKeptShift;
+    }
+    return all;
+  }
 
   // All weights, saved weights and states, to compare with later.
   struct Copy {
@@ -389,8 +419,9 @@ inline std::vector<Options> all_options() {
   return all;
 }
 
-// Runner<S>: sq_norm(bucket, options, by_group) -> double, perturb_(bucket, options, sq_norm),
-// climb_(bucket, options) -> double, update_(bucket, options, skip).
+// Runner<S>: reduce(bucket, options, ascent) -> double, ascend_(bucket, options, total),
+// update_(bucket, options, skip), restore_(bucket, options). ascent: the ascent's sum, or the plain
+// squares.
 template <typename S, template <typename> class Runner>
 void run_all(const std::vector<int64_t>& sizes) {
   constexpr double kInf = std::numeric_limits<double>::infinity();
@@ -401,17 +432,10 @@ void run_all(const std::vector<int64_t>& sizes) {
       const auto before = bucket.copy();
       Options plain = options;
       plain.adaptive = false;
-      expect_sq_norm<S>(runner.sq_norm(bucket, options, false), sq_norm_of(bucket, plain));
-      expect_sq_norm<S>(runner.sq_norm(bucket, options, true), sq_norm_of(bucket, options));
-      runner.perturb_(bucket, options, 9.0);
+      expect_sq_norm<S>(runner.reduce(bucket, options, false), sq_norm_of(bucket, plain));
+      expect_sq_norm<S>(runner.reduce(bucket, options, true), sq_norm_of(bucket, options));
+      runner.ascend_(bucket, options, 9.0);
       expect_perturbed(bucket, before, options, 9.0);
-    }
-    {
-      Bucket<S> bucket(sizes, 2);
-      const auto before = bucket.copy();
-      const double want = sq_norm_of(bucket, options), got = runner.climb_(bucket, options);
-      expect_sq_norm<S>(got, want);
-      expect_perturbed(bucket, before, options, got);
     }
     for (bool skip : {false, true}) {
       Bucket<S> bucket(sizes, 3);
@@ -419,10 +443,16 @@ void run_all(const std::vector<int64_t>& sizes) {
       runner.update_(bucket, options, skip);
       expect_updated(bucket, before, options, skip);
     }
+    {
+      Bucket<S> bucket(sizes, 6);
+      const auto before = bucket.copy();
+      runner.restore_(bucket, options);
+      expect_updated(bucket, before, options, true);
+    }
     for (double bad : {0.0, kInf, std::nan("")}) {
       Bucket<S> bucket(sizes, 4);
       const auto before = bucket.copy();
-      runner.perturb_(bucket, options, bad);
+      runner.ascend_(bucket, options, bad);
       expect_perturbed(bucket, before, options, bad);
     }
     {

@@ -1,6 +1,7 @@
 // The CPU kernels of the best instruction set (or FUSED_SAM_CPU's) against the textbook, with
 // threads of its own in place of torch's: one span after the other goes to the next free thread.
 #include <atomic>
+#include <optional>
 #include <thread>
 
 #include "../../csrc/cpu/kernels.h"
@@ -29,14 +30,14 @@ class Runner {
  public:
   using T = typename Compute<S>::Type;
 
-  double sq_norm(cases::Bucket<S>& bucket, const Options& o, bool by_group) {
-    const Problem p = problem(bucket, o);
+  double reduce(cases::Bucket<S>& bucket, const Options& o, bool ascent) {
+    const Problem p = problem(bucket, o, true);
     const int64_t spans = num_spans(p.size);
     std::vector<T> partials(spans, T(NAN)), again(spans, T(NAN));
-    const auto kernel = kernels().sq_norm[dtype()];
+    const auto kernel = kernels().reduce[ascent ? 0 : 1][dtype()];
     parallel(spans, kMaxThreads,
-             [&](int64_t begin, int64_t end) { kernel(p, by_group, partials.data(), begin, end); });
-    kernel(p, by_group, again.data(), 0, spans);
+             [&](int64_t begin, int64_t end) { kernel(p, partials.data(), begin, end); });
+    kernel(p, again.data(), 0, spans);
     EXPECT(!std::memcmp(partials.data(), again.data(), spans * sizeof(T)),
            "the number of threads changes the bits");
     double total = 0;
@@ -44,22 +45,15 @@ class Runner {
     return total;
   }
 
-  void perturb_(cases::Bucket<S>& bucket, const Options& o, double sq_norm) {
-    const Problem p = problem(bucket, o);
-    const T sum = T(sq_norm);
-    const auto kernel = kernels().perturb_[dtype()];
+  void ascend_(cases::Bucket<S>& bucket, const Options& o, double total) {
+    const Problem p = problem(bucket, o, true);
+    const auto kernel = kernels().ascend_[0][dtype()];
     parallel(num_spans(p.size), kMaxThreads,
-             [&](int64_t begin, int64_t end) { kernel(p, &sum, begin, end); });
-  }
-
-  double climb_(cases::Bucket<S>& bucket, const Options& o) {
-    const double sum = sq_norm(bucket, o, true);
-    perturb_(bucket, o, sum);
-    return sum;
+             [&](int64_t begin, int64_t end) { kernel(p, total, begin, end); });
   }
 
   void update_(cases::Bucket<S>& bucket, const Options& o, bool skip) {
-    const Problem p = problem(bucket, o);
+    const Problem p = problem(bucket, o, false);
     for (size_t i = 0; p.step && !skip && i < bucket.step.size(); ++i) {
       if (bucket.has_grad(i)) bucket.step[i] += 1;
     }
@@ -68,11 +62,20 @@ class Runner {
              [&](int64_t begin, int64_t end) { kernel(p, o.grad_scale, skip, begin, end); });
   }
 
+  void restore_(cases::Bucket<S>& bucket, const Options& o) {
+    const Problem p = problem(bucket, o, false);
+    const auto kernel = kernels().restore_[dtype()];
+    parallel(num_spans(p.size), kMaxThreads,
+             [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  }
+
  private:
   static int dtype() { return static_cast<int>(kDtype<S>); }
 
-  Problem problem(cases::Bucket<S>& bucket, const Options& o) {
-    hyper_ = make_hyper<T>(o);
+  // ascent: whether it is for that; else for the rule.
+  Problem problem(cases::Bucket<S>& bucket, const Options& o, bool ascent) {
+    hyper_.emplace(o);
+    flags_ = bucket.bits(o);
     Problem p = {};
     p.weights = bucket.weights;
     p.pinned = bucket.pinned.data();
@@ -81,8 +84,8 @@ class Runner {
     p.step = o.rule == RuleId::kSgd ? nullptr : bucket.step.data();
     p.slots = bucket.slots.data();
     p.grads = bucket.addresses.data();
-    p.flags = bucket.flags.data();
-    p.hyper = &hyper_;
+    p.flags = flags_.data();
+    p.hyper = ascent ? &hyper_->ascent : hyper_->of(o.rule);
     p.num_slots = static_cast<int64_t>(bucket.slots.size());
     p.num_moved = bucket.num_moved();
     p.size = bucket.size;
@@ -90,7 +93,8 @@ class Runner {
     return p;
   }
 
-  Hyper<T> hyper_;
+  std::optional<Hyper<T>> hyper_;
+  std::vector<int32_t> flags_;
   int runs_ = 0;
 };
 

@@ -1,4 +1,6 @@
 // The CUDA kernels on a CPU, against the textbook.
+#include <optional>
+
 #include "emulation.h"
 
 #include "../../csrc/cuda/kernels.cuh"
@@ -14,51 +16,63 @@ class Runner {
  public:
   using T = typename Compute<S>::Type;
 
-  double sq_norm(cases::Bucket<S>& bucket, const Options& o, bool by_group) {
+  double reduce(cases::Bucket<S>& bucket, const Options& o, bool ascent) {
     return in_every_order(bucket, [&](unsigned blocks, Order order) {
       std::vector<T> partials(kPartials, T(NAN));
-      const DeviceProblem p = problem(bucket, o);
-      launch(blocks, order, [&] { sq_norm_kernel<S>(p, partials.data(), by_group); });
-      return sum(partials);
+      double total = NAN;
+      unsigned ticket = 0;
+      const DeviceProblem p = problem(bucket, o, true);
+      launch(blocks, order, [&] {
+        if (ascent) return reduce_kernel<SamNorm, S>(p, partials.data(), &total, &ticket);
+        return reduce_kernel<Squares, S>(p, partials.data(), &total, &ticket);
+      });
+      EXPECT(ticket == 0, "the ticket is %u afterwards", ticket);
+      return total;
     });
   }
 
-  void perturb_(cases::Bucket<S>& bucket, const Options& o, double sq_norm) {
+  void ascend_(cases::Bucket<S>& bucket, const Options& o, double total) {
     in_every_order(bucket, [&](unsigned blocks, Order order) {
-      const std::vector<T> partials = {T(sq_norm / 4), T(sq_norm / 2), T(sq_norm / 4)};
-      const DeviceProblem p = problem(bucket, o);
-      launch(blocks, order, [&] { perturb_kernel<S>(p, partials.data(), 3); });
+      int64_t climbed = 0;
+      const DeviceProblem p = problem(bucket, o, true);
+      launch(blocks, order, [&] { ascend_kernel<Sam, S>(p, &total, &climbed, 7); });
+      EXPECT(climbed == 7, "the climb's number is %ld", long(climbed));
       return 0.0;
-    });
-  }
-
-  double climb_(cases::Bucket<S>& bucket, const Options& o) {
-    return in_every_order(bucket, [&](unsigned blocks, Order order) {
-      std::vector<T> partials(kPartials, T(NAN));
-      const DeviceProblem p = problem(bucket, o);
-      launch(blocks, order, [&] { climb_kernel<S>(p, partials.data()); });
-      return sum(partials);
     });
   }
 
   void update_(cases::Bucket<S>& bucket, const Options& o, bool skip) {
     in_every_order(bucket, [&](unsigned blocks, Order order) {
-      DeviceProblem p = problem(bucket, o);
+      DeviceProblem p = problem(bucket, o, false);
       const T scale = T(o.grad_scale);
       const T* grad_scale = o.grad_scale == 1 ? nullptr : &scale;
       const float found = skip ? 2.0f : 0.0f;
+      const float* found_inf = skip || o.rule != RuleId::kRmsProp ? &found : nullptr;
       unsigned ticket = 0;
+      int64_t climbed = 7;
       launch(blocks, order, [&] {
         switch (o.rule) {
           case RuleId::kSgd:
-            return update_kernel<Sgd, S>(p, grad_scale, &found, &ticket);
+            return update_kernel<Sgd, S>(p, grad_scale, found_inf, &ticket, &climbed);
           case RuleId::kAdam:
-            return update_kernel<Adam, S>(p, grad_scale, &found, &ticket);
+            return update_kernel<Adam, S>(p, grad_scale, found_inf, &ticket, &climbed);
           case RuleId::kRmsProp:
-            return update_kernel<RmsProp, S>(p, grad_scale, skip ? &found : nullptr, &ticket);
+            return update_kernel<RmsProp, S>(p, grad_scale, found_inf, &ticket, &climbed);
         }
       });
       EXPECT(ticket == 0, "the ticket is %u afterwards", ticket);
+      EXPECT(climbed == 0, "the climb's number is %ld afterwards", long(climbed));
+      return 0.0;
+    });
+  }
+
+  void restore_(cases::Bucket<S>& bucket, const Options& o) {
+    in_every_order(bucket, [&](unsigned blocks, Order order) {
+      DeviceProblem p = problem(bucket, o, false);
+      p.grads = nullptr;
+      int64_t climbed = 7;
+      launch(blocks, order, [&] { restore_kernel<S>(p, &climbed); });
+      EXPECT(climbed == 0, "the climb's number is %ld afterwards", long(climbed));
       return 0.0;
     });
   }
@@ -119,30 +133,26 @@ class Runner {
     }
   }
 
-  DeviceProblem problem(cases::Bucket<S>& bucket, const Options& o) {
-    hyper_ = make_hyper<T>(o);
+  // ascent: whether it is for that; else for the rule.
+  DeviceProblem problem(cases::Bucket<S>& bucket, const Options& o, bool ascent) {
+    hyper_.emplace(o);
+    flags_ = bucket.bits(o);
     DeviceProblem p = {};
-    p.weights = bucket.weights;
     p.saved = bucket.saved;
     for (int k = 0; k < 3; ++k) p.states[k] = bucket.states[k];
     p.step = o.rule == RuleId::kSgd ? nullptr : bucket.step.data();
     p.slots = bucket.slots.data();
     p.chunks = chunks_.data();
     p.grads = bucket.addresses.data();
-    p.flags = bucket.flags.data();
-    p.hyper = &hyper_;
+    p.flags = flags_.data();
+    p.hyper = ascent ? &hyper_->ascent : hyper_->of(o.rule);
     p.num_slots = static_cast<int>(bucket.slots.size());
     p.num_chunks = static_cast<int>(chunks_.size());
     return p;
   }
 
-  static double sum(const std::vector<T>& partials) {
-    double total = 0;
-    for (T partial : partials) total += static_cast<double>(partial);
-    return total;
-  }
-
-  Hyper<T> hyper_;
+  std::optional<Hyper<T>> hyper_;
+  std::vector<int32_t> flags_;
   std::vector<Chunk> chunks_;
 };
 

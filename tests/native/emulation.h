@@ -1,5 +1,5 @@
 // CUDA on a CPU, as far as csrc/cuda/kernels.cuh uses it: threads are fibres of one thread. A block
-// runs until all its threads have finished or wait at the grid barrier; then comes the next one.
+// runs until all its threads have finished; then comes the next one.
 // So __shared__ can be static, and a missing barrier shows when threads run in another order.
 #pragma once
 
@@ -97,7 +97,7 @@ struct Context {
 inline void switch_to(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
 #endif
 
-enum class State { kReady, kWarp, kBlock, kGrid, kDone };
+enum class State { kReady, kWarp, kBlock, kDone };
 enum class Order { kForward, kBackward, kShuffled };
 
 constexpr unsigned kWarpSize = 32;
@@ -146,10 +146,7 @@ class Machine {
     std::iota(turn.begin(), turn.end(), 0u);
     if (order == Order::kBackward) std::reverse(turn.begin(), turn.end());
     if (order == Order::kShuffled) std::shuffle(turn.begin(), turn.end(), std::mt19937(7));
-    for (bool at_grid = true; at_grid;) {
-      for (unsigned block = 0; block < blocks; ++block) run_block(block, threads, turn);
-      at_grid = release(0, blocks * threads, State::kGrid);
-    }
+    for (unsigned block = 0; block < blocks; ++block) run_block(block, threads, turn);
   }
 
   void wait(State state) {
@@ -207,15 +204,11 @@ class Machine {
   }
 
   // Lets the threads [begin, end) go on if all of them wait in `state`.
-  bool release(unsigned begin, unsigned end, State state) {
+  void release(unsigned begin, unsigned end, State state) {
     for (unsigned i = begin; i < end; ++i) {
-      if (fibres_[i]->state != state) {
-        if (state == State::kGrid && fibres_[i]->state != State::kDone) fail("grid barrier");
-        return false;
-      }
+      if (fibres_[i]->state != state) return;
     }
     for (unsigned i = begin; i < end; ++i) fibres_[i]->state = State::kReady;
-    return true;
   }
 
   void resume(Fibre& fibre) {
@@ -272,10 +265,3 @@ inline unsigned atomicAdd(unsigned* address, unsigned value) {
   *address += value;
   return old;
 }
-
-namespace cooperative_groups {
-struct Grid {
-  void sync() const { emulation::Machine::get().wait(emulation::State::kGrid); }
-};
-inline Grid this_grid() { return {}; }
-}  // namespace cooperative_groups

@@ -1,0 +1,102 @@
+// What the bindings of both libraries share: the way from tensors to memory, checked. On the stable
+// ABI of LibTorch, so that one binary serves many versions.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "mathematics.h"
+#include "tables.h"
+
+namespace fused_sam {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::Double:
+      return Dtype::kFloat64;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "fused_sam: weights must be float32, float64, bfloat16 or float16");
+  }
+}
+
+inline ScalarType compute_type(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
+// numel: how many elements it must have; any number if that is negative.
+inline void check(const Tensor& tensor, const char* name, ScalarType type, int64_t numel,
+                  const Tensor& like) {
+  STD_TORCH_CHECK(tensor.scalar_type() == type, "fused_sam: ", name, " has a wrong dtype");
+  STD_TORCH_CHECK(tensor.is_contiguous(), "fused_sam: ", name, " must be contiguous");
+  STD_TORCH_CHECK(
+      tensor.is_cpu() == like.is_cpu() && tensor.get_device_index() == like.get_device_index(),
+      "fused_sam: ", name, " is on another device than the weights");
+  STD_TORCH_CHECK(numel < 0 || tensor.numel() == numel, "fused_sam: ", name, " has ",
+                  tensor.numel(), " elements, expected ", numel);
+}
+
+template <typename T = void>
+T* memory(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<T*>(tensor->mutable_data_ptr()) : nullptr;
+}
+
+inline int64_t check_index(int64_t index, int64_t count, const char* what) {
+  STD_TORCH_CHECK(index >= 0 && index < count, "fused_sam: unknown ", what, " ", index);
+  return index;
+}
+
+// What the generated mathematics says of each value, by its number.
+#define FUSED_SAM_COLUMNS(value) value::kColumns,
+#define FUSED_SAM_ALWAYS(value) value::kAlways,
+#define FUSED_SAM_STATES(value) value::kStates,
+#define FUSED_SAM_COUNTS(value) value::kCounts,
+constexpr int kSumsColumns[] = {FUSED_SAM_SUMS(FUSED_SAM_COLUMNS)};
+constexpr int kAscentColumns[] = {FUSED_SAM_ASCENTS(FUSED_SAM_COLUMNS)};
+constexpr int kRuleColumns[] = {FUSED_SAM_RULES(FUSED_SAM_COLUMNS)};
+constexpr unsigned kRuleAlways[] = {FUSED_SAM_RULES(FUSED_SAM_ALWAYS)};
+constexpr int kRuleStates[] = {FUSED_SAM_RULES(FUSED_SAM_STATES)};
+constexpr bool kRuleCounts[] = {FUSED_SAM_RULES(FUSED_SAM_COUNTS)};
+
+// Checks the arguments of update_ and fills `states`; returns which of them are there, as bits. (An
+// empty one is there and has no address.)
+inline unsigned check_update(const std::optional<Tensor>& state0,
+                             const std::optional<Tensor>& state1,
+                             const std::optional<Tensor>& state2, const std::optional<Tensor>& step,
+                             const std::optional<Tensor>& grad_scale,
+                             const std::optional<Tensor>& found_inf, const Tensor& saved,
+                             int64_t num_slots, int64_t rule, void* (&states)[kMaxStates]) {
+  static_assert(kMaxStates == 3, "the operation update_ takes three states");
+  const std::optional<Tensor>* given[] = {&state0, &state1, &state2};
+  unsigned has = 0;
+  for (int k = 0; k < kMaxStates; ++k) {
+    if (*given[k]) check(**given[k], "a state", saved.scalar_type(), saved.numel(), saved);
+    STD_TORCH_CHECK(*given[k] || !(kRuleAlways[rule] & 1u << k),
+                    "fused_sam: a state is missing that the rule always needs");
+    states[k] = memory(*given[k]);
+    has |= (*given[k] ? 1u : 0u) << k;
+  }
+  STD_TORCH_CHECK(step.has_value() == kRuleCounts[rule],
+                  "fused_sam: a rule that counts needs step");
+  if (step) check(*step, "step", ScalarType::Float, num_slots, saved);
+  if (grad_scale) {
+    check(*grad_scale, "grad_scale", compute_type(dtype_of(saved)), 1, saved);
+  }
+  if (found_inf) check(*found_inf, "found_inf", ScalarType::Float, 1, saved);
+  return has;
+}
+
+}  // namespace fused_sam

@@ -1,0 +1,192 @@
+// The CPU library: the schemas of all operations, and their implementations for a CPU.
+#include "../bindings.h"
+#include "kernels.h"
+
+namespace fused_sam {
+namespace {
+
+// A bucket's memory as the kernels take it, checked. The pinned weights are the list's.
+struct Bucket {
+  Dtype dtype;
+  Problem problem = {};
+  std::vector<void*> pinned;
+
+  Bucket(const Tensor& weights, const std::vector<Tensor>& pinned_weights, const Tensor& saved,
+         const Tensor& slots, const std::optional<Tensor>& grads, const Tensor& flags,
+         const std::optional<Tensor>& hyper, int columns)
+      : dtype(dtype_of(saved)) {
+    Problem& p = problem;
+    p.num_slots = flags.numel();
+    p.num_moved = p.num_slots - static_cast<int64_t>(pinned_weights.size());
+    p.size = saved.numel();
+    check(weights, "weights", saved.scalar_type(), -1, saved);
+    check(slots, "slots", ScalarType::Long, p.num_slots * 4, saved);
+    check(flags, "flags", ScalarType::Int, p.num_slots, saved);
+    if (grads) check(*grads, "grads", ScalarType::Long, p.num_slots, saved);
+    if (hyper) check(*hyper, "hyper", compute_type(dtype), -1, saved);
+    STD_TORCH_CHECK(saved.is_contiguous(), "fused_sam: saved must be contiguous");
+    const int64_t numbers = hyper ? hyper->numel() : 0;
+    STD_TORCH_CHECK(p.num_moved >= 0 && (columns == 0 || numbers % columns == 0),
+                    "fused_sam: tables of wrong size");
+    p.slots = static_cast<const Slot*>(slots.const_data_ptr());
+    const int64_t moved_size = weights.numel() < p.size ? weights.numel() : p.size;
+    for (int64_t i = 0; i < p.num_slots; ++i) {
+      const Slot& slot = p.slots[i];
+      const bool moved = i < p.num_moved;
+      const int64_t limit = moved ? moved_size : p.size;
+      STD_TORCH_CHECK(slot.start >= (i ? p.slots[i - 1].start + p.slots[i - 1].numel : 0) &&
+                          slot.start <= limit && slot.numel >= 0 &&
+                          slot.numel <= limit - slot.start && slot.row >= 0 &&
+                          (columns == 0 || slot.row < numbers / columns),
+                      "fused_sam: slot ", i, " does not fit its bucket");
+      if (!moved) {
+        const Tensor& memory = pinned_weights[i - p.num_moved];
+        check(memory, "a pinned weight", saved.scalar_type(), slot.numel, saved);
+        pinned.push_back(memory.mutable_data_ptr());
+      }
+    }
+    p.weights = weights.mutable_data_ptr();
+    p.pinned = pinned.data();
+    p.saved = saved.mutable_data_ptr();
+    p.grads = grads ? static_cast<const int64_t*>(grads->const_data_ptr()) : nullptr;
+    p.flags = static_cast<const int32_t*>(flags.const_data_ptr());
+    p.hyper = numbers ? hyper->const_data_ptr() : nullptr;
+    // Where the buffers stay in the caches, going past them costs more than it saves.
+    constexpr int64_t kStreamBytes = 16 << 20;
+    p.stream = p.size * static_cast<int64_t>(saved.element_size()) >= kStreamBytes;
+  }
+};
+
+template <typename F>
+void parallel_spans(int64_t size, const F& f) {
+  // One span for each thread at least: some 10 us of work against 5 us for waking a thread.
+  torch::stable::parallel_for(0, num_spans(size), 1, f);
+}
+
+void set_climb(const Tensor& climb, const Tensor& saved, int64_t number) {
+  check(climb, "climb", ScalarType::Long, 1, saved);
+  *static_cast<int64_t*>(climb.mutable_data_ptr()) = number;
+}
+
+template <typename T>
+double sum_of(const void* values, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(static_cast<const T*>(values)[i]);
+  return static_cast<double>(static_cast<T>(sum));
+}
+
+Tensor reduce(Tensor weights, std::vector<Tensor> pinned, Tensor saved, std::optional<Tensor>,
+              Tensor slots, Tensor grads, Tensor flags, Tensor hyper, int64_t sums) {
+  check_index(sums, kNumSums, "sums");
+  const Bucket bucket(weights, pinned, saved, slots, grads, flags, hyper, kSumsColumns[sums]);
+  const Problem& p = bucket.problem;
+  Tensor total = torch::stable::new_zeros(saved, {1}, ScalarType::Double);
+  const int64_t spans = num_spans(p.size);
+  std::vector<double> partials(spans);  // of float or double
+  const auto kernel = kernels().reduce[sums][static_cast<int>(bucket.dtype)];
+  parallel_spans(p.size,
+                 [&](int64_t begin, int64_t end) { kernel(p, partials.data(), begin, end); });
+  *static_cast<double*>(total.mutable_data_ptr()) = bucket.dtype == Dtype::kFloat64
+                                                        ? sum_of<double>(partials.data(), spans)
+                                                        : sum_of<float>(partials.data(), spans);
+  return total;
+}
+
+void ascend_(Tensor weights, std::vector<Tensor> pinned, Tensor saved, Tensor climb, Tensor slots,
+             Tensor grads, Tensor flags, Tensor hyper, Tensor total, int64_t number,
+             int64_t ascent) {
+  check_index(ascent, kNumAscents, "ascent");
+  const Bucket bucket(weights, pinned, saved, slots, grads, flags, hyper, kAscentColumns[ascent]);
+  check(total, "total", ScalarType::Double, 1, saved);
+  const double sum = *static_cast<const double*>(total.const_data_ptr());
+  set_climb(climb, saved, number);
+  const auto kernel = kernels().ascend_[ascent][static_cast<int>(bucket.dtype)];
+  const Problem& p = bucket.problem;
+  parallel_spans(p.size, [&](int64_t begin, int64_t end) { kernel(p, sum, begin, end); });
+}
+
+void update_(Tensor weights, std::vector<Tensor> pinned, std::optional<Tensor> state0,
+             std::optional<Tensor> state1, std::optional<Tensor> state2, std::optional<Tensor> step,
+             std::optional<Tensor> /*ticket*/, Tensor climb, Tensor saved, Tensor slots,
+             Tensor grads, Tensor flags, Tensor hyper, std::optional<Tensor> grad_scale,
+             std::optional<Tensor> found_inf, int64_t rule) {
+  check_index(rule, kNumRules, "rule");
+  Bucket bucket(weights, pinned, saved, slots, grads, flags, hyper, kRuleColumns[rule]);
+  Problem& p = bucket.problem;
+  const unsigned has = check_update(state0, state1, state2, step, grad_scale, found_inf, saved,
+                                    p.num_slots, rule, p.states);
+  p.step = memory<float>(step);
+  const bool skip = found_inf && *memory<float>(found_inf) != 0.0f;
+  double scale = 1;
+  if (grad_scale) {
+    scale = bucket.dtype == Dtype::kFloat64 ? *memory<double>(grad_scale)
+                                            : static_cast<double>(*memory<float>(grad_scale));
+  }
+  for (int64_t i = 0; i < p.num_slots; ++i) {
+    if (p.flags[i] & kMissing) continue;
+    const unsigned kept = static_cast<unsigned>(p.flags[i]) >> kKeptShift;
+    const bool fits = kept >> kRuleStates[rule] == 0 && (kept & ~has) == 0 &&
+                      (kept & kRuleAlways[rule]) == kRuleAlways[rule];
+    STD_TORCH_CHECK(fits, "fused_sam: slot ", i, " keeps the states ", kept,
+                    ", of which one is missing or unknown");
+  }
+  if (p.step && !skip) {
+    for (int64_t i = 0; i < p.num_slots; ++i) {
+      if (!(p.flags[i] & kMissing)) p.step[i] += 1.0f;
+    }
+  }
+  const auto kernel = kernels().update_[rule][static_cast<int>(bucket.dtype)];
+  parallel_spans(p.size, [&](int64_t begin, int64_t end) { kernel(p, scale, skip, begin, end); });
+  set_climb(climb, saved, 0);
+}
+
+void restore_(Tensor weights, std::vector<Tensor> pinned, Tensor climb, Tensor saved, Tensor slots,
+              Tensor flags) {
+  const Bucket bucket(weights, pinned, saved, slots, std::nullopt, flags, std::nullopt, 0);
+  const auto kernel = kernels().restore_[static_cast<int>(bucket.dtype)];
+  const Problem& p = bucket.problem;
+  parallel_spans(p.size, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  set_climb(climb, saved, 0);
+}
+
+std::string cpu_kernels() { return kernels().name; }
+
+std::string mathematics() { return FUSED_SAM_MATHEMATICS; }
+
+}  // namespace
+}  // namespace fused_sam
+
+// pinned: the weights of the last slots, which are not in `weights`. grads: their addresses. The
+// tables are described in tables.h, the rows of `hyper` in mathematics.h (Columns), the operations
+// in fused_sam/backends/base.py.
+STABLE_TORCH_LIBRARY(fused_sam, m) {
+  m.def(
+      "reduce(Tensor weights, Tensor[] pinned, Tensor saved, Tensor(a!)? ticket, Tensor slots, "
+      "Tensor grads, Tensor flags, Tensor hyper, int sums) -> Tensor");
+  m.def(
+      "ascend_(Tensor(a!) weights, Tensor(b!)[] pinned, Tensor(c!) saved, Tensor(d!) climb, "
+      "Tensor slots, Tensor grads, Tensor flags, Tensor hyper, Tensor total, int number, "
+      "int ascent) -> ()");
+  m.def(
+      "update_(Tensor(a!) weights, Tensor(b!)[] pinned, Tensor(c!)? state0, Tensor(d!)? state1, "
+      "Tensor(e!)? state2, Tensor(f!)? step, Tensor(g!)? ticket, Tensor(h!) climb, Tensor saved, "
+      "Tensor slots, Tensor grads, Tensor flags, Tensor hyper, Tensor? grad_scale, "
+      "Tensor? found_inf, int rule) -> ()");
+  m.def(
+      "restore_(Tensor(a!) weights, Tensor(b!)[] pinned, Tensor(c!) climb, Tensor saved, "
+      "Tensor slots, Tensor flags) -> ()");
+  m.def("cpu_kernels() -> str");
+  m.def("mathematics() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_sam, CPU, m) {
+  m.impl("reduce", TORCH_BOX(&fused_sam::reduce));
+  m.impl("ascend_", TORCH_BOX(&fused_sam::ascend_));
+  m.impl("update_", TORCH_BOX(&fused_sam::update_));
+  m.impl("restore_", TORCH_BOX(&fused_sam::restore_));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_sam, CompositeExplicitAutograd, m) {
+  m.impl("cpu_kernels", TORCH_BOX(&fused_sam::cpu_kernels));
+  m.impl("mathematics", TORCH_BOX(&fused_sam::mathematics));
+}

@@ -1,0 +1,121 @@
+// The CUDA library: implementations for the schemas of the CPU library.
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../bindings.h"
+#include "launch.h"
+
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace fused_sam {
+namespace {
+
+// A bucket's memory on a GPU. `slots` holds the slots and then the chunks, both made by
+// fused_sam/backends/native/operations.py, which answers for what the host cannot check without
+// waiting. The pinned weights are reached through the table; they are arguments so that the schemas
+// are true. Its device is the current one for as long as it lives.
+struct Bucket {
+  Dtype dtype;
+  DeviceProblem problem = {};
+  int device;
+  torch::stable::accelerator::DeviceGuard guard;
+  void* stream = nullptr;
+
+  Bucket(const Tensor& weights, const Tensor& saved, const Tensor& slots,
+         const std::optional<Tensor>& grads, const Tensor& flags,
+         const std::optional<Tensor>& hyper, int columns)
+      : dtype(dtype_of(saved)), device(saved.get_device_index()), guard(device) {
+    DeviceProblem& p = problem;
+    const int64_t num_slots = flags.numel();
+    const int64_t num_chunks = (slots.numel() - 4 * num_slots) / 2;
+    check(weights, "weights", saved.scalar_type(), -1, saved);
+    check(slots, "slots", ScalarType::Long, 4 * num_slots + 2 * num_chunks, saved);
+    check(flags, "flags", ScalarType::Int, num_slots, saved);
+    if (grads) check(*grads, "grads", ScalarType::Long, num_slots, saved);
+    if (hyper) check(*hyper, "hyper", compute_type(dtype), -1, saved);
+    STD_TORCH_CHECK(saved.is_contiguous(), "fused_sam: saved must be contiguous");
+    STD_TORCH_CHECK(num_chunks >= 0 && num_chunks < (int64_t{1} << 31) &&
+                        (columns == 0 || hyper->numel() % columns == 0),
+                    "fused_sam: tables of wrong size");
+    p.saved = saved.mutable_data_ptr();
+    p.slots = static_cast<const Slot*>(slots.const_data_ptr());
+    p.chunks = reinterpret_cast<const Chunk*>(p.slots + num_slots);
+    p.grads = grads ? static_cast<const int64_t*>(grads->const_data_ptr()) : nullptr;
+    p.flags = static_cast<const int32_t*>(flags.const_data_ptr());
+    p.hyper = hyper ? hyper->const_data_ptr() : nullptr;
+    p.num_slots = static_cast<int>(num_slots);
+    p.num_chunks = static_cast<int>(num_chunks);
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  }
+};
+
+void check_launch(const char* error) {
+  STD_TORCH_CHECK(!error, "fused_sam: a CUDA kernel could not be launched: ", error);
+}
+
+unsigned* ticket_of(const std::optional<Tensor>& ticket, const Tensor& saved) {
+  STD_TORCH_CHECK(ticket, "fused_sam: on CUDA a ticket is needed");
+  check(*ticket, "ticket", ScalarType::Int, 1, saved);
+  return memory<unsigned>(ticket);
+}
+
+int64_t* climb_of(const Tensor& climb, const Tensor& saved) {
+  check(climb, "climb", ScalarType::Long, 1, saved);
+  return static_cast<int64_t*>(climb.mutable_data_ptr());
+}
+
+Tensor reduce(Tensor weights, std::vector<Tensor> /*pinned*/, Tensor saved,
+              std::optional<Tensor> ticket, Tensor slots, Tensor grads, Tensor flags, Tensor hyper,
+              int64_t sums) {
+  check_index(sums, kNumSums, "sums");
+  const Bucket bucket(weights, saved, slots, grads, flags, hyper, kSumsColumns[sums]);
+  Tensor partials = torch::stable::new_empty(saved, {kPartials}, compute_type(bucket.dtype));
+  Tensor total = torch::stable::new_empty(saved, {1}, ScalarType::Double);
+  check_launch(launch_reduce(bucket.dtype, sums, bucket.problem, partials.mutable_data_ptr(),
+                             static_cast<double*>(total.mutable_data_ptr()),
+                             ticket_of(ticket, saved), bucket.device, bucket.stream));
+  return total;
+}
+
+void ascend_(Tensor weights, std::vector<Tensor> /*pinned*/, Tensor saved, Tensor climb,
+             Tensor slots, Tensor grads, Tensor flags, Tensor hyper, Tensor total, int64_t number,
+             int64_t ascent) {
+  check_index(ascent, kNumAscents, "ascent");
+  const Bucket bucket(weights, saved, slots, grads, flags, hyper, kAscentColumns[ascent]);
+  check(total, "total", ScalarType::Double, 1, saved);
+  check_launch(launch_ascend_(bucket.dtype, ascent, bucket.problem,
+                              static_cast<const double*>(total.const_data_ptr()),
+                              climb_of(climb, saved), number, bucket.device, bucket.stream));
+}
+
+void update_(Tensor weights, std::vector<Tensor> /*pinned*/, std::optional<Tensor> state0,
+             std::optional<Tensor> state1, std::optional<Tensor> state2, std::optional<Tensor> step,
+             std::optional<Tensor> ticket, Tensor climb, Tensor saved, Tensor slots, Tensor grads,
+             Tensor flags, Tensor hyper, std::optional<Tensor> grad_scale,
+             std::optional<Tensor> found_inf, int64_t rule) {
+  check_index(rule, kNumRules, "rule");
+  Bucket bucket(weights, saved, slots, grads, flags, hyper, kRuleColumns[rule]);
+  DeviceProblem& p = bucket.problem;
+  check_update(state0, state1, state2, step, grad_scale, found_inf, saved, p.num_slots, rule,
+               p.states);
+  p.step = memory<float>(step);
+  check_launch(launch_update_(bucket.dtype, rule, p, memory(grad_scale), memory<float>(found_inf),
+                              ticket_of(ticket, saved), climb_of(climb, saved), bucket.device,
+                              bucket.stream));
+}
+
+void restore_(Tensor weights, std::vector<Tensor> /*pinned*/, Tensor climb, Tensor saved,
+              Tensor slots, Tensor flags) {
+  const Bucket bucket(weights, saved, slots, std::nullopt, flags, std::nullopt, 0);
+  check_launch(launch_restore_(bucket.dtype, bucket.problem, climb_of(climb, saved), bucket.device,
+                               bucket.stream));
+}
+
+}  // namespace
+}  // namespace fused_sam
+
+STABLE_TORCH_LIBRARY_IMPL(fused_sam, CUDA, m) {
+  m.impl("reduce", TORCH_BOX(&fused_sam::reduce));
+  m.impl("ascend_", TORCH_BOX(&fused_sam::ascend_));
+  m.impl("update_", TORCH_BOX(&fused_sam::update_));
+  m.impl("restore_", TORCH_BOX(&fused_sam::restore_));
+}

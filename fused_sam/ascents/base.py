@@ -1,0 +1,77 @@
+"""What an ascent is: the way from w to w + epsilon, as the backends fuse it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..rules.base import Group
+from ..text import Text
+
+
+def _never(group: Group) -> bool:
+    return False
+
+
+def _no_columns(group: Group) -> tuple[float, ...]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Numbers that are summed over all elements of all parameters that have a gradient.
+
+    Attributes:
+        name: short name: the C++ struct is called so.
+        terms: text, for each element: ``(param, grad, *columns) -> number``. ``param`` is None
+            where no group reads it.
+        columns: a group's numbers in float64, in the order of the text's arguments.
+        reads_param: whether ``terms`` needs the weights under a group's options.
+        squares: whether ``terms`` are the squared gradients under a group's options: torch has a
+            kernel for those.
+    """
+
+    name: str
+    terms: Text
+    columns: Callable[[Group], tuple[float, ...]] = _no_columns
+    reads_param: Callable[[Group], bool] = _never
+    squares: Callable[[Group], bool] = _never
+
+    @functools.cached_property
+    def column_names(self) -> tuple[str, ...]:
+        """What ``columns`` returns, by name."""
+        return tuple(inspect.signature(self.terms).parameters)[2:]
+
+    def numbers(self, group: Group) -> tuple[float, ...]:
+        """A group's row of the table of hyperparameters."""
+        return tuple(map(float, self.columns(group)))
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """A climb that the backends fuse.
+
+    Attributes:
+        name: short name: the C++ struct is called so.
+        options: the names of the group options that are its own.
+        sums: what is reduced before it can climb; its columns are the ascent's.
+        scalars: text, once for each parameter: ``(total, *columns) -> (scale, ...)``, with
+            ``total`` the reduced number. Where ``scale`` is 0 nothing moves, to the bit.
+        move: text, for each element: ``(param, grad, *scalars) -> param``.
+        kernel: a torch kernel that moves a group with these options, for the reference backend,
+            or None where there is none: ``(params, grads, scale)``.
+    """
+
+    name: str
+    options: tuple[str, ...]
+    sums: Sums
+    scalars: Text
+    move: Text
+    kernel: Callable[[Group], Kernel | None]
+
+
+Kernel = Callable[[list[Tensor], list[Tensor], Tensor], None]

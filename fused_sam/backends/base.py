@@ -1,0 +1,287 @@
+"""What a backend does, and how torch does it: the reference, which defines what is right.
+
+The seam between two passes over the parameters is always a few numbers. Two ways lead through a
+pass. Where torch has a kernel that is right, one call serves a whole run of parameters. Elsewhere
+the gradients of a run are gathered into a flat scratch buffer of the compute dtype, and the texts
+of rules and ascents run on the flat buffers, rounding once on the way back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+from ..ascents import Ascent, Sums
+from ..blends import Blend
+from ..memory import Bucket, Gradients
+from ..rules import STEP, Group, Rule
+from .runs import CHUNK_ELEMENTS, Run, present, runs
+
+Groups = Sequence[dict[str, Any]]
+
+
+class Backend:
+    """Five operations on a bucket, none of which waits for the device.
+
+    A slot whose gradient is missing is left out. ``groups`` are the optimizer's parameter groups;
+    those of ``bucket.rows`` are looked at.
+    """
+
+    name = "reference"
+
+    def reduce(self, bucket: Bucket, sums: Sums, grads: Gradients, groups: Groups) -> Tensor:
+        """The sum of ``sums.terms`` over all elements that have a gradient.
+
+        Returns:
+            (1,) float64, on the bucket's device; infinite where the compute dtype cannot hold it.
+        """
+        dtype = bucket.compute_dtype
+        norms: list[Tensor] = []
+        parts: list[Tensor] = []
+        for run in runs(bucket, present(grads)):
+            group = groups[run.row]
+            if sums.squares(group):
+                pieces = [piece for grad in run.pick(grads.tensors) for piece in _pieces(grad)]
+                norms += torch._foreach_norm(pieces, 2, dtype=dtype)
+                continue
+            grad, columns = run.gather(bucket, grads), sums.numbers(group)
+            for chunk in run.chunks():
+                param = run.weights[chunk].to(dtype) if sums.reads_param(group) else None
+                parts.append(sums.terms(param, grad[chunk], *columns).sum())
+        if norms:
+            parts += torch.stack(norms).square_().unbind()
+        if not parts:
+            return torch.zeros(1, dtype=torch.float64, device=bucket.device)
+        return torch.stack(parts).sum(0, keepdim=True).double()
+
+    def ascend_(
+        self,
+        bucket: Bucket,
+        ascent: Ascent,
+        grads: Gradients,
+        groups: Groups,
+        total: Tensor,
+        number: int,
+    ) -> None:
+        """Save w, write the climb's number, then climb.
+
+        If ``total`` allows no climb nothing moves; w is saved all the same. A group with
+        ``maximize`` moves against its gradient.
+
+        Args:
+            bucket: ``saved`` and ``climb`` are written, and the weights in place.
+            ascent: the climb.
+            grads: as for ``reduce``; only read.
+            groups: rho and the other options of each row.
+            total: (1,) float64, on the bucket's device: ``ascent.sums`` over all buckets.
+            number: the climb's.
+        """
+        dtype = bucket.compute_dtype
+        plan = runs(bucket, present(grads))
+        for run in plan:
+            run.of(bucket.saved).copy_(run.weights)
+        bucket.climb.fill_(number)
+        for run in plan:
+            group = groups[run.row]
+            scalars = ascent.scalars(total.to(dtype).squeeze(), *ascent.sums.numbers(group))
+            scale = scalars[0]
+            kernel = ascent.kernel(group) if _has_fused(bucket) else None
+            if kernel is not None:
+                kernel(run.params, run.pick(grads.tensors), scale)
+                continue
+            grad = run.gather(bucket, grads)
+            for chunk in run.chunks():
+                weights = run.weights[chunk].to(dtype)
+                moved = ascent.move(weights, grad[chunk], *scalars)
+                # 0 * inf is NaN, and a scale of 0 must move nothing.
+                run.weights[chunk] = torch.where(scale == 0, weights, moved)
+
+    def update_(
+        self,
+        bucket: Bucket,
+        rule: Rule,
+        blend: Blend,
+        grads: Gradients,
+        groups: Groups,
+        *,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Return the perturbed slots to w, and step those that have a gradient by the rule.
+
+        A slot without a gradient is only restored. With lr 0 the weights are the saved bits.
+
+        Args:
+            bucket: weights and states, in place; ``climb`` is 0 afterwards.
+            rule: the base optimizer's.
+            blend: which gradient it sees.
+            grads: as for ``reduce``; may be overwritten.
+            groups: the hyperparameters of each row.
+            grad_scale: (), compute dtype, on the bucket's device: gradients are divided by it.
+            found_inf: (), float32, on the bucket's device: if it is not 0, restore and no more.
+        """
+        # torch's kernels take a float32 grad_scale, and skip only if found_inf is exactly 1.
+        kernel = rule.kernel if _has_fused(bucket) else None
+        if grad_scale is not None and bucket.dtype != torch.float32:
+            kernel = None
+        if found_inf is not None:
+            found_inf = (found_inf != 0).float()
+        if rule.counts:
+            _count_steps(bucket, grads, found_inf)
+        for run in runs(bucket, _kinds(bucket, rule, grads, groups)):
+            has_grad, perturbed, fresh = run.kind
+            group, saved = groups[run.row], run.of(bucket.saved)
+            frozen = _is_zero(group["lr"])
+            if perturbed:
+                run.weights.copy_(saved)
+            if not has_grad:
+                continue
+            if frozen is not False and not perturbed:
+                saved.copy_(run.weights)
+            if kernel is not None:
+                buffers = {name: bucket.state(name).flat for name in rule.kept(group)}
+                views = {name: run.split(bucket, name, flat) for name, flat in buffers.items()}
+                kernel(
+                    run.params, run.pick(grads.tensors), views, group, fresh, grad_scale, found_inf
+                )
+            else:
+                grad = run.gather(bucket, grads)
+                if grad_scale is not None:
+                    grad.div_(grad_scale)
+                grad = blend.gradient(grad.neg_() if group["maximize"] else grad)
+                _update_run(bucket, run, rule, grad, group, fresh, found_inf)
+            # 0 * inf is NaN and -0.0 - -0.0 is 0.0: with lr 0 only a copy gives the bits back.
+            if frozen is True:
+                run.weights.copy_(saved)
+            elif frozen is not False:
+                run.weights.copy_(torch.where(frozen, saved, run.weights))
+        bucket.climb.zero_()
+
+    def blend_(
+        self,
+        bucket: Bucket,
+        blend: Blend,
+        grads: Sequence[Tensor | None],
+        grad_scale: Tensor | None,
+    ) -> None:
+        """Give a base optimizer that has no rule the gradient that it is to see, in place.
+
+        Args:
+            bucket: at w.
+            blend: which gradient it is.
+            grads: the parameters' own; overwritten.
+            grad_scale: (), compute dtype, on the bucket's device: gradients are divided by it.
+        """
+        for grad in grads:
+            if grad is not None:
+                # In the compute dtype: float16 does not hold every scale.
+                value = grad.to(torch.promote_types(grad.dtype, bucket.compute_dtype))
+                grad.copy_(blend.gradient(value if grad_scale is None else value / grad_scale))
+
+    def restore_(self, bucket: Bucket) -> None:
+        """Return the perturbed slots to w; ``climb`` is 0 afterwards."""
+        for run in runs(bucket, tuple(flag or None for flag in bucket.perturbed)):
+            run.weights.copy_(run.of(bucket.saved))
+        bucket.climb.zero_()
+
+
+def _pieces(grad: Tensor) -> Sequence[Tensor]:
+    """A gradient in pieces: torch sums many squares naively, 25 million come out 0.15 % short."""
+    if grad.numel() <= CHUNK_ELEMENTS:
+        return (grad,)
+    pieces: Sequence[Tensor] = grad.as_strided((grad.numel(),), (1,)).split(CHUNK_ELEMENTS)
+    return pieces
+
+
+def _has_fused(bucket: Bucket) -> bool:
+    """Whether torch's fused optimizer kernels serve this bucket.
+
+    Not for reduced precision: on a CPU ``_fused_sgd_`` gives wrong numbers there (torch 2.13), and
+    elsewhere it rounds as it likes. Not for float64 on accelerators, where a tensor lr must be
+    float32.
+    """
+    if bucket.device.type not in _get_fused_kernels_supported_devices():
+        return False
+    return bucket.dtype == torch.float32 or (
+        bucket.dtype == torch.float64 and bucket.device.type == "cpu"
+    )
+
+
+def _kinds(bucket: Bucket, rule: Rule, grads: Gradients, groups: Groups) -> tuple[Hashable, ...]:
+    """For each slot (has a gradient, is perturbed, has no state yet), or None if untouched."""
+    fresh = bucket.fresh({name for row in bucket.rows for name in rule.kept(groups[row])})
+    return tuple(
+        [
+            kind if kind[0] or kind[1] else None
+            for kind in zip(grads.present, bucket.perturbed, fresh, strict=True)
+        ]
+    )
+
+
+def _count_steps(bucket: Bucket, grads: Gradients, found_inf: Tensor | None) -> None:
+    """Add 1 to the step counts of the slots that step now."""
+    stepping = torch.tensor(grads.present, dtype=torch.float32, device="cpu")
+    if bucket.device.type == "cuda":
+        stepping = stepping.pin_memory()  # else the copy would wait for the device
+    stepping = stepping.to(bucket.device, non_blocking=True)
+    bucket.state(STEP).flat.add_(stepping if found_inf is None else stepping * (1 - found_inf))
+
+
+def _update_run(
+    bucket: Bucket,
+    run: Run,
+    rule: Rule,
+    grad: Tensor,
+    group: Group,
+    fresh: bool,
+    found_inf: Tensor | None,
+) -> None:
+    """The rule's texts on the flat buffers of a run."""
+    kept = rule.kept(group)
+    names = [state.name for state in rule.states]
+    flat = {name: run.of(bucket.state(name).flat) for name in names if name in kept}
+    scalars = _scalars(bucket, run, rule, group, fresh)
+    for chunk in run.chunks():
+        targets = [run.weights[chunk], *[flat[n][chunk] if n in flat else None for n in names]]
+        param, *states = [None if t is None else t.to(grad.dtype) for t in targets]
+        numbers = [s[chunk] if isinstance(s, Tensor) and s.dim() else s for s in scalars]
+        values = rule.update(param, grad[chunk], *states, *numbers)
+        for target, value in zip(targets, values, strict=True):
+            if target is not None:
+                if found_inf is not None:
+                    value = torch.where(found_inf != 0, target.to(value.dtype), value)
+                target.copy_(value)
+    for buffer in (run.weights, *flat.values()):
+        run.clear_padding(buffer)
+
+
+def _scalars(
+    bucket: Bucket, run: Run, rule: Rule, group: Group, fresh: bool
+) -> tuple[float | Tensor, ...]:
+    """The rule's scalars: numbers, (), or where they follow the step (elements of the run,)."""
+    step: float | Tensor = 1.0
+    if rule.counts:
+        steps = bucket.state(STEP).flat[run.slots.start : run.slots.stop]
+        step = steps.to(bucket.compute_dtype)
+    lr = group["lr"]
+    lr = lr.squeeze() if isinstance(lr, Tensor) else lr
+    scalars = rule.scalars(lr, *rule.numbers(group), step, fresh)
+    starts = [slot.start for slot in run.pick(bucket.slots)]
+    lengths = [b - a for a, b in zip(starts, [*starts[1:], run.stop], strict=True)]
+    return tuple(
+        torch.cat([x.expand(n) for x, n in zip(s.unbind(), lengths, strict=True)])
+        if isinstance(s, Tensor) and s.dim()
+        else s
+        for s in scalars
+    )
+
+
+def _is_zero(lr: float | Tensor) -> bool | Tensor:
+    """Whether lr is 0: a bool where it can be read without waiting, else a tensor ()."""
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        return lr == 0
+    return float(lr) == 0

@@ -1,0 +1,135 @@
+"""The operations of the native backend: which tables they need, and the calls."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...ascents import ASCENTS, SUMS, Ascent, Sums
+from ...blends import Blend
+from ...memory import Bucket, Gradients
+from ...rules import STEP, Rule
+from ..base import Backend, Groups
+from ..tables import READS_PARAM, Tables, rule_bits, rule_rows, sums_table
+from .translate import MAX_STATES, rules
+
+CHUNK = 4096
+"""Elements that a block of threads takes at a time: ``kChunk`` in csrc/cuda/launch.h."""
+
+_SUMS = {sums.name: i for i, sums in enumerate(SUMS)}
+_ASCENTS = {ascent.name: i for i, ascent in enumerate(ASCENTS)}
+_RULES = {rule.name: i for i, rule in enumerate(rules())}
+"""The numbers of the values in csrc/mathematics.h."""
+
+
+class _Native(Tables):
+    """A bucket's tables, its pinned weights, and what blocks of threads count with."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        on_cpu = bucket.device.type == "cpu"
+        super().__init__(bucket, 0 if on_cpu else CHUNK)
+        self.pinned = [bucket.memory(slot) for slot in bucket.slots if slot.pinned]
+        self.ticket = None if on_cpu else torch.zeros(1, dtype=torch.int32, device=self.device)
+
+
+def _tables(bucket: Bucket) -> _Native:
+    tables: _Native | None = bucket.cache.get(_Native)
+    if tables is None:
+        tables = bucket.cache[_Native] = _Native(bucket)
+    return tables
+
+
+class NativeBackend(Backend):
+    """See ``Backend`` for what the operations do."""
+
+    name = "native"
+
+    def reduce(self, bucket: Bucket, sums: Sums, grads: Gradients, groups: Groups) -> Tensor:
+        """As ``Backend.reduce``, in one launch."""
+        tables = _tables(bucket)
+        bits = {row: READS_PARAM * sums.reads_param(groups[row]) for row in bucket.rows}
+        total: Tensor = torch.ops.fused_sam.reduce.default(
+            bucket.weights,
+            tables.pinned,
+            bucket.saved,
+            tables.ticket,
+            tables.slots,
+            tables.addresses(grads).table,
+            tables.flags(bits, bucket.perturbed, grads),
+            sums_table(tables, bucket, sums, groups),
+            _SUMS[sums.name],
+        )
+        return total
+
+    def ascend_(
+        self,
+        bucket: Bucket,
+        ascent: Ascent,
+        grads: Gradients,
+        groups: Groups,
+        total: Tensor,
+        number: int,
+    ) -> None:
+        """As ``Backend.ascend_``, in one launch."""
+        tables = _tables(bucket)
+        torch.ops.fused_sam.ascend_.default(
+            bucket.weights,
+            tables.pinned,
+            bucket.saved,
+            bucket.climb,
+            tables.slots,
+            tables.addresses(grads).table,
+            tables.flags(dict.fromkeys(bucket.rows, 0), bucket.perturbed, grads),
+            sums_table(tables, bucket, ascent.sums, groups),
+            total,
+            number,
+            _ASCENTS[ascent.name],
+        )
+
+    def update_(
+        self,
+        bucket: Bucket,
+        rule: Rule,
+        blend: Blend,
+        grads: Gradients,
+        groups: Groups,
+        *,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """As ``Backend.update_``, in one launch."""
+        tables = _tables(bucket)
+        names = {name for row in bucket.rows for name in rule.kept(groups[row])}
+        fresh = bucket.fresh(names)
+        states = [bucket.state(s.name).flat if s.name in names else None for s in rule.states]
+        bits = {row: rule_bits(rule, groups[row]) for row in bucket.rows}
+        numbers, rates = rule_rows(rule, groups, bucket.rows)
+        torch.ops.fused_sam.update_.default(
+            bucket.weights,
+            tables.pinned,
+            *states,
+            *[None] * (MAX_STATES - len(states)),
+            bucket.state(STEP).flat if rule.counts else None,
+            tables.ticket,
+            bucket.climb,
+            bucket.saved,
+            tables.slots,
+            tables.addresses(grads).table,
+            tables.flags(bits, bucket.perturbed, grads, fresh),
+            tables.hyper(rule.name, len(groups), numbers, rates),
+            grad_scale,
+            found_inf,
+            _RULES[rule.name],
+        )
+
+    def restore_(self, bucket: Bucket) -> None:
+        """As ``Backend.restore_``, in one launch."""
+        tables = _tables(bucket)
+        torch.ops.fused_sam.restore_.default(
+            bucket.weights,
+            tables.pinned,
+            bucket.climb,
+            bucket.saved,
+            tables.slots,
+            tables.flags(dict.fromkeys(bucket.rows, 0), bucket.perturbed),
+        )

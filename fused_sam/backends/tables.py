@@ -1,0 +1,251 @@
+"""What kernels read besides the flat buffers: small tables, uploaded only when they change.
+
+Addresses of gradients and flags of slots repeat from step to step, hyperparameters follow
+schedulers. On a GPU a table comes from pinned memory, and nobody waits for it. What a CUDA graph
+has captured is uploaded at each of its replays: those tables are its own, and stay alive.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ascents import Sums
+from ..memory import Bucket, Gradients
+from ..rules import Group, Rule
+from . import capture
+from .base import Groups
+
+# The bits of a slot, as csrc/tables.h has them.
+PERTURBED = 1
+"""Its weights w are in ``saved``."""
+FRESH = 2
+"""Its state is as it began."""
+MISSING = 4
+"""It has no gradient."""
+ALIGNED = 8
+"""Its weights and its gradient allow accesses of 16 bytes."""
+MAXIMIZE = 16
+"""Its group goes uphill."""
+READS_PARAM = 32
+"""The terms of a sum need its weights."""
+KEPT_SHIFT = 8
+"""From this bit on: which of the rule's states its group keeps."""
+
+_ACCESS = 16
+_REMEMBERED = {"addresses": 64, "flags": 16}
+"""Tables of each kind that a bucket remembers."""
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where the gradients of a step are.
+
+    Attributes:
+        table: (slots,) int64.
+        aligned: for each slot, whether weights and gradient allow accesses of 16 bytes.
+    """
+
+    table: Tensor
+    aligned: tuple[bool, ...]
+
+
+_CODES = {torch.int32: "i", torch.int64: "q", torch.float32: "f", torch.float64: "d"}
+"""What Python's arrays call these types."""
+
+
+class Tables:
+    """The tables of one bucket.
+
+    Args:
+        bucket: whose parameters they are about.
+        chunk: elements that a program takes at a time; 0 for kernels that need no chunks.
+
+    Attributes:
+        slots: int64: (slots, 4), of each slot where it starts in the flat buffers, elements, group,
+            address of the weights; then (num_chunks, 2), of each chunk its slot and where it begins
+            there.
+        num_chunks: how many chunks there are.
+    """
+
+    def __init__(self, bucket: Bucket, chunk: int = 0) -> None:
+        capture.refuse_to_prepare(bucket.device, "the tables of a bucket have yet to be made")
+        self.device = bucket.device
+        self.dtype = bucket.compute_dtype
+        self.rows = [slot.row for slot in bucket.slots]
+        weights = [bucket.memory(slot).data_ptr() if slot.numel else 0 for slot in bucket.slots]
+        self._weights_aligned = tuple([address % _ACCESS == 0 for address in weights])
+        table = [
+            number
+            for slot, address in zip(bucket.slots, weights, strict=True)
+            for number in (slot.start, slot.numel, slot.row, address)
+        ]
+        chunks = [
+            number
+            for i, slot in enumerate(bucket.slots)
+            for offset in (range(0, slot.numel, chunk) if chunk else ())
+            for number in (i, offset)
+        ]
+        self.num_chunks = len(chunks) // 2
+        table += chunks
+        self.slots = torch.tensor(table, dtype=torch.int64, device=self.device)
+        self._known: dict[str, OrderedDict[Hashable, Any]] = {
+            kind: OrderedDict() for kind in _REMEMBERED
+        }
+        self._hyper: dict[Hashable, tuple[Any, Tensor]] = {}
+        self._captured: list[Tensor] = []
+        self._recent: tuple[Gradients, Addresses] | None = None
+
+    def addresses(self, grads: Gradients) -> Addresses:
+        """Where these gradients are; a missing one is at 0."""
+        if self._recent is not None and self._recent[0] is grads:
+            return self._recent[1]
+        if grads.complete:
+            key = tuple(map(Tensor.data_ptr, grads.tensors))  # type: ignore[arg-type]
+        else:
+            key = tuple([0 if grad is None else grad.data_ptr() for grad in grads.tensors])
+        if self.device.type == "cpu":  # nothing is uploaded: making it is cheaper than finding it
+            found = self._addresses(key)
+        else:
+            found = self._remember("addresses", key, lambda: self._addresses(key))
+        self._recent = (grads, found)
+        return found
+
+    def _addresses(self, addresses: tuple[int, ...]) -> Addresses:
+        if not functools.reduce(operator.or_, addresses, 0) % _ACCESS:  # all of them are
+            aligned = self._weights_aligned
+        else:
+            pairs = zip(self._weights_aligned, addresses, strict=True)
+            aligned = tuple([weights and address % _ACCESS == 0 for weights, address in pairs])
+        return Addresses(self._upload(addresses, torch.int64), aligned)
+
+    def flags(
+        self,
+        bits: Mapping[int, int],
+        perturbed: tuple[bool, ...],
+        grads: Gradients | None = None,
+        fresh: tuple[bool, ...] = (),
+    ) -> Tensor:
+        """The bits of each slot, (slots,) int32.
+
+        Args:
+            bits: those that all slots of a group have, by row.
+            perturbed: for each slot, whether its weights are in ``saved``.
+            grads: which are missing, and how the others lie; None if none is read.
+            fresh: for each slot, whether its state is as it began; empty if none is.
+        """
+        present = grads.present if grads is not None else (False,) * len(perturbed)
+        aligned = self._weights_aligned if grads is None else self.addresses(grads).aligned
+        key = (tuple(bits.items()), perturbed, present, fresh, aligned)
+
+        def make() -> Tensor:
+            values = [
+                bits[row]
+                | PERTURBED * perturbed[i]
+                | MISSING * (not present[i])
+                | ALIGNED * aligned[i]
+                | FRESH * (bool(fresh) and fresh[i])
+                for i, row in enumerate(self.rows)
+            ]
+            return self._upload(values, torch.int32)
+
+        flags: Tensor = self._remember("flags", key, make)
+        return flags
+
+    def hyper(
+        self,
+        kind: Hashable,
+        num_groups: int,
+        rows: Mapping[int, tuple[float, ...]],
+        rates: Mapping[int, Tensor] | None = None,
+    ) -> Tensor:
+        """Hyperparameters of all groups, (groups, columns) in the compute dtype.
+
+        Args:
+            kind: what they are for; the last table of each kind is remembered.
+            num_groups: rows of the table; zeros for groups that have no parameters here.
+            rows: the numbers of those that have.
+            rates: learning rates that are on the device, by row: the first column.
+        """
+        rates = rates or {}
+        wanted = num_groups, dict(rows), tuple(rates)
+        known = self._hyper.get(kind)
+        capturing = capture.is_capturing(self.device)
+        if known is not None and known[0] == wanted and not capturing:
+            table = known[1]
+        else:
+            width = len(next(iter(rows.values()), ()))
+            every = [(0.0,) * width] * num_groups
+            for row, numbers in rows.items():
+                every[row] = numbers
+            into = known[1] if known is not None and not capturing else None
+            numbers = tuple([number for row in every for number in row])
+            table = self._upload(numbers, self.dtype, into)
+            if not capturing:
+                self._hyper[kind] = (wanted, table)
+        for row, rate in rates.items():
+            table.view(num_groups, -1)[row, :1].copy_(rate.reshape(1), non_blocking=True)
+        return table
+
+    def _remember(self, kind: str, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What ``make`` makes, or made before of the same."""
+        if capture.is_capturing(self.device):
+            return make()
+        known = self._known[kind]
+        if key not in known:
+            if len(known) >= _REMEMBERED[kind]:
+                known.popitem(last=False)
+            known[key] = make()
+        return known[key]
+
+    def _upload(
+        self, values: Sequence[float], dtype: torch.dtype, into: Tensor | None = None
+    ) -> Tensor:
+        """A table where the kernels read it; ``into`` is overwritten if it is of that size."""
+        if self.device.type == "cpu":
+            if not values:
+                return torch.empty(0, dtype=dtype, device="cpu")
+            return torch.frombuffer(array(_CODES[dtype], values), dtype=dtype)
+        # The caching host allocator gives pinned memory out again only after the copies from it.
+        staging = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=True)
+        if into is None or into.numel() != staging.numel():
+            into = torch.empty_like(staging, device=self.device, pin_memory=False)
+        into.copy_(staging, non_blocking=True)
+        if capture.is_capturing(self.device):
+            # A graph uploads it whenever it runs, and reads it then: for ever, and for it alone.
+            self._captured += (staging, into)
+        return into
+
+
+def rule_bits(rule: Rule, group: Group) -> int:
+    """The bits that a rule and a group's options give to its slots."""
+    kept = sum(1 << i for i, s in enumerate(rule.states) if s.kept is None or s.kept(group))
+    return kept << KEPT_SHIFT | MAXIMIZE * bool(group["maximize"])
+
+
+def rule_rows(
+    rule: Rule, groups: Groups, rows: Iterable[int]
+) -> tuple[dict[int, tuple[float, ...]], dict[int, Tensor]]:
+    """Each group's hyperparameters, and the learning rates that are on a device."""
+    numbers, rates = {}, {}
+    for row in rows:
+        lr = groups[row]["lr"]
+        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            rates[row] = lr.detach()
+            lr = 0.0  # not read here: that would wait for the device
+        numbers[row] = (float(lr), *rule.numbers(groups[row]))
+    return numbers, rates
+
+
+def sums_table(tables: Tables, bucket: Bucket, sums: Sums, groups: Groups) -> Tensor:
+    """The numbers that a sum, or the ascent that it is for, needs of each group."""
+    rows = {row: sums.numbers(groups[row]) for row in bucket.rows}
+    return tables.hyper(sums.name, len(groups), rows)

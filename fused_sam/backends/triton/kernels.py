@@ -1,0 +1,473 @@
+# mypy: ignore-errors
+# ruff: noqa: RUF005, SIM102, SIM108
+"""The Triton kernels: walking over a bucket, loads and stores. The mathematics is handed in.
+
+Each kernel walks over a bucket's chunks with a persistent grid: program i takes the chunks i,
+i + P, i + 2 P, ... of P programs, a fixed order. It reads the tables of ``backends/tables.py``;
+n slots, r parameter groups:
+
+    slots  (4 n + 2 c,) int64  of each slot: offset in the flat buffers, elements, group, address of
+                               the weights; then of each chunk: its slot, and where it begins there
+    grads  (n,) int64          address of each gradient
+    flags  (n,) int32          the bits of each slot
+    hyper  (r, k)              numbers of each group, in the compute dtype
+
+The compute dtype is float64 for float64 and float32 otherwise. All offsets are 64-bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .. import tables
+
+PERTURBED: tl.constexpr = tl.constexpr(tables.PERTURBED)
+FRESH: tl.constexpr = tl.constexpr(tables.FRESH)
+MISSING: tl.constexpr = tl.constexpr(tables.MISSING)
+ALIGNED: tl.constexpr = tl.constexpr(tables.ALIGNED)
+MAXIMIZE: tl.constexpr = tl.constexpr(tables.MAXIMIZE)
+KEPT_SHIFT: tl.constexpr = tl.constexpr(tables.KEPT_SHIFT)
+
+
+# ------------------------------------------------------------------------------ walking the tables
+
+
+@triton.jit
+def _locate(slots_ptr, flags_ptr, dtype, chunk, n_slots, SIZE: tl.constexpr):
+    """What the tables say of a chunk.
+
+    Returns:
+        Its slot; a pointer to the slot's weights; the slot's offset in the flat buffers; where the
+        chunk begins in the slot; how many elements it has; whether it may be accessed in 128 bits,
+        as a full chunk of an aligned slot may; group; flags.
+    """
+    place = slots_ptr + 4 * n_slots + 2 * chunk
+    slot = tl.load(place)
+    begin = tl.load(place + 1)
+    place = slots_ptr + 4 * slot
+    start = tl.load(place)
+    count = tl.minimum(tl.load(place + 1) - begin, SIZE)
+    row = tl.load(place + 2)
+    weights = tl.load(place + 3).to(dtype)
+    flags = tl.load(flags_ptr + slot)
+    wide = (count == SIZE) & ((flags & ALIGNED) != 0)
+    return slot, weights, start, begin, count, wide, row, flags
+
+
+@triton.jit
+def _aligned(base, begin, MULTIPLE: tl.constexpr):
+    """``base + begin``, a multiple of 16 bytes, or of 64 elements.
+
+    The hint belongs to the operation, and so to every path that its result is used on: call this
+    where accesses are wide. Nothing is hinted at elsewhere, so that all operands of a tile lie in
+    the threads alike; else they would have to be exchanged, and float16 would spill.
+    """
+    return tl.multiple_of(base + begin, MULTIPLE)
+
+
+@triton.jit
+def _columns(hyper_ptr, row, COLUMNS: tl.constexpr):
+    """The numbers of a group, as a tuple."""
+    columns = ()
+    for i in tl.static_range(COLUMNS):
+        columns = columns + (tl.load(hyper_ptr + row * COLUMNS + i),)
+    return columns
+
+
+@triton.jit
+def _load(ptr, mask, dtype):
+    if mask is None:
+        value = tl.load(ptr)
+    else:
+        value = tl.load(ptr, mask, 0.0)
+    return value.to(dtype)
+
+
+@triton.jit
+def _store(ptr, value, mask):
+    tl.store(ptr, value.to(ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _is_last(ticket_ptr):
+    """Whether this is the last program that comes here: all have done what they do before.
+
+    The ticket is 0 at first, and again afterwards.
+    """
+    tl.debug_barrier()  # all of this program's threads are here
+    ticket = tl.atomic_add(ticket_ptr, 1, sem="acq_rel")
+    last = ticket == tl.num_programs(0) - 1
+    if last:
+        tl.store(ticket_ptr, 0)
+    return last
+
+
+# ---------------------------------------------------------------------------------------- reduce
+
+
+@triton.jit
+def _reduce_tile(acc, grad, weights, offs, mask, columns, TERMS: tl.constexpr, READS: tl.constexpr):
+    g = _load(grad + offs, mask, acc.dtype)
+    w = _load(weights + offs, mask, acc.dtype) if READS else None
+    # Lanes without an element hold zeros, of which terms make zeros.
+    return acc + TERMS(w, g, *columns)
+
+
+@triton.jit(do_not_specialize=["n_chunks", "n_slots"])
+def reduce_kernel(
+    total_ptr,
+    partials_ptr,
+    ticket_ptr,
+    like_ptr,
+    slots_ptr,
+    grads_ptr,
+    flags_ptr,
+    hyper_ptr,
+    n_chunks,
+    n_slots,
+    TERMS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    READS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """The sum of TERMS over all elements goes to ``total`` (1,) float64.
+
+    ``partials`` (programs,) in the compute dtype is scratch; ``ticket`` (1,) int32 is 0 before and
+    after; ``like`` tells the gradients' dtype. READS: whether some group's terms need the weights.
+    """
+    dtype = partials_ptr.dtype.element_ty
+    acc = tl.zeros([BLOCK], dtype)
+    lanes = tl.arange(0, BLOCK)
+    for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
+        slot, weights, _, begin, count, wide, row, flags = _locate(
+            slots_ptr, flags_ptr, like_ptr.dtype, chunk, n_slots, BLOCK * TILES
+        )
+        if (flags & MISSING) == 0:
+            grad = tl.load(grads_ptr + slot).to(like_ptr.dtype)
+            columns = _columns(hyper_ptr, row, COLUMNS)
+            if wide:
+                g = _aligned(grad, begin, 16)
+                w = _aligned(weights, begin, 16)
+                for tile in range(TILES):
+                    offs = tile * BLOCK + lanes
+                    acc = _reduce_tile(acc, g, w, offs, None, columns, TERMS, READS)
+            else:
+                g = grad + begin
+                w = weights + begin
+                for tile in range(tl.cdiv(count, BLOCK).to(tl.int32)):
+                    offs = tile * BLOCK + lanes
+                    acc = _reduce_tile(acc, g, w, offs, offs < count, columns, TERMS, READS)
+    tl.store(partials_ptr + tl.program_id(0), tl.sum(acc))
+    if _is_last(ticket_ptr):
+        sums = tl.zeros([BLOCK], dtype)
+        for i in range(0, tl.num_programs(0), BLOCK):
+            there = i + lanes < tl.num_programs(0)
+            # From the L2 cache, where the other programs' sums are.
+            sums += tl.load(partials_ptr + i + lanes, there, 0.0, cache_modifier=".cg")
+        tl.store(total_ptr, tl.sum(sums).to(tl.float64))
+
+
+# --------------------------------------------------------------------------------------- ascend_
+
+
+@triton.jit
+def _ascend_tile(weights, saved, grad, offs, mask, scalars, MOVE: tl.constexpr):
+    scale = scalars[0]
+    w = _load(weights + offs, mask, scale.dtype)
+    g = _load(grad + offs, mask, scale.dtype)
+    # 0 * inf is NaN, and a scale of 0 must move nothing.
+    moved = tl.where(scale == 0, w, MOVE(w, g, *scalars))
+    _store(saved + offs, w, mask)
+    _store(weights + offs, moved, mask)
+
+
+@triton.jit(
+    do_not_specialize=["n_chunks", "n_slots", "number"],
+    do_not_specialize_on_alignment=["total_ptr"],
+)
+def ascend_kernel(
+    saved_ptr,
+    climb_ptr,
+    total_ptr,
+    slots_ptr,
+    grads_ptr,
+    flags_ptr,
+    hyper_ptr,
+    number,
+    n_chunks,
+    n_slots,
+    SCALARS: tl.constexpr,
+    MOVE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Save w and climb by ``total``; the climb's ``number`` goes to ``climb`` (1,) int64."""
+    dtype = hyper_ptr.dtype.element_ty
+    lanes = tl.arange(0, BLOCK)
+    if tl.program_id(0) == 0:
+        tl.store(climb_ptr, number)
+    total = tl.load(total_ptr).to(dtype)
+    # Backwards: what reduce read last is what may still be in the cache.
+    for i in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
+        slot, weights, start, begin, count, wide, row, flags = _locate(
+            slots_ptr, flags_ptr, saved_ptr.dtype, n_chunks - 1 - i, n_slots, BLOCK * TILES
+        )
+        if (flags & MISSING) == 0:
+            grad = tl.load(grads_ptr + slot).to(saved_ptr.dtype)
+            scalars = SCALARS(total, *_columns(hyper_ptr, row, COLUMNS))
+            if wide:
+                w = _aligned(weights, begin, 16)
+                s = saved_ptr + _aligned(start, begin, 64)
+                g = _aligned(grad, begin, 16)
+                for tile in range(TILES):
+                    _ascend_tile(w, s, g, tile * BLOCK + lanes, None, scalars, MOVE)
+            else:
+                w = weights + begin
+                s = saved_ptr + start + begin
+                g = grad + begin
+                for tile in range(tl.cdiv(count, BLOCK).to(tl.int32)):
+                    offs = tile * BLOCK + lanes
+                    _ascend_tile(w, s, g, offs, offs < count, scalars, MOVE)
+
+
+# --------------------------------------------------------------------------------------- restore_
+
+
+@triton.jit
+def _restore_tile(weights, saved, offs, mask):
+    tl.store(weights + offs, tl.load(saved + offs, mask), mask)
+
+
+@triton.jit
+def _restore(
+    weights, saved_ptr, start, begin, count, wide, lanes, BLOCK: tl.constexpr, TILES: tl.constexpr
+):
+    if wide:
+        w = _aligned(weights, begin, 16)
+        s = saved_ptr + _aligned(start, begin, 64)
+        for tile in range(TILES):
+            _restore_tile(w, s, tile * BLOCK + lanes, None)
+    else:
+        w = weights + begin
+        s = saved_ptr + start + begin
+        for tile in range(tl.cdiv(count, BLOCK).to(tl.int32)):
+            offs = tile * BLOCK + lanes
+            _restore_tile(w, s, offs, offs < count)
+
+
+@triton.jit(do_not_specialize=["n_chunks", "n_slots"])
+def restore_kernel(
+    saved_ptr,
+    climb_ptr,
+    slots_ptr,
+    flags_ptr,
+    n_chunks,
+    n_slots,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Return the perturbed slots to ``saved``."""
+    lanes = tl.arange(0, BLOCK)
+    if tl.program_id(0) == 0:
+        tl.store(climb_ptr, 0)
+    for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
+        _, weights, start, begin, count, wide, _, flags = _locate(
+            slots_ptr, flags_ptr, saved_ptr.dtype, chunk, n_slots, BLOCK * TILES
+        )
+        if (flags & PERTURBED) != 0:
+            _restore(weights, saved_ptr, start, begin, count, wide, lanes, BLOCK, TILES)
+
+
+# ---------------------------------------------------------------------------------------- update_
+
+
+@triton.jit
+def _either(condition, x, y):
+    """The one or the other address."""
+    return tl.where(condition, x.to(tl.int64), y.to(tl.int64))
+
+
+@triton.jit
+def _apply(RULE: tl.constexpr, param, grad, state, scalars, KEPT: tl.constexpr):
+    """A rule's text; a tuple cannot hold None, which stands for a state that nobody keeps."""
+    if len(KEPT) == 1:
+        new = RULE(param, grad, state[0] if KEPT[0] else None, *scalars)
+    elif len(KEPT) == 2:
+        new = RULE(
+            *(param, grad),
+            state[0] if KEPT[0] else None,
+            state[1] if KEPT[1] else None,
+            *scalars,
+        )
+    else:
+        new = RULE(
+            *(param, grad),
+            state[0] if KEPT[0] else None,
+            state[1] if KEPT[1] else None,
+            state[2] if KEPT[2] else None,
+            *scalars,
+        )
+    return new
+
+
+@triton.jit
+def _update_tile(
+    weights,
+    source,
+    grad,
+    states,
+    at,
+    offs,
+    mask,
+    limits,
+    lr,
+    descent,
+    scalars,
+    RULE: tl.constexpr,
+    KEPT: tl.constexpr,
+):
+    w = _load(source + offs, mask, descent.dtype)
+    g = descent * _load(grad + offs, mask, descent.dtype)
+    state = ()
+    for i in tl.static_range(len(states)):
+        if KEPT[i]:
+            use = mask if limits is None else offs < limits[i]
+            state = state + (_load(states[i] + at + offs, use, descent.dtype),)
+        else:
+            state = state + (w,)  # nobody reads this
+    new = _apply(RULE, w, g, state, scalars, KEPT)
+    # 0 * inf is NaN and -0.0 - -0.0 is 0.0: with lr 0 only the same bits are the same.
+    _store(weights + offs, tl.where(lr == 0, w, new[0]), mask)
+    for i in tl.static_range(len(states)):
+        if KEPT[i]:
+            use = mask if limits is None else offs < limits[i]
+            _store(states[i] + at + offs, new[1 + i], use)
+
+
+@triton.jit(
+    do_not_specialize=["n_chunks", "n_slots"],
+    do_not_specialize_on_alignment=["grad_scale_ptr", "found_inf_ptr"],
+)
+def update_kernel(
+    saved_ptr,
+    states,
+    step_ptr,
+    ticket_ptr,
+    climb_ptr,
+    slots_ptr,
+    grads_ptr,
+    flags_ptr,
+    hyper_ptr,
+    grad_scale_ptr,
+    found_inf_ptr,
+    n_chunks,
+    n_slots,
+    SCALARS: tl.constexpr,
+    RULE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KEPT: tl.constexpr,
+    MIXED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """``w <- rule(saved, g, state)``; without a gradient ``w <- saved``.
+
+    A slot that is not perturbed takes w from its weights. Nothing is computed if ``found_inf`` is
+    not 0: then perturbed slots are restored and no more.
+
+    ``saved`` and ``states`` are (size,) in the bucket's dtype; KEPT says which states some group
+    keeps, and the others point anywhere (Triton 3.6 takes no None in a tuple); in a MIXED launch
+    the flags of a slot say which ones its group keeps. ``step`` (n,) float32 is incremented for
+    the slots that step; ``ticket`` (1,) int32 is 0 before and after; ``climb`` (1,) int64 becomes
+    0; ``grad_scale`` and ``found_inf`` are () float32; None where there is none.
+    """
+    dtype = hyper_ptr.dtype.element_ty
+    lanes = tl.arange(0, BLOCK)
+    if tl.program_id(0) == 0:
+        tl.store(climb_ptr, 0)
+    steps = True
+    if found_inf_ptr is not None:
+        steps = tl.load(found_inf_ptr) == 0
+    unscale = tl.full([], 1, dtype)
+    if grad_scale_ptr is not None:
+        scale = tl.load(grad_scale_ptr).to(dtype)
+        unscale = unscale / scale if dtype == tl.float64 else tl.div_rn(unscale, scale)
+    for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
+        slot, weights, start, begin, count, wide, row, flags = _locate(
+            slots_ptr, flags_ptr, saved_ptr.dtype, chunk, n_slots, BLOCK * TILES
+        )
+        perturbed = (flags & PERTURBED) != 0
+        if ((flags & MISSING) == 0) & steps:
+            grad = tl.load(grads_ptr + slot).to(saved_ptr.dtype)
+            descent = tl.where((flags & MAXIMIZE) != 0, -unscale, unscale)
+            columns = _columns(hyper_ptr, row, COLUMNS)
+            lr = columns[0]
+            step = tl.full([], 1, dtype)
+            if step_ptr is not None:
+                step = tl.load(step_ptr + slot).to(dtype) + 1
+            scalars = SCALARS(*columns, step, (flags & FRESH) != 0)
+            limits = None
+            if MIXED:
+                limits = ()
+                for i in tl.static_range(len(states)):
+                    kept = (flags >> (KEPT_SHIFT + i)) & 1
+                    limits = limits + (tl.where(kept != 0, count, 0),)
+            if wide:
+                w = _aligned(weights, begin, 16)
+                g = _aligned(grad, begin, 16)
+                at = _aligned(start, begin, 64)
+                source = _either(perturbed, saved_ptr + at, w).to(saved_ptr.dtype)
+                source = tl.multiple_of(source, 16)
+                for tile in range(TILES):
+                    offs = tile * BLOCK + lanes
+                    _update_tile(
+                        w,
+                        source,
+                        g,
+                        states,
+                        at,
+                        offs,
+                        None,
+                        limits,
+                        lr,
+                        descent,
+                        scalars,
+                        RULE,
+                        KEPT,
+                    )
+            else:
+                w = weights + begin
+                g = grad + begin
+                at = start + begin
+                source = _either(perturbed, saved_ptr + at, w).to(saved_ptr.dtype)
+                for tile in range(tl.cdiv(count, BLOCK).to(tl.int32)):
+                    offs = tile * BLOCK + lanes
+                    _update_tile(
+                        w,
+                        source,
+                        g,
+                        states,
+                        at,
+                        offs,
+                        offs < count,
+                        limits,
+                        lr,
+                        descent,
+                        scalars,
+                        RULE,
+                        KEPT,
+                    )
+        elif perturbed:
+            _restore(weights, saved_ptr, start, begin, count, wide, lanes, BLOCK, TILES)
+    if step_ptr is not None:
+        # Every chunk of a slot needs the old count: whoever comes last, of all programs, counts.
+        if _is_last(ticket_ptr):
+            if steps:
+                for i in range(0, n_slots, BLOCK):
+                    slot = i + lanes
+                    flags = tl.load(flags_ptr + slot, slot < n_slots, MISSING)
+                    count = tl.load(step_ptr + slot, slot < n_slots, 0.0)
+                    tl.store(step_ptr + slot, count + 1, (flags & MISSING) == 0)

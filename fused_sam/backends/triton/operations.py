@@ -1,0 +1,205 @@
+"""The operations of the Triton backend: which tables they need, and the launches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from ...ascents import Ascent, Sums
+from ...blends import Blend
+from ...devices import on
+from ...memory import Bucket, Gradients
+from ...rules import STEP, Rule
+from ..base import Backend, Groups
+from ..tables import Tables, rule_bits, rule_rows, sums_table
+from . import kernels
+from .words import compiled
+
+INTERPRETED = isinstance(kernels.update_kernel, InterpretedFunction)
+"""Whether the kernels run in Triton's interpreter: TRITON_INTERPRET=1 when they were imported."""
+
+CHUNK = 4096
+"""Elements that a program takes at a time."""
+PROGRAMS = 8
+"""Programs for each multiprocessor: half of the threads that one can hold."""
+THREADS = 128
+"""Threads of a program: 4 warps of NVIDIA's 32, 2 of AMD's 64."""
+TILE_BYTES = {
+    "reduce_kernel": 4096,
+    "ascend_kernel": 2048,
+    "update_kernel": 2048,
+    "restore_kernel": 2048,
+}
+"""Bytes of an operand in a tile: for each of 128 threads an access of 16, 2 for a lone operand."""
+CUDA_OPTIONS = {"maxnreg": 64, "enable_reflect_ftz": False}
+"""At most 64 registers, or fewer than half of a multiprocessor's threads would fit; and square
+roots of denormal numbers are not zero."""
+MANY_REGISTERS = {"maxnreg": 128}
+"""For the updates that would spill some of 64: float64, and what is rare in half precision."""
+
+
+class _Launcher(Tables):
+    """A bucket's tables, what programs count and add up in, and the kernels that are compiled."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        super().__init__(bucket, CHUNK)
+        self.n_slots = len(bucket.slots)
+        self.itemsize = bucket.dtype.itemsize
+        self.programs = max(1, min(self.num_chunks, _max_programs(self.device)))
+        self.partials = torch.zeros(self.programs, dtype=self.dtype, device=self.device)
+        self.ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.totals: dict[str, Tensor] = {}
+        self.compiled: dict[Any, Any] = {}
+
+    def total(self, name: str) -> Tensor:
+        """Where the sum of this name goes, (1,) float64."""
+        if name not in self.totals:
+            self.totals[name] = torch.zeros(1, dtype=torch.float64, device=self.device)
+        return self.totals[name]
+
+    def launch(
+        self, kernel: Any, args: tuple[Any, ...], constants: tuple[Any, ...], roomy: bool = False
+    ) -> None:
+        """Run a kernel over the bucket's chunks.
+
+        Args:
+            kernel: one of ``kernels``.
+            args: its run-time arguments but the last two, how many chunks and slots there are; a
+                pointer that it does without is None.
+            constants: its compile-time arguments but the last two, BLOCK and TILES.
+            roomy: whether it gets MANY_REGISTERS; follows from dtype and constants.
+        """
+        grid = (self.programs, 1, 1)
+        args = (*args, self.num_chunks, self.n_slots)
+        key = (kernel.fn, constants, *[getattr(arg, "dtype", arg is None) for arg in args])
+        known = self.compiled.get(key)
+        if known is not None:
+            function, full = known
+            function[grid](*args, *full)
+            return
+        block = min(TILE_BYTES[kernel.fn.__name__] // self.itemsize, CHUNK)
+        full = (*constants, block, CHUNK // block)
+        function = kernel[grid](*args, *full, **_options(self.device, roomy))
+        # Everything that Triton specializes on is in the key: the rest is the same for a bucket, or
+        # declared do_not_specialize. So its own look-up, several times the cost, can be left out.
+        if function is not None:
+            self.compiled[key] = (function, full)
+
+
+def _launcher(bucket: Bucket) -> _Launcher:
+    launcher: _Launcher | None = bucket.cache.get(_Launcher)
+    if launcher is None:
+        launcher = bucket.cache[_Launcher] = _Launcher(bucket)
+    return launcher
+
+
+def _max_programs(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 3  # the interpreter runs them one by one
+    properties = torch.get_device_module(device).get_device_properties(device)
+    count = getattr(properties, "multi_processor_count", 0) or properties.max_compute_units
+    return PROGRAMS * int(count)
+
+
+def _options(device: torch.device, roomy: bool) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {"num_warps": THREADS // 32}
+    if torch.version.hip is not None:
+        return {"num_warps": THREADS // torch.cuda.get_device_properties(device).warp_size}
+    return {"num_warps": THREADS // 32, **CUDA_OPTIONS, **(MANY_REGISTERS if roomy else {})}
+
+
+class TritonBackend(Backend):
+    """See ``Backend`` for what the operations do."""
+
+    name = "triton"
+
+    def reduce(self, bucket: Bucket, sums: Sums, grads: Gradients, groups: Groups) -> Tensor:
+        """As ``Backend.reduce``, in one launch."""
+        launcher = _launcher(bucket)
+        with on(bucket.device):
+            reads = any([sums.reads_param(groups[row]) for row in bucket.rows])
+            total = launcher.total(sums.name)
+            args = (
+                *(total, launcher.partials, launcher.ticket, bucket.saved, launcher.slots),
+                launcher.addresses(grads).table,
+                launcher.flags(dict.fromkeys(bucket.rows, 0), bucket.perturbed, grads),
+                sums_table(launcher, bucket, sums, groups),
+            )
+            constants = (compiled(sums.terms), _width(sums), reads)
+            launcher.launch(kernels.reduce_kernel, args, constants)
+        return total
+
+    def ascend_(
+        self,
+        bucket: Bucket,
+        ascent: Ascent,
+        grads: Gradients,
+        groups: Groups,
+        total: Tensor,
+        number: int,
+    ) -> None:
+        """As ``Backend.ascend_``, in one launch."""
+        launcher = _launcher(bucket)
+        with on(bucket.device):
+            args = (
+                *(bucket.saved, bucket.climb, total, launcher.slots),
+                launcher.addresses(grads).table,
+                launcher.flags(dict.fromkeys(bucket.rows, 0), bucket.perturbed, grads),
+                sums_table(launcher, bucket, ascent.sums, groups),
+                number,
+            )
+            constants = (compiled(ascent.scalars), compiled(ascent.move), _width(ascent.sums))
+            launcher.launch(kernels.ascend_kernel, args, constants)
+
+    def update_(
+        self,
+        bucket: Bucket,
+        rule: Rule,
+        blend: Blend,
+        grads: Gradients,
+        groups: Groups,
+        *,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """As ``Backend.update_``, in one launch."""
+        launcher = _launcher(bucket)
+        with on(bucket.device):
+            kept = [rule.kept(groups[row]) for row in bucket.rows]
+            names = {name for row in kept for name in row}
+            mixed = any([row != kept[0] for row in kept])
+            buffers = [bucket.state(s.name).flat if s.name in names else None for s in rule.states]
+            bits = {row: rule_bits(rule, groups[row]) for row in bucket.rows}
+            numbers, rates = rule_rows(rule, groups, bucket.rows)
+            args = (
+                bucket.saved,
+                tuple([bucket.saved if buffer is None else buffer for buffer in buffers]),
+                bucket.state(STEP).flat if rule.counts else None,
+                *(launcher.ticket, bucket.climb, launcher.slots),
+                launcher.addresses(grads).table,
+                launcher.flags(bits, bucket.perturbed, grads, bucket.fresh(names)),
+                launcher.hyper(rule.name, len(groups), numbers, rates),
+                *(grad_scale, found_inf),
+            )
+            constants = (
+                *(compiled(rule.scalars), compiled(rule.update), 1 + len(rule.column_names)),
+                *(tuple([buffer is not None for buffer in buffers]), mixed),
+            )
+            roomy = launcher.itemsize == 8 or (launcher.itemsize == 2 and mixed)
+            launcher.launch(kernels.update_kernel, args, constants, roomy)
+
+    def restore_(self, bucket: Bucket) -> None:
+        """As ``Backend.restore_``, in one launch."""
+        launcher = _launcher(bucket)
+        with on(bucket.device):
+            flags = launcher.flags(dict.fromkeys(bucket.rows, 0), bucket.perturbed)
+            args = (bucket.saved, bucket.climb, launcher.slots, flags)
+            launcher.launch(kernels.restore_kernel, args, ())
+
+
+def _width(sums: Sums) -> int:
+    return len(sums.column_names)

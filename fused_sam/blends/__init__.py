@@ -1,0 +1,10 @@
+"""The gradients that a base optimizer may be given: one file each, listed here."""
+
+from __future__ import annotations
+
+from .base import Blend
+from .plain import PLAIN
+
+__all__ = ["BLENDS", "PLAIN", "Blend"]
+
+BLENDS: tuple[Blend, ...] = (PLAIN,)

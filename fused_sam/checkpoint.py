@@ -1,0 +1,100 @@
+"""What is kept of an optimizer: ``state_dict``, pickling and copying."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .facts import Facts
+from .options import OPTIONS
+
+
+class Checkpointing(Optimizer):
+    """The part of ``FusedSAM`` that saves and loads. Groups and state are the base optimizer's."""
+
+    base_optimizer: Optimizer
+    _facts: Facts
+
+    def state_dict(self) -> dict[str, Any]:
+        """As the base optimizer's, with the ascent options in the groups; each loads the other's.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+        """
+        self._refuse_perturbed("state_dict()")
+        state: dict[str, Any] = super().state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of FusedSAM, of the base optimizer's class, or of davda54/sam.
+
+        Ascent options that it lacks stay as they are.
+
+        Raises:
+            RuntimeError: the weights are perturbed.
+            ValueError: the groups do not fit; the optimizer is as it was.
+        """
+        self._refuse_perturbed("load_state_dict()")
+        groups = list(state_dict["param_groups"])
+        for i, (new, current) in enumerate(zip(groups, self.param_groups, strict=False)):
+            groups[i] = {**{key: current[key] for key in OPTIONS}, **new}
+        state = {
+            # davda54/sam keeps the saved weights in its state, and nothing else.
+            key: {k: v for k, v in entry.items() if k != "old_p"}
+            if isinstance(entry, dict) and "old_p" in entry
+            else entry
+            for key, entry in state_dict["state"].items()
+        }
+        rates = [group.get("lr") for group in self.param_groups]
+        super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
+        if self._facts.captures.have_seen(self._facts.engine.layout):
+            self._load_into_graphs(rates)
+
+    @torch.no_grad()
+    def _load_into_graphs(self, rates: list[Any]) -> None:
+        """Put what was loaded where captured graphs read it: a replay asks nobody.
+
+        Args:
+            rates: the learning rates before the loading; a graph reads those that are tensors.
+        """
+        for group, lr in zip(self.param_groups, rates, strict=True):
+            if isinstance(lr, Tensor):
+                loaded = torch.as_tensor(group["lr"], device=lr.device)
+                group["lr"] = lr.copy_(loaded.reshape(lr.shape))
+        self._refresh()
+        engine = self._facts.engine
+        buffers = [buffer for b in engine.buckets for buffer in b.states.values()]
+        had = [(buffer, i) for buffer in buffers for i, has in enumerate(buffer.present) if has]
+        engine.layout.states.adopt(self.state)
+        if not all([buffer.present[i] for buffer, i in had]):
+            self._facts.captures.outdate(
+                "load_state_dict() took away state that a replay goes on with"
+            )
+
+    def _refresh(self) -> None:
+        """Notice what has changed under the optimizer; ``FusedSAM`` does it."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickling and deepcopy keep; the layout is built anew from it."""
+        self._refuse_perturbed("pickling or copying")
+        keys = ("base_optimizer", "defaults", "max_grad_norm", "_backend_name")
+        return {key: self.__dict__[key] for key in keys}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Used by construction and unpickling; ``load_state_dict`` sets groups and state alone."""
+        if "base_optimizer" not in state:
+            self.base_optimizer.__setstate__(state)
+            return
+        super().__setstate__(state)
+        self._facts = Facts()
+
+    def _refuse_perturbed(self, what: str) -> None:
+        if self._facts.perturbed:
+            raise RuntimeError(
+                f"{what} while the weights are perturbed would keep w + epsilon; "
+                f"call second_step() or restore() first"
+            )

@@ -1,0 +1,119 @@
+"""What a step does over all buckets: gradients, reduce, combine, climb, update, return."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .ascents import Ascent, Sums
+from .backends import Backend, Groups, combine
+from .blends import Blend
+from .devices import moved
+from .memory import Bucket, Gradients, Layout
+from .memory.state import State
+
+
+class Engine:
+    """The buckets of an optimizer and the backend of each: made together, replaced together.
+
+    Args:
+        layout: the buckets.
+        backends: one for each bucket.
+    """
+
+    def __init__(self, layout: Layout, backends: Sequence[Backend]) -> None:
+        self.layout = layout
+        self.buckets = layout.buckets
+        self.backends = list(backends)
+
+    def number(self, total: Tensor) -> Tensor:
+        """A sum over all parameters as (): float64 if some parameter is, else float32."""
+        wide = any(bucket.compute_dtype == torch.float64 for bucket in self.buckets)
+        return total.to(torch.float64 if wide else torch.float32).squeeze()
+
+    def gradients(self) -> list[Gradients]:
+        """The gradients of every bucket; raises, before any change, if one cannot be used."""
+        return [bucket.gradients() for bucket in self.buckets]
+
+    def reduce(self, sums: Sums, grads: Sequence[Gradients], groups: Groups) -> Tensor:
+        """The sum over all parameters that have a gradient: (1,) float64."""
+        parts = [
+            backend.reduce(bucket, sums, bucket_grads, groups)
+            for backend, bucket, bucket_grads in self._each(grads)
+        ]
+        return combine(parts, self.buckets)
+
+    def climb(
+        self, ascent: Ascent, grads: Sequence[Gradients], groups: Groups, number: int
+    ) -> Tensor:
+        """Save w and climb, under a number; returns what was reduced, (1,) float64."""
+        total = self.reduce(ascent.sums, grads, groups)
+        for backend, bucket, bucket_grads in self._each(grads):
+            here = moved(total, bucket.device, total.dtype)
+            bucket.settle()
+            bucket.begin_climb(number, bucket_grads)
+            backend.ascend_(bucket, ascent, bucket_grads, groups, here, number)
+            bucket.end_climb()
+            bucket.bump_versions(bucket_grads)
+        return total
+
+    def update(
+        self,
+        blend: Blend,
+        grads: Sequence[Gradients],
+        groups: Groups,
+        state: State,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Return to w and step by the rule, which there must be."""
+        rule, states = self.layout.rule, self.layout.states
+        assert rule is not None
+        if not states.is_current(state):
+            states.adopt(state)
+        for backend, bucket, bucket_grads in self._each(grads):
+            bucket.settle()
+            bucket.begin_return()
+            backend.update_(
+                bucket,
+                rule,
+                blend,
+                bucket_grads,
+                groups,
+                grad_scale=_on(bucket, grad_scale, bucket.compute_dtype),
+                found_inf=_on(bucket, found_inf, torch.float32),
+            )
+            bucket.bump_versions(bucket_grads)
+            bucket.end_return()
+            states.expose(bucket, bucket_grads, groups, state, found_inf)
+
+    def blend(self, blend: Blend, grad_scale: Tensor) -> None:
+        """Give a base optimizer without a rule the gradients that it is to see."""
+        for backend, bucket in zip(self.backends, self.buckets, strict=True):
+            grads = [slot.param.grad for slot in bucket.slots]
+            backend.blend_(bucket, blend, grads, _on(bucket, grad_scale, bucket.compute_dtype))
+
+    def restore(self) -> None:
+        """Return to w, without any check; each bucket whatever becomes of the others."""
+        error: Exception | None = None
+        for backend, bucket in zip(self.backends, self.buckets, strict=True):
+            try:
+                bucket.settle()
+                if any(bucket.perturbed):
+                    bucket.begin_return()
+                    backend.restore_(bucket)
+                    bucket.bump_versions()
+                    bucket.end_return()
+            except Exception as failed:
+                error = failed
+        if error is not None:
+            raise error
+
+    def _each(self, grads: Sequence[Gradients]) -> list[tuple[Backend, Bucket, Gradients]]:
+        return list(zip(self.backends, self.buckets, grads, strict=True))
+
+
+def _on(bucket: Bucket, value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if value is None else moved(value, bucket.device, dtype)

@@ -1,0 +1,161 @@
+"""A bucket: the parameters of one device and dtype, and the flat buffers that hold them."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from .gradients import Collector, Gradients
+from .slot import Slot
+from .state import StateBuffer
+from .window import as_real, contiguous_stride, is_dense, make_window
+
+ALIGNMENT = 64
+"""Elements; a parameter's offset is a multiple, so every window is 128-byte aligned or better."""
+
+_CARRIED = -1
+"""Stands for the number of a climb that another bucket made."""
+
+
+class Bucket:
+    """The parameters of one device and dtype, with their flat buffers.
+
+    Every climb has a number. The operation that saves w writes it into ``climb``, on the device,
+    and the one that returns to w writes 0. The host assumes that both succeed, and only after an
+    exception does it read which was the last: see ``settle``.
+
+    Attributes:
+        device, dtype: of all buffers; the dtype is real (complex64 parameters: float32).
+        slots: one for each parameter; those that moved first, pinned ones last.
+        rows: the indices of the groups that have parameters here, rising.
+        size: elements of a flat buffer, padding included. Padding is zero and stays zero.
+        weights: (size of the moved slots,), the flat buffer whose windows the parameters are.
+        saved: (size,), the weights w while the parameters hold w + epsilon.
+        climb: (1,) int64, the number of the climb that wrote ``saved``; 0 at w.
+        perturbed: for each slot, whether it has been saved and perturbed and awaits its return.
+        cache: what the backend derives from this bucket; it dies with the bucket.
+    """
+
+    def __init__(self, members: Sequence[tuple[Tensor, int]], pinned: set[Tensor]) -> None:
+        first = members[0][0]
+        self.device = first.device
+        self.dtype = first.dtype.to_real()
+        self.slots: list[Slot] = []
+        start = moved = 0
+        for param, row in sorted(members, key=lambda member: member[0] in pinned):
+            numel = param.numel() * (2 if param.is_complex() else 1)
+            stride = param.stride() if is_dense(param) else contiguous_stride(param.shape)
+            self.slots.append(
+                Slot(param, row, start, numel, param in pinned, param.dtype, param.shape, stride)
+            )
+            start += -(-numel // ALIGNMENT) * ALIGNMENT
+            moved = moved if param in pinned else start
+        self.size = start
+        self.rows = sorted({slot.row for slot in self.slots})
+        self.weights = torch.zeros(moved, dtype=self.dtype, device=self.device)
+        self.saved = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        self.climb = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.states: dict[str, StateBuffer] = {}
+        self.cache: dict[Any, Any] = {}
+        self.params = [slot.param for slot in self.slots]
+        self._collector = Collector(self.slots)
+        self._at_w = (False,) * len(self.slots)
+        self.perturbed = self._at_w
+        self._number = 0
+        self._moving: tuple[bool, ...] | None = None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of all arithmetic: float64 for float64, else float32."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def move_in(self) -> None:
+        """Copy the weights into the flat buffer and make the parameters windows of it."""
+        for slot in self.slots:
+            if not slot.pinned:
+                window = slot.shaped(make_window(slot.of(self.weights)))
+                window.copy_(slot.param.detach())
+                slot.param.data = window
+
+    def memory(self, slot: Slot) -> Tensor:
+        """The weights of a slot in memory order, (numel,), real, wherever they are."""
+        if slot.pinned:
+            return as_real(slot.param.detach()).as_strided((slot.numel,), (1,))
+        return slot.of(self.weights)
+
+    def state(self, name: str) -> StateBuffer:
+        """The buffer of one optimizer state, allocated when first asked for."""
+        if name not in self.states:
+            self.states[name] = StateBuffer(name, self)
+        return self.states[name]
+
+    def gradients(self) -> Gradients:
+        """The gradients as the kernels need them; see ``Collector.collect``."""
+        return self._collector.collect()
+
+    # ------------------------------------------------------------------ which weights are away
+    #
+    # begin_... comes before an operation and end_... after it. If an exception comes between,
+    # settle() finds out from the device how far the operation came.
+
+    def begin_climb(self, number: int, grads: Gradients) -> None:
+        """A climb of the slots that have a gradient is about to be made under this number."""
+        self._number, self._moving = number, grads.present
+
+    def end_climb(self) -> None:
+        """The climb is made."""
+        assert self._moving is not None
+        self.perturbed, self._moving = self._moving, None
+
+    def begin_return(self) -> None:
+        """The perturbed slots are about to return to w."""
+        self._moving = self.perturbed
+
+    def end_return(self) -> None:
+        """All slots are at w, or where an update has put them."""
+        self.perturbed, self._moving = self._at_w, None
+
+    def settle(self) -> None:
+        """After an exception: which slots does ``saved`` hold? Waits for the device, then only."""
+        if self._moving is not None:
+            away = self.climb.item() == self._number
+            self.perturbed = self._moving if away else self._at_w
+            self._moving = None
+
+    def carry(self, saved: dict[Tensor, Tensor]) -> None:
+        """Take over the saved weights of perturbed parameters, out of those of another bucket."""
+        perturbed = tuple([slot.param in saved for slot in self.slots])
+        if any(perturbed):
+            for slot in self.slots:
+                if slot.param in saved:
+                    slot.shaped(slot.of(self.saved)).copy_(saved.pop(slot.param))
+            self.climb.fill_(_CARRIED)
+            self._number, self.perturbed = _CARRIED, perturbed
+
+    # ------------------------------------------------------------------------------------------
+
+    def fresh(self, names: Iterable[str]) -> tuple[bool, ...]:
+        """For each slot, whether one of these states is still as it began."""
+        present = [self.state(name).present for name in names]
+        if any([False in there for there in present]):
+            return tuple([not all(there) for there in zip(*present, strict=True)])
+        return self._at_w
+
+    def bump_versions(self, grads: Gradients | None = None) -> None:
+        """Tell autograd which parameters were written through other tensors.
+
+        Those are the perturbed ones and those that have a gradient.
+        """
+        if grads is not None and grads.complete:
+            increment_version(self.params)
+            return
+        written = self.perturbed
+        if grads is not None:
+            written = tuple(map(operator.or_, written, grads.present))
+        increment_version(list(itertools.compress(self.params, written)))

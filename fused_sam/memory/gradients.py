@@ -1,0 +1,126 @@
+"""Gradients as the kernels need them: in the parameter's shape, dtype and strides, or refused."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .slot import Slot
+from .window import as_real
+
+_TensorGuards: Any
+try:
+    from torch._C._dynamo.guards import TensorGuards as _TensorGuards
+except ImportError:
+    _TensorGuards = None
+
+_GRAD = operator.attrgetter("grad")
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """A bucket's gradients.
+
+    Attributes:
+        tensors: one for each slot, in its parameter's shape, dtype and strides, complex as
+            (..., 2) reals; None where it is missing.
+        present: whether it is there, one for each slot.
+        complete: whether all are there.
+    """
+
+    tensors: Sequence[Tensor | None]
+    present: tuple[bool, ...]
+    complete: bool
+
+
+class Stale(Exception):
+    """A parameter changed its shape or strides in place: the layout must be built anew."""
+
+
+class Collector:
+    """Collects the gradients of a bucket's slots."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self._slots = slots
+        self._params = [slot.param for slot in slots]
+        self._all = (True,) * len(slots)
+        self._fit: Callable[..., bool] | None = None
+
+    def collect(self) -> Gradients:
+        """The gradients: the very tensors of autograd, or copies where those do not fit.
+
+        Raises:
+            Stale: a parameter's shape or strides changed.
+            RuntimeError: a gradient is sparse, or of a type whose memory cannot be reached.
+        """
+        raw = list(map(_GRAD, self._params))
+        if self._fit is not None and self._fit(*raw):
+            return Gradients(raw, self._all, True)
+        grads = [
+            None if grad is None else _usable(grad, slot)
+            for grad, slot in zip(raw, self._slots, strict=True)
+        ]
+        self._fit = _same_kind(raw) if all(map(operator.is_, raw, grads)) else None
+        present = tuple([grad is not None for grad in raw])
+        return Gradients(grads, present, all(present))
+
+
+def _same_kind(tensors: Sequence[Tensor | None]) -> Callable[..., bool] | None:
+    """A test, in C++, whether tensors are like these in all but their values and addresses.
+
+    That is: type, dtype, device, layout, negation, shape, strides. What torch.compile guards its
+    compiled functions with does it in a sixth of the time of Python. None, so that every tensor is
+    looked at in Python, where one is missing or this torch has no such test.
+    """
+    if _TensorGuards is None or any([tensor is None for tensor in tensors]):
+        return None
+    check: Callable[..., bool] = _TensorGuards(
+        *tensors,
+        dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors if tensor is not None],
+        dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors if tensor is not None],
+    ).check
+    return check
+
+
+def _usable(grad: Tensor, slot: Slot) -> Tensor:
+    if type(grad).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise RuntimeError(
+            f"a parameter of shape {tuple(slot.shape)} has a gradient of type "
+            f"{type(grad).__name__}, whose memory FusedSAM cannot reach; use plain tensors"
+        )
+    if grad.layout is not torch.strided:
+        raise RuntimeError(
+            f"a parameter of shape {tuple(slot.shape)} has a gradient of layout "
+            f"{grad.layout}; FusedSAM needs dense gradients: build the layer with "
+            f"sparse=False, or keep its parameters in another optimizer"
+        )
+    if (
+        grad.shape != slot.shape
+        or grad.stride() != slot.stride
+        or grad.dtype is not slot.dtype
+        or grad.is_neg()
+        or grad._is_zerotensor()
+    ):
+        grad = _match(grad, slot)
+    return as_real(grad)
+
+
+def _match(grad: Tensor, slot: Slot) -> Tensor:
+    """A gradient in its parameter's dtype and strides: a view of it if that serves, else a copy."""
+    param = slot.param
+    if param.shape != slot.shape or param.stride() != slot.stride or param.dtype != slot.dtype:
+        raise Stale
+    same_order = all(
+        size == 1 or ours == theirs
+        for size, ours, theirs in zip(slot.shape, slot.stride, grad.stride(), strict=True)
+    )
+    lazy = grad.is_neg() or grad._is_zerotensor()
+    if same_order and grad.dtype is slot.dtype and not lazy:
+        return grad.detach().as_strided(slot.shape, slot.stride)
+    matched = torch.empty_strided(slot.shape, slot.stride, dtype=slot.dtype, device=param.device)
+    return matched.copy_(grad.detach())

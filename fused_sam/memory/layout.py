@@ -1,0 +1,79 @@
+"""All buckets of an optimizer, and whether they still fit its parameter groups."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..rules import Rule
+from .bucket import Bucket
+from .state import State, StateView
+from .window import must_stay
+
+_PARAMS = operator.itemgetter("params")
+
+
+class Layout:
+    """All buckets of an optimizer, for its parameter groups as they are now.
+
+    Args:
+        groups: the parameter groups; their parameters move into flat buffers.
+        rule: whose state the buckets hold, or None if the base optimizer keeps its own.
+        state: the optimizer's state; what the rule knows of it moves into flat buffers too.
+        old: the layout that this one replaces; saved weights of perturbed parameters pass over.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Mapping[str, Any]] = (),
+        rule: Rule | None = None,
+        state: State | None = None,
+        old: Layout | None = None,
+    ) -> None:
+        members = [(p, row) for row, group in enumerate(groups) for p in group["params"]]
+        carried = old.release() if old is not None else {}
+        pinned = {p for p, _ in members if must_stay(p)}
+        by_kind: dict[Any, list[tuple[Tensor, int]]] = {}
+        for param, row in members:
+            by_kind.setdefault((param.device, param.dtype.to_real()), []).append((param, row))
+        self.rule = rule
+        self.buckets = [Bucket(bucket, pinned) for bucket in by_kind.values()]
+        for bucket in self.buckets:
+            bucket.move_in()
+            bucket.carry(carried)
+        for param, saved in carried.items():
+            param.data.copy_(saved)  # it left the groups while it was perturbed
+        self._groups = [list(group["params"]) for group in groups]
+        self._params = [param for param, _ in members]
+        self._addresses = list(map(Tensor.data_ptr, self._params))
+        self._strides = list(map(Tensor.stride, self._params))
+        self.states = StateView(rule, self.buckets, {} if state is None else state)
+
+    def is_current(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether every parameter is still the object and at the address that the layout knows."""
+        return (
+            len(groups) == len(self._groups)
+            and all(map(_are_the_same, map(_PARAMS, groups), self._groups))
+            and list(map(Tensor.data_ptr, self._params)) == self._addresses
+        )
+
+    def has_strides(self) -> bool:
+        """Whether every parameter of a current layout has the strides that the layout knows."""
+        return list(map(Tensor.stride, self._params)) == self._strides
+
+    def release(self) -> dict[Tensor, Tensor]:
+        """Let go of the parameters' memory; return the saved weights of the perturbed ones."""
+        carried = {}
+        for bucket in self.buckets:
+            bucket.cache = {}  # a captured graph may keep what was in it
+            for slot, perturbed in zip(bucket.slots, bucket.perturbed, strict=True):
+                if perturbed:
+                    carried[slot.param] = slot.shaped(slot.of(bucket.saved))
+        return carried
+
+
+def _are_the_same(params: Sequence[Tensor], known: Sequence[Tensor]) -> bool:
+    return len(params) == len(known) and all(map(operator.is_, params, known))

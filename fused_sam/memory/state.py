@@ -1,0 +1,156 @@
+"""Optimizer state: the flat buffers hold it, ``optimizer.state[p]`` shows windows of them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..rules import STEP, Rule
+from .gradients import Gradients
+from .window import has_windows, make_window
+
+if TYPE_CHECKING:
+    from .bucket import Bucket
+
+State = MutableMapping[Tensor, dict[str, Any]]
+
+
+class StateBuffer:
+    """One optimizer state of a bucket.
+
+    Attributes:
+        flat: (bucket.size,) in the bucket's dtype; ``step``: (len(slots),) float32. Zero at first.
+        windows: what ``optimizer.state[p][name]`` shows, one for each slot, with its own storage.
+        present: whether the parameter has this state already, one for each slot.
+    """
+
+    def __init__(self, name: str, bucket: Bucket) -> None:
+        slots, device = bucket.slots, bucket.device
+        if name == STEP:
+            self.flat = torch.zeros(len(slots), dtype=torch.float32, device=device)
+            pieces = list(self.flat.unbind())
+        else:
+            self.flat = torch.zeros(bucket.size, dtype=bucket.dtype, device=device)
+            pieces = [slot.of(self.flat) for slot in slots]
+        if has_windows(device):
+            pieces = [make_window(piece) if piece.numel() else piece for piece in pieces]
+        self.windows = [
+            piece.view(()) if name == STEP else slot.shaped(piece)
+            for slot, piece in zip(slots, pieces, strict=True)
+        ]
+        self.present = [False] * len(slots)
+
+    def adopt(self, values: Sequence[Any]) -> None:
+        """Copy in a value for each slot; None clears it. A value may be another slot's window."""
+        ours = {id(window): i for i, window in enumerate(self.windows)}
+        values = [
+            value.clone() if ours.get(id(value), i) != i else value
+            for i, value in enumerate(values)
+        ]
+        self.present = [value is not None for value in values]
+        for window, value in zip(self.windows, values, strict=True):
+            if value is None:
+                window.zero_()
+            elif value is not window:
+                window.copy_(_tensor(value))
+
+
+def _tensor(value: Any) -> Tensor:
+    """A state as a tensor: checkpoints of old keep ``step`` as a number."""
+    return value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+
+
+class StateView:
+    """Keeps ``optimizer.state`` and the flat buffers of a rule's state the same.
+
+    Args:
+        rule: whose state it is; None if the base optimizer keeps its own.
+        buckets: whose buffers hold it.
+        state: the optimizer's; what the rule knows of it moves into the buffers.
+    """
+
+    def __init__(self, rule: Rule | None, buckets: Sequence[Bucket], state: State) -> None:
+        self._rule = rule
+        self._buckets = buckets
+        self.adopt(state)
+
+    def adopt(self, state: State) -> None:
+        """Bring the rule's state into the flat buffers; ``state[p]`` then shows windows of them."""
+        for bucket in self._buckets if self._rule else ():
+            assert self._rule is not None
+            names = {
+                name
+                for slot in bucket.slots
+                for name in state.get(slot.param, ())
+                if name in self._rule.state_names
+            }
+            for name in names | bucket.states.keys():
+                buffer = bucket.state(name)
+                values = [state.get(slot.param, {}).get(name) for slot in bucket.slots]
+                buffer.adopt(values)
+                for slot, value, window in zip(bucket.slots, values, buffer.windows, strict=True):
+                    if value is not None:
+                        state[slot.param][name] = window
+        self._record(state)
+
+    def is_current(self, state: State) -> bool:
+        """Whether ``state`` still shows the windows (load_state_dict and users replace tensors)."""
+        return (
+            state is self._state
+            and len(state) == len(self._entries)
+            and all(map(operator.is_, state.values(), self._entries))
+            and all(map(operator.is_, map(dict.get, *self._shown), self._windows))
+        )
+
+    def expose(
+        self,
+        bucket: Bucket,
+        grads: Gradients,
+        groups: Sequence[Mapping[str, Any]],
+        state: State,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Show in ``state`` what an update with these gradients has written for the first time."""
+        assert self._rule is not None
+        if bucket.states and all(all(buffer.present) for buffer in bucket.states.values()):
+            return
+        names = {row: self._rule.kept(groups[row]) for row in bucket.rows}
+        if all(False not in bucket.states[name].present for row in names.values() for name in row):
+            return
+        new = [
+            (slot, i, name)
+            for i, (slot, there) in enumerate(zip(bucket.slots, grads.present, strict=True))
+            if there
+            for name in names[slot.row]
+            if not bucket.states[name].present[i]
+        ]
+        if not new:
+            return
+        # A skipped first step must stay a first step where the rule treats that one differently.
+        # This waits for the device: once, and only for SGD with dampening under a GradScaler.
+        dampened = any(groups[slot.row].get("dampening") for slot, _, _ in new)
+        if found_inf is not None and dampened and found_inf.item():
+            return
+        for slot, i, name in new:
+            bucket.states[name].present[i] = True
+            state[slot.param][name] = bucket.states[name].windows[i]
+        self._record(state)
+
+    def _record(self, state: State) -> None:
+        self._state = state
+        self._entries = list(state.values())
+        shown = [
+            (state[slot.param], name, window)
+            for bucket in self._buckets
+            for name, buffer in bucket.states.items()
+            for slot, window, present in zip(
+                bucket.slots, buffer.windows, buffer.present, strict=True
+            )
+            if present
+        ]
+        self._shown = [entry for entry, _, _ in shown], [name for _, name, _ in shown]
+        self._windows = [window for _, _, window in shown]

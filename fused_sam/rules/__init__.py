@@ -1,0 +1,19 @@
+"""The base optimizers that are fused: one file each, listed here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch.optim import Optimizer
+
+from .adam import ADAM, ADAMW
+from .base import STEP, Group, Rule, State
+from .rmsprop import RMSPROP
+from .sgd import SGD
+
+__all__ = ["ADAM", "ADAMW", "RMSPROP", "RULES", "SGD", "STEP", "Group", "Rule", "State"]
+
+RULES: Mapping[type[Optimizer], Rule] = {
+    rule.optimizer: rule for rule in (SGD, ADAM, ADAMW, RMSPROP)
+}
+"""By the exact class of the base optimizer: a subclass may do anything."""

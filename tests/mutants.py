@@ -1,0 +1,362 @@
+"""One-line faults, and whether the tests notice. Not a part of `make test`.
+
+    python tests/mutants.py [--only NAME ...] [--jobs N]
+
+A mutant replaces one piece of text, which must stand in its file exactly once, in a copy of this
+checkout; where it is C++ the CPU library is built again there. Then the tests run that should
+notice. Prints a line for each mutant, and the survivors; exits with 1 if there are any.
+
+First the tests run on the code as it is, for a test that fails anyway kills nothing: its mutants
+are errors, as one is whose text is not found.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+LIMIT = 900
+"""Seconds for the tests of one mutant, after which it is dead: it may wait for ever."""
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str
+    text: str
+    replacement: str
+    tests: tuple[str, ...]
+    """Arguments of pytest."""
+
+
+def table(backend, more="one_group"):
+    return ("tests/test_table.py", "-k", f"{backend} and ({more})")
+
+
+REFERENCE, NATIVE, TRITON = map(table, ("reference", "native", "triton"))
+GROUPS = "keep_their_own"
+SCALER = "found_inf or first_step"
+EDGE = "nan or below_zero or infinite or not_finite or lr_zero"
+OPTIONS = "switched_on or not_allocated"
+FAILS = "operation_that_fails"
+CUDA = ("tests/test_native_kernels.py", "-k", "cuda_kernels_match")
+ALIGNMENT = ("tests/test_triton.py", "-k", "aligned")
+LAYOUT = ("tests/test_layout.py", "-k", "reference")
+STEPS = ("tests/test_semantics.py", "-k", "reference")
+# fmt: off
+MUTANTS = [
+    # ---- the rules' texts, as torch runs them
+    Mutant("sgd-dampens-the-first-gradient", "fused_sam/rules/sgd.py",
+           "undampened = where(fresh, 1.0, undampened)", "undampened = undampened", REFERENCE),
+    Mutant("sgd-nesterov-without-momentum", "fused_sam/rules/sgd.py",
+           "grad + momentum * momentum_buffer, momentum_buffer)",
+           "grad + momentum_buffer, momentum_buffer)", REFERENCE),
+    Mutant("sgd-decays-uphill", "fused_sam/rules/sgd.py",
+           "grad + weight_decay * param, grad)", "grad - weight_decay * param, grad)", REFERENCE),
+    Mutant("adamw-decay-without-lr", "fused_sam/rules/adam.py",
+           "1 - lr * weight_decay, 1.0)", "1 - weight_decay, 1.0)", REFERENCE),
+    Mutant("adam-one-step-ahead", "fused_sam/rules/adam.py",
+           "-expm1(step * log1)", "-expm1((step + 1) * log1)", REFERENCE),
+    Mutant("adam-eps-under-the-root", "fused_sam/rules/adam.py",
+           "sqrt(second / correction2) + eps", "sqrt(second / correction2 + eps)", REFERENCE),
+    Mutant("adam-zero-decay-times-infinity", "fused_sam/rules/adam.py",
+           "where(coupled != 0, grad + coupled * param, grad)", "grad + coupled * param",
+           table("reference", EDGE)),
+    Mutant("rmsprop-zero-decay-times-infinity", "fused_sam/rules/rmsprop.py",
+           "where(weight_decay != 0, grad + weight_decay * param, grad)",
+           "grad + weight_decay * param", table("reference", EDGE)),
+    Mutant("rmsprop-clamp", "fused_sam/rules/rmsprop.py",
+           "variance = where(variance < 0, 0.0, variance)", "variance = variance",
+           table("reference", EDGE)),
+    Mutant("amsgrad-loses-nan", "fused_sam/text.py", "torch.maximum(x, y)", "torch.fmax(x, y)",
+           table("reference", EDGE)),
+    Mutant("lerp-towards-the-start", "fused_sam/text.py",
+           "end - (end - start) * (1 - weight)", "end - (end - start) * weight", REFERENCE),
+    # ---- the climb's texts
+    Mutant("maximize-climbs-uphill", "fused_sam/ascents/sam.py",
+           'rho = -group["rho"] if group.get("maximize") else group["rho"]', 'rho = group["rho"]',
+           table("reference", GROUPS)),
+    Mutant("asam-without-eta", "fused_sam/ascents/sam.py",
+           "grad = where(adaptive != 0, abs(param) + eta, 1.0)",
+           "grad = where(adaptive != 0, abs(param), 1.0)", REFERENCE),
+    Mutant("asam-unsquared", "fused_sam/ascents/sam.py",
+           "scale * (t * t * grad)", "scale * (t * grad)", REFERENCE),
+    Mutant("zero-norm-climbs", "fused_sam/ascents/sam.py",
+           "is_finite(norm) & (norm > 0)", "is_finite(norm)", STEPS),
+    # ---- the reference backend
+    Mutant("climb-of-zero-adds", "fused_sam/backends/base.py",
+           "torch.where(scale == 0, weights, moved)", "moved", table("reference", EDGE)),
+    Mutant("lr-zero-subtracts", "fused_sam/backends/base.py", "if frozen is True:", "if False:",
+           table("reference", EDGE)),
+    Mutant("maximize-descends", "fused_sam/backends/base.py",
+           'grad.neg_() if group["maximize"] else grad', "grad", REFERENCE),
+    Mutant("loss-scale-stays", "fused_sam/backends/base.py", "grad.div_(grad_scale)", "pass",
+           table("reference", SCALER)),
+    Mutant("skipped-step-counts", "fused_sam/backends/base.py",
+           "stepping * (1 - found_inf)", "stepping", table("reference", SCALER)),
+    Mutant("found-inf-is-a-flag", "fused_sam/backends/base.py",
+           "found_inf = (found_inf != 0).float()", "found_inf = found_inf.float()",
+           table("reference", SCALER)),
+    Mutant("climb-has-no-number", "fused_sam/backends/base.py",
+           "bucket.climb.fill_(number)", "pass", table("reference", FAILS)),
+    Mutant("runs-across-groups", "fused_sam/backends/runs.py",
+           "and slot.row == first.row", "", table("reference", GROUPS)),
+    Mutant("padding-is-not-cleared", "fused_sam/backends/runs.py",
+           "memory.index_fill_(0, self.padding, 0)", "pass", table("reference", "eps_zero")),
+    Mutant("one-bucket-climbs-alone", "fused_sam/backends/combine.py",
+           "return torch.where(total > largest, torch.inf, total)", "return total", STEPS),
+    # ---- the tables of both GPU backends; the CPU's kernels read them too
+    Mutant("addresses-of-other-slots", "fused_sam/backends/tables.py",
+           "data_ptr() if slot.numel else 0 for slot in bucket.slots]",
+           "data_ptr() if slot.numel else 0 for slot in bucket.slots[::-1]]", TRITON),
+    Mutant("misaligned-weights", "fused_sam/backends/tables.py",
+           "weights and address % _ACCESS == 0", "address % _ACCESS == 0", ALIGNMENT),
+    Mutant("misaligned-gradients", "fused_sam/backends/tables.py",
+           "weights and address % _ACCESS == 0", "weights", ALIGNMENT),
+    Mutant("never-fresh", "fused_sam/backends/tables.py",
+           "| FRESH * (bool(fresh) and fresh[i])", "", NATIVE),
+    Mutant("everything-was-perturbed", "fused_sam/backends/tables.py",
+           "| PERTURBED * perturbed[i]", "| PERTURBED", TRITON),
+    Mutant("stale-hyperparameters", "fused_sam/backends/tables.py",
+           "if known is not None and known[0] == wanted and", "if known is not None and",
+           table("native", GROUPS)),
+    Mutant("rows-from-zero", "fused_sam/backends/tables.py",
+           "for row, numbers in rows.items():", "for row, numbers in enumerate(rows.values()):",
+           table("native", OPTIONS)),
+    Mutant("all-groups-keep-all-states", "fused_sam/backends/tables.py",
+           "kept = sum(1 << i for i, s in enumerate(rule.states) if s.kept is None or "
+           "s.kept(group))",
+           "kept = (1 << len(rule.states)) - 1", table("triton", OPTIONS)),
+    Mutant("maximize-is-no-bit", "fused_sam/backends/tables.py",
+           '| MAXIMIZE * bool(group["maximize"])', "", NATIVE),
+    # ---- Triton
+    Mutant("triton-no-group-differs", "fused_sam/backends/triton/operations.py",
+           "mixed = any([row != kept[0] for row in kept])", "mixed = False",
+           table("triton", OPTIONS)),
+    Mutant("triton-amsgrad-loses-nan", "fused_sam/backends/triton/words.py",
+           "tl.PropagateNan.ALL", "tl.PropagateNan.NONE", table("triton", EDGE)),
+    Mutant("triton-expm1-cancels", "fused_sam/backends/triton/words.py",
+           "tl.where(x > -0.35, x * series, tl.exp(x) - 1)", "tl.exp(x) - 1",
+           ("tests/test_triton.py", "-k", "bias_correction")),
+    Mutant("triton-climb-of-zero-adds", "fused_sam/backends/triton/kernels.py",
+           "tl.where(scale == 0, w, MOVE(w, g, *scalars))", "MOVE(w, g, *scalars)",
+           table("triton", EDGE)),
+    Mutant("triton-climb-has-no-number", "fused_sam/backends/triton/kernels.py",
+           "tl.store(climb_ptr, number)", "pass", table("triton", FAILS)),
+    Mutant("triton-update-keeps-the-number", "fused_sam/backends/triton/kernels.py",
+           "tl.store(climb_ptr, 0)\n    steps", "pass\n    steps", table("triton", FAILS)),
+    Mutant("triton-lr-zero-subtracts", "fused_sam/backends/triton/kernels.py",
+           "tl.where(lr == 0, w, new[0])", "new[0]", table("triton", EDGE)),
+    Mutant("triton-skipped-step-counts", "fused_sam/backends/triton/kernels.py",
+           "if steps:\n                for i in", "if True:\n                for i in",
+           table("triton", SCALER)),
+    Mutant("triton-missing-gradients-count", "fused_sam/backends/triton/kernels.py",
+           "tl.store(step_ptr + slot, count + 1, (flags & MISSING) == 0)",
+           "tl.store(step_ptr + slot, count + 1, slot < n_slots)", TRITON),
+    Mutant("triton-ticket-stays", "fused_sam/backends/triton/kernels.py",
+           "tl.store(ticket_ptr, 0)", "pass", TRITON),
+    Mutant("triton-stale-saved", "fused_sam/backends/triton/kernels.py",
+           "tl.where(condition, x.to(tl.int64), y.to(tl.int64))", "x.to(tl.int64)", TRITON),
+    Mutant("triton-missing-gradients-stay-away", "fused_sam/backends/triton/kernels.py",
+           "elif perturbed:", "elif perturbed & (count < 0):", TRITON),
+    Mutant("triton-32-bit-offsets", "fused_sam/backends/triton/kernels.py",
+           "begin = tl.load(place + 1)", "begin = tl.load(place + 1).to(tl.int32)",
+           ("tests/test_triton.py", "-k", "offsets")),
+    # ---- C++: the mathematics
+    Mutant("cpp-dampens-the-first-gradient", "csrc/mathematics.h",
+           "undampened = words::where(fresh, T(1.0), undampened);", "", NATIVE),
+    Mutant("cpp-amsgrad-loses-nan", "csrc/words.h", "x > y || x != x ? x : y", "x > y ? x : y",
+           table("native", EDGE)),
+    Mutant("cpp-rmsprop-clamp", "csrc/mathematics.h",
+           "variance = words::where((variance < T(0)), T(0.0), variance);", "",
+           table("native", EDGE)),
+    Mutant("cpp-zero-decay-times-infinity", "csrc/mathematics.h",
+           "words::where((coupled != T(0)), (grad + (coupled * param)), grad)",
+           "(grad + (coupled * param))", table("native", EDGE)),
+    Mutant("cpp-asam-unsquared", "csrc/mathematics.h", "((t * t) * grad)", "(t * grad)", NATIVE),
+    Mutant("cpp-lerp", "csrc/mathematics.h", "((end - start) * (T(1) - weight))",
+           "((end - start) * weight)", NATIVE),
+    # ---- C++: the CPU
+    Mutant("native-pinned-addresses", "fused_sam/backends/native/operations.py",
+           "for slot in bucket.slots if slot.pinned]",
+           "for slot in bucket.slots[::-1] if slot.pinned]",
+           ("tests/test_layout.py", "-k", "native")),
+    Mutant("cpu-lr-zero-subtracts", "csrc/cpu/kernels_impl.h",
+           "weights[i] = frozen ? old : updated;", "weights[i] = updated;", table("native", EDGE)),
+    Mutant("cpu-climb-of-zero-adds", "csrc/cpu/kernels_impl.h",
+           "if (scalars.scale != T(0)) climb", "climb", table("native", EDGE)),
+    Mutant("cpu-climb-has-no-number", "csrc/cpu/bindings.cpp",
+           "set_climb(climb, saved, number);", "", table("native", FAILS)),
+    Mutant("cpu-stale-saved", "csrc/cpu/kernels_impl.h",
+           "piece.flags & kPerturbed ? static_cast<const S*>(p.saved) + at : piece.weights",
+           "static_cast<const S*>(p.saved) + at", NATIVE),
+    Mutant("cpu-pinned-weights", "csrc/cpu/kernels_impl.h",
+           "p.pinned[i - p.num_moved]", "p.pinned[0]", ("tests/test_layout.py", "-k", "native")),
+    Mutant("cpu-missing-gradients-count", "csrc/cpu/bindings.cpp",
+           "if (!(p.flags[i] & kMissing)) p.step[i] += 1.0f;", "p.step[i] += 1.0f;", NATIVE),
+    Mutant("cpu-skipped-step-counts", "csrc/cpu/bindings.cpp",
+           "if (p.step && !skip) {", "if (p.step) {", table("native", SCALER)),
+    Mutant("cpu-row-beyond-the-table", "csrc/cpu/bindings.cpp",
+           "slot.row < numbers / columns),", "slot.row <= numbers / columns),",
+           ("tests/test_native.py", "-k", "refuse")),
+    # ---- CUDA, under emulation
+    Mutant("cuda-misaligned-climb", "csrc/cuda/kernels.cuh",
+           "for_packs<S, 2>(piece.numel, piece.has(kAligned),",
+           "for_packs<S, 2>(piece.numel, true,", CUDA),
+    Mutant("cuda-misaligned-update", "csrc/cuda/kernels.cuh",
+           "for_packs<S, kMaxUnroll>(piece.numel, piece.has(kAligned),",
+           "for_packs<S, kMaxUnroll>(piece.numel, true,", CUDA),
+    Mutant("cuda-misaligned-return", "csrc/cuda/kernels.cuh",
+           "copy<S>(piece.weights, saved, piece.numel, piece.has(kAligned));",
+           "copy<S>(piece.weights, saved, piece.numel, true);", CUDA),
+    Mutant("cuda-missing-gradients-count", "csrc/cuda/kernels.cuh",
+           "if (!(p.flags[i] & kMissing)) p.step[i] += 1.0f;", "p.step[i] += 1.0f;", CUDA),
+    Mutant("cuda-skipped-step-counts", "csrc/cuda/kernels.cuh",
+           "!skip && i < p.num_slots", "i < p.num_slots", CUDA),
+    Mutant("cuda-ticket-stays", "csrc/cuda/kernels.cuh",
+           "if (threadIdx.x == 0) *ticket = 0;", "", CUDA),
+    # ---- memory
+    Mutant("skipped-first-step-loses-fresh", "fused_sam/memory/state.py",
+           "if found_inf is not None and dampened and found_inf.item():", "if False:",
+           table("reference", SCALER)),
+    Mutant("replaced-state-is-not-noticed", "fused_sam/memory/state.py",
+           "and all(map(operator.is_, map(dict.get, *self._shown), self._windows))", "", LAYOUT),
+    Mutant("state-is-lost-in-a-move", "fused_sam/memory/state.py",
+           "window.copy_(_tensor(value))", "window.zero_()", LAYOUT),
+    Mutant("states-in-the-compute-dtype", "fused_sam/memory/state.py",
+           "torch.zeros(bucket.size, dtype=bucket.dtype",
+           "torch.zeros(bucket.size, dtype=bucket.compute_dtype", REFERENCE),
+    Mutant("moved-while-perturbed", "fused_sam/memory/bucket.py",
+           "self._number, self.perturbed = _CARRIED, perturbed", "self._number = _CARRIED", LAYOUT),
+    Mutant("unaligned-windows", "fused_sam/memory/bucket.py",
+           "start += -(-numel // ALIGNMENT) * ALIGNMENT", "start += numel", LAYOUT),
+    Mutant("stale-saved", "fused_sam/memory/bucket.py",
+           "self.perturbed, self._moving = self._moving, None",
+           "self.perturbed, self._moving = (True,) * len(self.slots), None", REFERENCE),
+    Mutant("settles-away", "fused_sam/memory/bucket.py",
+           "away = self.climb.item() == self._number", "away = True",
+           table("reference", FAILS)),
+    Mutant("settles-at-w", "fused_sam/memory/bucket.py",
+           "away = self.climb.item() == self._number", "away = False",
+           table("reference", FAILS)),
+    # ---- the protocol
+    Mutant("clip-enlarges", "fused_sam/scaling.py", ".clamp_max_(1.0)", "",
+           table("reference", "clips")),
+    Mutant("clip-forgets-the-loss-scale", "fused_sam/scaling.py",
+           "return scale / coefficient", "return 1 / coefficient", table("reference", SCALER)),
+    Mutant("used-gradients-are-fresh", "fused_sam/optimizer.py",
+           "grad._fused_sam_consumed = grad._version", "grad._fused_sam_consumed = -1", STEPS),
+]
+# fmt: on
+
+
+class Checkout:
+    """A copy of the working tree, to be mutated."""
+
+    def __init__(self, place):
+        self.place = Path(place)
+        listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        names = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+        self.libraries = [path.relative_to(ROOT) for path in ROOT.glob("fused_sam/_native*.so")]
+        for name in [*filter(None, names.split("\0")), *self.libraries]:
+            if (ROOT / name).is_file():
+                (self.place / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, self.place / name)
+
+    def run(self, *command, **environment):
+        environment = {**os.environ, "PYTHONPATH": str(self.place), **environment}
+        return subprocess.run(
+            [sys.executable, *command],
+            cwd=self.place,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+        )
+
+    def pytest(self, tests):
+        """What pytest exits with; None if it takes too long."""
+        try:
+            return self.run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests).returncode
+        except subprocess.TimeoutExpired:
+            return None
+
+    def kills(self, mutant):
+        path = self.place / mutant.file
+        before = path.read_text()
+        if before.count(mutant.text) != 1:
+            raise RuntimeError(
+                f"the text stands {before.count(mutant.text)} times in {mutant.file}: "
+                f"{mutant.text!r}; write what stands there once"
+            )
+        path.write_text(before.replace(mutant.text, mutant.replacement))
+        builds = path.suffix in (".h", ".cpp")
+        try:
+            if builds:
+                build = ("setup.py", "-q", "build_ext", "--inplace")
+                done = self.run(*build, FUSED_SAM_BUILD="cpu")
+                if done.returncode:
+                    raise RuntimeError(f"it does not compile:\n{done.stderr[-2000:]}")
+            code = self.pytest(mutant.tests)
+            # 1: tests failed; 2: they cannot be collected; negative: the interpreter was killed, as
+            # by an access out of bounds. All else is not about the code.
+            if code is not None and code > 2:
+                raise RuntimeError(f"pytest exits with {code}: {' '.join(mutant.tests)}")
+            return code != 0
+        finally:
+            path.write_text(before)
+            for name in self.libraries if builds else ():
+                shutil.copy2(ROOT / name, self.place / name)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="the mutants with these names")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at a time (default: 1)")
+    args = parser.parse_args()
+    names = [mutant.name for mutant in MUTANTS]
+    if unknown := set(args.only or ()) - set(names):
+        parser.error(f"there is no mutant {', '.join(sorted(unknown))}; there are {names}")
+    chosen = [mutant for mutant in MUTANTS if mutant.name in (args.only or names)]
+    with tempfile.TemporaryDirectory() as place:
+        free = queue.SimpleQueue()
+        for i in range(args.jobs):
+            free.put(Checkout(Path(place, str(i))))
+
+        def in_a_checkout(work):
+            checkout = free.get()
+            try:
+                return work(checkout)
+            finally:
+                free.put(checkout)
+
+        def try_mutant(mutant):
+            start = time.monotonic()
+            try:
+                if mutant.tests in broken:
+                    raise RuntimeError(f"these fail without it: {' '.join(mutant.tests)}")
+                word = "killed" if in_a_checkout(lambda c: c.kills(mutant)) else "SURVIVES"
+            except RuntimeError as error:
+                word = f"ERROR: {error}"
+            print(f"{time.monotonic() - start:5.0f} s  {mutant.name:35} {word}", flush=True)
+            return word
+
+        with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+            selections = list(dict.fromkeys(mutant.tests for mutant in chosen))
+            codes = pool.map(lambda tests: in_a_checkout(lambda c: c.pytest(tests)), selections)
+            broken = [tests for tests, code in zip(selections, codes, strict=True) if code != 0]
+            words = list(pool.map(try_mutant, chosen))
+    alive = [m.name for m, word in zip(chosen, words, strict=True) if word != "killed"]
+    print(f"{len(chosen) - len(alive)} of {len(chosen)} killed", *alive, sep="\n  ")
+    sys.exit(bool(alive))
+
+
+if __name__ == "__main__":
+    main()
