@@ -22,7 +22,7 @@ struct Problem {
   void* states[3];       // S (size,) or null
   float* step;           // (num_slots,) or null
   const Slot* slots;     // (num_slots,), by rising start
-  const int64_t* grads;  // (num_slots,): addresses of S (numel,)
+  const int64_t* grads;  // (num_slots,): addresses of S (numel,); null for restore_
   const int32_t* flags;  // (num_slots,)
   const void* hyper;     // Columns<T> (rows,) of what is computed
   int64_t num_slots;

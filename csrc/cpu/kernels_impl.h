@@ -66,7 +66,7 @@ FUSED_SAM_INLINE void for_each_piece(const Problem& p, int64_t begin, int64_t en
     if (first >= stop) continue;
     S* weights = i < p.num_moved ? static_cast<S*>(p.weights) + slot.start
                                  : static_cast<S*>(p.pinned[i - p.num_moved]);
-    const bool missing = (p.flags[i] & kMissing) != 0;
+    const bool missing = !p.grads || p.flags[i] & kMissing;
     const S* grad = missing ? nullptr : reinterpret_cast<const S*>(p.grads[i]) + first;
     f(Piece<S>{&slot, i, p.flags[i], first, stop - first, weights + first, grad});
   }
