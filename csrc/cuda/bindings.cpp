@@ -68,9 +68,10 @@ Tensor reduce(Tensor weights, std::vector<Tensor> /*pinned*/, Tensor saved,
               int64_t sums) {
   check_index(sums, kNumSums, "sums");
   const Bucket bucket(weights, saved, slots, grads, flags, hyper, kSumsColumns[sums]);
-  Tensor partials = torch::stable::new_empty(saved, {kPartials}, compute_type(bucket.dtype));
+  Tensor partials = torch::stable::new_empty(saved, {kPartials}, ScalarType::Double);
   Tensor total = torch::stable::new_empty(saved, {1}, ScalarType::Double);
-  check_launch(launch_reduce(bucket.dtype, sums, bucket.problem, partials.mutable_data_ptr(),
+  check_launch(launch_reduce(bucket.dtype, sums, bucket.problem,
+                             static_cast<double*>(partials.mutable_data_ptr()),
                              static_cast<double*>(total.mutable_data_ptr()),
                              ticket_of(ticket, saved), bucket.device, bucket.stream));
   return total;

@@ -191,10 +191,11 @@ __device__ __forceinline__ ComputeOf<S> sum_terms(
   return sum;
 }
 
-// partials: T (kPartials,), scratch; total: what it comes to, in the compute dtype.
+// partials: (kPartials,), scratch. In float64, so that how the grid cuts the sum does not show in a
+// total that is rounded to float32. total: what it comes to, in the compute dtype.
 template <typename Sums, typename S>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    reduce_kernel(DeviceProblem p, ComputeOf<S>* partials, double* total, unsigned* ticket) {
+    reduce_kernel(DeviceProblem p, double* partials, double* total, unsigned* ticket) {
   using T = ComputeOf<S>;
   double sum = 0;
   for (int chunk = blockIdx.x; chunk < p.num_chunks; chunk += gridDim.x) {
@@ -206,12 +207,12 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   }
   sum = block_sum(sum);
   // The thread that takes the ticket has stored the partial sum.
-  if (threadIdx.x == 0) partials[blockIdx.x] = T(sum);
+  if (threadIdx.x == 0) partials[blockIdx.x] = sum;
   if (!is_last(ticket)) return;
   sum = 0;
   // Past the first-level cache, which may hold what was there before.
   for (int i = threadIdx.x; i < int(gridDim.x); i += kThreads) {
-    sum += double(static_cast<volatile T*>(partials)[i]);
+    sum += static_cast<volatile double*>(partials)[i];
   }
   sum = block_sum(sum);
   if (threadIdx.x == 0) {

@@ -79,13 +79,13 @@ FUSED_SAM_WITH(with_rule, FUSED_SAM_RULES)
 
 }  // namespace
 
-const char* launch_reduce(Dtype dtype, int64_t sums, const DeviceProblem& p, void* partials,
+const char* launch_reduce(Dtype dtype, int64_t sums, const DeviceProblem& p, double* partials,
                           double* total, unsigned* ticket, int device, void* stream) {
   return with_storage(dtype, [&](auto s) {
     using S = decltype(s);
     return with_sums(sums, [&](auto value) {
-      return launch(reduce_kernel<decltype(value), S>, p.num_chunks, device, stream, p,
-                    static_cast<ComputeOf<S>*>(partials), total, ticket);
+      return launch(reduce_kernel<decltype(value), S>, p.num_chunks, device, stream, p, partials,
+                    total, ticket);
     });
   });
 }

@@ -34,7 +34,7 @@ struct DeviceProblem {
 };
 
 // All return null, or what went wrong. device: the current one. stream: a cudaStream_t of it.
-const char* launch_reduce(Dtype dtype, int64_t sums, const DeviceProblem& p, void* partials,
+const char* launch_reduce(Dtype dtype, int64_t sums, const DeviceProblem& p, double* partials,
                           double* total, unsigned* ticket, int device, void* stream);
 const char* launch_ascend_(Dtype dtype, int64_t ascent, const DeviceProblem& p, const double* total,
                            int64_t* climb, int64_t number, int device, void* stream);
