@@ -69,7 +69,12 @@ def test_cpu_kernels_have_no_data_races(tmp_path):
 
 def test_cuda_kernels_match_the_textbook_under_emulation(tmp_path):
     """The CUDA kernels as they are, threads as fibres in several orders; ASan and UBSan watch."""
-    run(build(tmp_path, "cuda_kernels.cpp", *ADDRESS))
+    program = build(tmp_path, "cuda_kernels.cpp", *ADDRESS)
+    run(program)
+    # Guards the guard: a wide access where the address does not allow it is seen.
+    wrong = subprocess.run([program, "misaligned"], capture_output=True, text=True)
+    assert wrong.returncode != 0
+    assert "misaligned address" in wrong.stderr
 
 
 # ------------------------------------------------------------------------------------- machine code

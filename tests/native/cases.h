@@ -69,7 +69,8 @@ struct Options {
   bool nesterov = false, maximize = false, decoupled = false, adaptive = false;
   double lr = 0.1, weight_decay = 0.05, momentum = 0.9, dampening = 0.25, eps = 1e-3;
   double beta1 = 0.8, beta2 = 0.95, rho = 0.5, eta = 0.01, grad_scale = 1;
-  double step = 3;  // the running one
+  double step = 3;           // the running one
+  bool hides_param = false;  // the bit that asks for the weights is not set
 
   // Which states the group keeps, as bits.
   int kept() const {
@@ -79,30 +80,50 @@ struct Options {
   }
 };
 
-// The rows of the tables, of every value.
+constexpr int kRows = 2;
+
+// The options of each group: the second one differs from the first wherever groups may.
+inline Options group_of(const Options& o, int64_t row) {
+  Options group = o;
+  if (row == 0) return group;
+  group.variant ^= 1;
+  group.maximize = !o.maximize;
+  group.adaptive = !o.adaptive;
+  if (o.rule == RuleId::kAdam) group.decoupled = !o.decoupled;
+  group.weight_decay = 0.02;
+  group.rho = 0.25;
+  return group;
+}
+
+// The tables, of every value.
 template <typename T>
 struct Hyper {
-  SamNorm::Columns<T> ascent;
-  Sgd::Columns<T> sgd;
-  Adam::Columns<T> adam;
-  RmsProp::Columns<T> rmsprop;
+  SamNorm::Columns<T> ascent[kRows];
+  Sgd::Columns<T> sgd[kRows];
+  Adam::Columns<T> adam[kRows];
+  RmsProp::Columns<T> rmsprop[kRows];
 
-  explicit Hyper(const Options& o) {
-    const auto log = [](double beta) {
-      return T(beta > 0 ? std::log(beta) : -std::numeric_limits<double>::infinity());
-    };
-    ascent = {T(o.maximize ? -o.rho : o.rho), T(o.adaptive), T(o.eta)};
-    const T momentum = T(o.variant & 1 ? o.momentum : 0);
-    sgd = {T(o.lr), T(o.weight_decay), momentum, T(1 - o.dampening), T(o.nesterov)};
-    adam = {T(o.lr),    T(o.weight_decay), T(o.decoupled), T(1 - o.beta1), log(o.beta1),
-            T(o.beta2), T(1 - o.beta2),    log(o.beta2),   T(o.eps),       T(o.variant & 1)};
-    rmsprop = {T(o.lr),  T(o.weight_decay), T(o.beta2),      T(1 - o.beta2),
-               T(o.eps), momentum,          T(o.variant & 2)};
+  explicit Hyper(const Options& options) {
+    for (int row = 0; row < kRows; ++row) fill(group_of(options, row), row);
   }
 
   const void* of(RuleId rule) const {
-    if (rule == RuleId::kSgd) return &sgd;
-    return rule == RuleId::kAdam ? static_cast<const void*>(&adam) : &rmsprop;
+    if (rule == RuleId::kSgd) return sgd;
+    return rule == RuleId::kAdam ? static_cast<const void*>(adam) : rmsprop;
+  }
+
+ private:
+  void fill(const Options& o, int row) {
+    const auto log = [](double beta) {
+      return T(beta > 0 ? std::log(beta) : -std::numeric_limits<double>::infinity());
+    };
+    ascent[row] = {T(o.maximize ? -o.rho : o.rho), T(o.adaptive), T(o.eta)};
+    const T momentum = T(o.variant & 1 ? o.momentum : 0);
+    sgd[row] = {T(o.lr), T(o.weight_decay), momentum, T(1 - o.dampening), T(o.nesterov)};
+    adam[row] = {T(o.lr),    T(o.weight_decay), T(o.decoupled), T(1 - o.beta1), log(o.beta1),
+                 T(o.beta2), T(1 - o.beta2),    log(o.beta2),   T(o.eps),       T(o.variant & 1)};
+    rmsprop[row] = {T(o.lr),  T(o.weight_decay), T(o.beta2),      T(1 - o.beta2),
+                    T(o.eps), momentum,          T(o.variant & 2)};
   }
 };
 
@@ -147,6 +168,9 @@ inline double textbook(double w, double g, double (&s)[3], const Options& o, boo
 
 constexpr int kPinned = 3;
 
+// The address of a missing gradient: whoever reads there ends the program.
+constexpr int64_t kNowhere = 64;
+
 // A bucket: parameters of odd sizes, some without a gradient, some gradients off 16 bytes. The last
 // kPinned parameters are pinned: the first of them at an aligned address, the others one element
 // off. Of these, one has an aligned gradient, so that nothing but its own address forbids 128-bit
@@ -170,7 +194,7 @@ struct Bucket {
 
   explicit Bucket(const std::vector<int64_t>& sizes, unsigned seed) : random_(seed) {
     for (size_t i = 0; i < sizes.size(); ++i) {
-      slots.push_back({size, sizes[i], 0, 0});  // weights: below
+      slots.push_back({size, sizes[i], static_cast<int64_t>(i / 2 % kRows), 0});  // weights: below
       size += (sizes[i] + 63) / 64 * 64;
       if (i + kPinned < sizes.size()) moved = size;
       Grad grad;
@@ -181,7 +205,7 @@ struct Bucket {
         grad.data = grad.memory.get() + off;
         fill(grad.data, sizes[i], -1, 1);
       }
-      addresses.push_back(reinterpret_cast<int64_t>(grad.data));
+      addresses.push_back(grad.data ? reinterpret_cast<int64_t>(grad.data) : kNowhere);
       grads.push_back(std::move(grad));
       flags.push_back((i % 5 != 4 ? kPerturbed : 0) | (i % 2 ? kFresh : 0));
       step.push_back(2.0f);
@@ -199,7 +223,7 @@ struct Bucket {
       Slot& slot = slots[i];
       slot.weights = reinterpret_cast<int64_t>(weights_of(i));
       const bool aligned = slot.weights % 16 == 0 && addresses[i] % 16 == 0;
-      flags[i] |= (addresses[i] ? 0 : kMissing) | (aligned ? kAligned : 0);
+      flags[i] |= (has_grad(i) ? 0 : kMissing) | (aligned ? kAligned : 0);
       fill(weights_of(i), slot.numel, -2, 2);
       fill(saved + slot.start, slot.numel, -2, 2);
       fill(states[0] + slot.start, slot.numel, 0.5, 1);
@@ -223,16 +247,24 @@ struct Bucket {
                                              : static_cast<S*>(pinned[i - num_moved()]);
   }
 
-  bool has_grad(size_t i) const { return addresses[i] != 0; }
+  bool has_grad(size_t i) const { return grads[i].data != nullptr; }
 
   // The bits of each slot with those of a group.
   std::vector<int32_t> bits(const Options& o) const {
     std::vector<int32_t> all = flags;
-    for (int32_t& flag : all) {
-      flag |=
-          (o.maximize ? kMaximize : 0) | (o.adaptive ? kReadsParam : 0) | o.kept() << kKeptShift;
+    for (size_t i = 0; i < all.size(); ++i) {
+      const Options group = group_of(o, slots[i].row);
+      all[i] |= (group.maximize ? kMaximize : 0) |
+                (group.adaptive && !group.hides_param ? kReadsParam : 0) |
+                group.kept() << kKeptShift;
     }
     return all;
+  }
+
+  // The states that some group keeps; null for the others.
+  void give_states(void* (&to)[3], const Options& o) const {
+    const int kept = group_of(o, 0).kept() | group_of(o, 1).kept();
+    for (int k = 0; k < 3; ++k) to[k] = kept & 1 << k ? states[k] : nullptr;
   }
 
   // All weights, saved weights and states, to compare with later.
@@ -291,13 +323,15 @@ struct Bucket {
 
 // ------------------------------------------------------------------------------------------ checks
 
+// plain: without the weights, whatever the groups say.
 template <typename S>
-double sq_norm_of(Bucket<S>& bucket, const Options& o) {
+double sq_norm_of(Bucket<S>& bucket, const Options& options, bool plain) {
   long double sum = 0;  // its own rounding must not count for float64
   for (size_t i = 0; i < bucket.slots.size(); ++i) {
     if (!bucket.has_grad(i)) continue;
+    const Options o = group_of(options, bucket.slots[i].row);
     for (int64_t k = 0; k < bucket.slots[i].numel; ++k) {
-      const double t = o.adaptive ? std::fabs(value(bucket.weights_of(i)[k])) + o.eta : 1;
+      const double t = o.adaptive && !plain ? std::fabs(value(bucket.weights_of(i)[k])) + o.eta : 1;
       const double x = t * value(bucket.grads[i].data[k]);
       sum += static_cast<long double>(x) * x;
     }
@@ -315,13 +349,14 @@ void expect_sq_norm(double got, double want) {
 
 // sq_norm: what the kernel was given. 0 or not finite: w is saved and nothing moves.
 template <typename S>
-void expect_perturbed(Bucket<S>& bucket, const typename Bucket<S>::Copy& before, const Options& o,
-                      double sq_norm) {
+void expect_perturbed(Bucket<S>& bucket, const typename Bucket<S>::Copy& before,
+                      const Options& options, double sq_norm) {
   using T = typename Compute<S>::Type;
   const double norm = std::sqrt(sq_norm);
   const bool moves = std::isfinite(norm) && norm > 0;
   for (size_t i = 0; i < bucket.slots.size(); ++i) {
     const Slot& slot = bucket.slots[i];
+    const Options o = group_of(options, slot.row);
     for (int64_t k = 0; k < slot.numel; ++k) {
       const S w = before.weights[i][k], now = bucket.weights_of(i)[k];
       const S saved = bucket.saved[slot.start + k];
@@ -350,11 +385,12 @@ void expect_perturbed(Bucket<S>& bucket, const typename Bucket<S>::Copy& before,
 }
 
 template <typename S>
-void expect_updated(Bucket<S>& bucket, const typename Bucket<S>::Copy& before, const Options& o,
-                    bool skip) {
+void expect_updated(Bucket<S>& bucket, const typename Bucket<S>::Copy& before,
+                    const Options& options, bool skip) {
   using T = typename Compute<S>::Type;
   for (size_t i = 0; i < bucket.slots.size(); ++i) {
     const Slot& slot = bucket.slots[i];
+    const Options o = group_of(options, slot.row);
     const bool perturbed = bucket.flags[i] & kPerturbed, steps = bucket.has_grad(i) && !skip;
     if (o.rule != RuleId::kSgd) {
       EXPECT(bucket.step[i] == before.step[i] + (steps ? 1 : 0), "step of slot %zu", i);
@@ -430,10 +466,13 @@ void run_all(const std::vector<int64_t>& sizes) {
     {
       Bucket<S> bucket(sizes, 1);
       const auto before = bucket.copy();
-      Options plain = options;
-      plain.adaptive = false;
-      expect_sq_norm<S>(runner.reduce(bucket, options, false), sq_norm_of(bucket, plain));
-      expect_sq_norm<S>(runner.reduce(bucket, options, true), sq_norm_of(bucket, options));
+      const double plain = sq_norm_of(bucket, options, true);
+      expect_sq_norm<S>(runner.reduce(bucket, options, false), plain);
+      expect_sq_norm<S>(runner.reduce(bucket, options, true), sq_norm_of(bucket, options, false));
+      // The bit of a slot decides whether its weights are read, not the columns of its group.
+      Options hidden = options;
+      hidden.hides_param = true;
+      expect_sq_norm<S>(runner.reduce(bucket, hidden, true), plain);
       runner.ascend_(bucket, options, 9.0);
       expect_perturbed(bucket, before, options, 9.0);
     }

@@ -63,7 +63,8 @@ class Runner {
   }
 
   void restore_(cases::Bucket<S>& bucket, const Options& o) {
-    const Problem p = problem(bucket, o, false);
+    Problem p = problem(bucket, o, false);
+    p.grads = nullptr;
     const auto kernel = kernels().restore_[dtype()];
     parallel(num_spans(p.size), kMaxThreads,
              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
@@ -80,12 +81,12 @@ class Runner {
     p.weights = bucket.weights;
     p.pinned = bucket.pinned.data();
     p.saved = bucket.saved;
-    for (int k = 0; k < 3; ++k) p.states[k] = bucket.states[k];
+    bucket.give_states(p.states, o);
     p.step = o.rule == RuleId::kSgd ? nullptr : bucket.step.data();
     p.slots = bucket.slots.data();
     p.grads = bucket.addresses.data();
     p.flags = flags_.data();
-    p.hyper = ascent ? &hyper_->ascent : hyper_->of(o.rule);
+    p.hyper = ascent ? hyper_->ascent : hyper_->of(o.rule);
     p.num_slots = static_cast<int64_t>(bucket.slots.size());
     p.num_moved = bucket.num_moved();
     p.size = bucket.size;

@@ -17,8 +17,8 @@ class Runner {
   using T = typename Compute<S>::Type;
 
   double reduce(cases::Bucket<S>& bucket, const Options& o, bool ascent) {
-    return in_every_order(bucket, [&](unsigned blocks, Order order) {
-      std::vector<T> partials(kPartials, T(NAN));
+    return in_every_order(bucket, {2, 3}, [&](unsigned blocks, Order order) {
+      std::vector<double> partials(kPartials, NAN);
       double total = NAN;
       unsigned ticket = 0;
       const DeviceProblem p = problem(bucket, o, true);
@@ -32,7 +32,7 @@ class Runner {
   }
 
   void ascend_(cases::Bucket<S>& bucket, const Options& o, double total) {
-    in_every_order(bucket, [&](unsigned blocks, Order order) {
+    in_every_order(bucket, {3}, [&](unsigned blocks, Order order) {
       int64_t climbed = 0;
       const DeviceProblem p = problem(bucket, o, true);
       launch(blocks, order, [&] { ascend_kernel<Sam, S>(p, &total, &climbed, 7); });
@@ -42,7 +42,7 @@ class Runner {
   }
 
   void update_(cases::Bucket<S>& bucket, const Options& o, bool skip) {
-    in_every_order(bucket, [&](unsigned blocks, Order order) {
+    in_every_order(bucket, {3}, [&](unsigned blocks, Order order) {
       DeviceProblem p = problem(bucket, o, false);
       const T scale = T(o.grad_scale);
       const T* grad_scale = o.grad_scale == 1 ? nullptr : &scale;
@@ -67,7 +67,7 @@ class Runner {
   }
 
   void restore_(cases::Bucket<S>& bucket, const Options& o) {
-    in_every_order(bucket, [&](unsigned blocks, Order order) {
+    in_every_order(bucket, {3}, [&](unsigned blocks, Order order) {
       DeviceProblem p = problem(bucket, o, false);
       p.grads = nullptr;
       int64_t climbed = 7;
@@ -83,18 +83,22 @@ class Runner {
     emulation::Machine::get().launch(blocks, kThreads, order, kernel);
   }
 
-  // The grid is never larger than the work, as in launch.cu. Whatever the order of the threads, the
-  // bits are the same; whatever the grid, those of the weights and states are.
+  // Whatever the grid and the order of threads and blocks, the bits are the same. The grids, which
+  // follow one of 2 blocks, are never larger than the work, as in launch.cu.
   template <typename F>
-  double in_every_order(cases::Bucket<S>& bucket, const F& run) {
+  double in_every_order(cases::Bucket<S>& bucket, std::initializer_list<unsigned> grids,
+                        const F& run) {
     make_chunks(bucket);
     const auto before = bucket.copy();
-    double result = run(std::min<unsigned>(2, chunks_.size()), Order::kForward);
+    const double result = run(2, Order::kForward);
     const auto first = bucket.copy();
-    for (Order order : {Order::kShuffled}) {
+    for (unsigned blocks : grids) {
       put_back(bucket, before);
-      const double again = run(std::min<unsigned>(2, chunks_.size()), order);
-      EXPECT(again == result || (again != again && result != result), "another order, other bits");
+      const double again = run(blocks, Order::kShuffled);
+      // float64 has no wider type for its partial sums: there the grid decides how they round.
+      const double slack = blocks == 2 || sizeof(T) == 4 ? 0 : 4 * kRound<T> * result;
+      EXPECT(std::fabs(again - result) <= slack, "%u blocks: %.17g, not %.17g", blocks, again,
+             result);
       expect_same(first, bucket.copy());
     }
     return result;
@@ -139,13 +143,13 @@ class Runner {
     flags_ = bucket.bits(o);
     DeviceProblem p = {};
     p.saved = bucket.saved;
-    for (int k = 0; k < 3; ++k) p.states[k] = bucket.states[k];
+    bucket.give_states(p.states, o);
     p.step = o.rule == RuleId::kSgd ? nullptr : bucket.step.data();
     p.slots = bucket.slots.data();
     p.chunks = chunks_.data();
     p.grads = bucket.addresses.data();
     p.flags = flags_.data();
-    p.hyper = ascent ? &hyper_->ascent : hyper_->of(o.rule);
+    p.hyper = ascent ? hyper_->ascent : hyper_->of(o.rule);
     p.num_slots = static_cast<int>(bucket.slots.size());
     p.num_chunks = static_cast<int>(chunks_.size());
     return p;
@@ -158,7 +162,14 @@ class Runner {
 
 }  // namespace
 
-int main() {
+// With "misaligned" every slot claims to be aligned: the sanitizer must end the program.
+int main(int argc, char**) {
+  if (argc > 1) {
+    cases::Bucket<float> bucket({1030, 77, 77, 77, 77, 77}, 1);
+    for (int32_t& flags : bucket.flags) flags |= kAligned;
+    Runner<float>().ascend_(bucket, all_options()[0], 9.0);
+    return 0;
+  }
   // Around the width of an access, of a block's stride, and of a chunk.
   return cases::run_dtypes<Runner>({5, 1, 64, 1025, 0, 3, 4096, 2 * 4096 + 7, 16, 257, 1030, 77});
 }

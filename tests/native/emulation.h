@@ -98,7 +98,7 @@ inline void switch_to(Context& from, Context& to) { swapcontext(&from.context, &
 #endif
 
 enum class State { kReady, kWarp, kBlock, kDone };
-enum class Order { kForward, kBackward, kShuffled };
+enum class Order { kForward, kShuffled };
 
 constexpr unsigned kWarpSize = 32;
 constexpr size_t kStack = 64 << 10;
@@ -142,11 +142,13 @@ class Machine {
 #endif
       fibre.context.prepare(fibre.stack.get(), kStack, &Machine::enter);
     }
-    std::vector<unsigned> turn(threads);
+    std::vector<unsigned> turn(threads);  // of the threads in their block
     std::iota(turn.begin(), turn.end(), 0u);
-    if (order == Order::kBackward) std::reverse(turn.begin(), turn.end());
     if (order == Order::kShuffled) std::shuffle(turn.begin(), turn.end(), std::mt19937(7));
-    for (unsigned block = 0; block < blocks; ++block) run_block(block, threads, turn);
+    for (unsigned block = 0; block < blocks; ++block) {
+      // The first block must not always be the first to come, nor the last one the last.
+      run_block(order == Order::kForward ? block : blocks - 1 - block, threads, turn);
+    }
   }
 
   void wait(State state) {
