@@ -3,7 +3,7 @@
 A *text* is a plain function over these words and the operators + - * / and comparisons. It stands
 once and runs everywhere: as it is, on tensors, in the reference backend; compiled by Triton, which
 has its own meaning for each word (``backends/triton/words.py``); and as C++, into which
-``backends/native/generate.py`` translates it.
+``backends/native/translate.py`` translates it.
 
 What a text may hold: assignments to names, ``if x is not None`` for a value that may be absent,
 and one ``return`` at the end. Options of a group are values, not branches: ``where`` chooses.

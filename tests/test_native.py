@@ -192,35 +192,6 @@ def test_constants_agree_with_the_sources():
     assert int(re.search(r"kChunk = (\d+)", launch)[1]) == operations.CHUNK
 
 
-CLANG_FORMAT = shutil.which("clang-format", path=Path(sys.executable).parent) or shutil.which(
-    "clang-format"
-)
-
-
-@pytest.mark.skipif(CLANG_FORMAT is None, reason="there is no clang-format")
-def test_the_generated_header_is_what_the_texts_give():
-    """Guards a rule that is changed in Python alone: C++ would go on with the old mathematics."""
-    formatted = subprocess.run(
-        [CLANG_FORMAT, "--assume-filename", str(ROOT / "csrc" / "mathematics.h")],
-        input=translate.stamped_header(),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert formatted.stdout == (ROOT / "csrc" / "mathematics.h").read_text()
-
-
-def looping(param, grad):
-    for _ in range(2):
-        grad = grad * param
-    return grad
-
-
-def test_a_text_that_cannot_be_translated_is_refused_with_its_line():
-    with pytest.raises(SyntaxError, match="a text cannot hold: for _ in range"):
-        translate._Translator(looping, {}).statements()
-
-
 @needs_native
 def test_a_library_of_other_mathematics_is_not_used(monkeypatch):
     """Guards a stale binary: two columns swapped would give other numbers, and no error."""

@@ -1,9 +1,8 @@
 """Translates the mathematics of rules and ascents into C++: csrc/mathematics.h.
 
 The header is checked in, so that building needs no more than a compiler; csrc/generate.py writes
-it. It carries a digest of
-itself, which the library tells and the package compares: a library that was built from other
-mathematics is not used.
+it. It carries a digest of itself, which the library tells and the package compares: a library that
+was built from other mathematics is not used.
 """
 
 from __future__ import annotations
@@ -32,6 +31,8 @@ _OPERATORS: dict[type[ast.AST], str] = {
     **{ast.BitAnd: "&&", ast.BitOr: "||"},
 }
 
+_WORDS = {name for name, word in inspect.getmembers(words, inspect.isfunction)}
+
 _TEXTS: tuple[Text, ...] = (words.is_finite, words.lerp)
 """Words that are texts themselves."""
 
@@ -42,6 +43,9 @@ class _Translator:
     Args:
         text: the function.
         absent: for each argument that may be None, the C++ condition that it is there.
+
+    Raises:
+        SyntaxError: the text holds something that it may not; the message says what.
     """
 
     def __init__(self, text: Text, absent: dict[str, str]) -> None:
@@ -49,19 +53,20 @@ class _Translator:
         (function,) = ast.parse(source).body
         assert isinstance(function, ast.FunctionDef)
         self.arguments = [argument.arg for argument in function.args.args]
-        self.body = function.body
+        *self._body, end = function.body
+        if not isinstance(end, ast.Return) or end.value is None:
+            raise SyntaxError(f"a text must end with a return, not with: {ast.unparse(end)}")
+        self._returned = end.value
         self._absent = absent
 
     def statements(self) -> list[str]:
         """The body, but for its return."""
-        return list(self._block(self.body, set(self.arguments)))
+        return list(self._block(self._body, set(self.arguments)))
 
     @property
     def results(self) -> list[str]:
         """The expressions that are returned."""
-        returned = self.body[-1]
-        assert isinstance(returned, ast.Return) and returned.value is not None
-        value = returned.value
+        value = self._returned
         return [
             self._expression(e) for e in (value.elts if isinstance(value, ast.Tuple) else [value])
         ]
@@ -73,12 +78,19 @@ class _Translator:
                     declared = name if name in known else f"auto {name}"
                     known.add(name)
                     yield f"{declared} = {self._expression(value)};"
-                case ast.If(test=ast.Compare(left=ast.Name(id=name), ops=[ast.IsNot()]), orelse=[]):
+                case ast.If(
+                    test=ast.Compare(
+                        left=ast.Name(id=name),
+                        ops=[ast.IsNot()],
+                        comparators=[ast.Constant(value=None)],
+                    ),
+                    orelse=[],
+                ) if name in self._absent:
                     yield f"if constexpr ({self._absent[name]}) {{"
                     yield from [f"  {line}" for line in self._block(statement.body, set(known))]
                     yield "}"
-                case ast.Return() | ast.Expr(value=ast.Constant()):
-                    pass
+                case ast.Expr(value=ast.Constant()):
+                    pass  # a docstring
                 case _:
                     raise SyntaxError(f"a text cannot hold: {ast.unparse(statement)}")
 
@@ -86,17 +98,16 @@ class _Translator:
         match node:
             case ast.Name(id=name):
                 return name
-            case ast.Constant(value=value) if isinstance(value, (int, float)):
+            case ast.Constant(value=(int() | float()) as value) if not isinstance(value, bool):
                 return f"T({value})"
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 return f"(-{self._expression(operand)})"
             case (
                 ast.BinOp(left=left, op=operator, right=right)
                 | ast.Compare(left=left, ops=[operator], comparators=[right])
-            ):
-                sign = _OPERATORS[type(operator)]
+            ) if sign := _OPERATORS.get(type(operator)):
                 return f"({self._expression(left)} {sign} {self._expression(right)})"
-            case ast.Call(func=ast.Name(id=name), args=arguments) if hasattr(words, name):
+            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _WORDS:
                 return f"words::{name}({', '.join(map(self._expression, arguments))})"
         raise SyntaxError(f"a text cannot hold: {ast.unparse(node)}")
 
