@@ -15,6 +15,7 @@ from fused_sam import FusedSAM, info
 from fused_sam.ascents import SAM
 from fused_sam.backends import native, resolve, tables
 from fused_sam.backends.native import library, operations, translate
+from fused_sam.blends import PLAIN
 from fused_sam.memory import Bucket
 from fused_sam.memory.window import must_stay
 from fused_sam.rules import ADAM, SGD
@@ -150,6 +151,51 @@ def test_operations_refuse_tables_that_do_not_fit():
                 *(own.slots, addresses, kept, own.hyper("sgd", 1, sgd), None, None),
                 operations._RULES["Sgd"],
             )
+
+
+@needs_native
+def test_states_that_adam_always_keeps_must_be_there_and_in_the_flags():
+    """Guards memory: kernels read the states that a slot's bits name, and none is at null."""
+    _, opt = make(torch.optim.Adam)
+    bucket = opt._facts.engine.buckets[0]
+    own, grads, state = operations._tables(bucket), bucket.gradients(), bucket.saved.clone()
+    numbers, _ = tables.rule_rows(ADAM, opt.param_groups, [0])
+    before = bucket.weights.clone()
+
+    def update(states, kept):
+        flags = own.flags({0: kept << tables.KEPT_SHIFT}, bucket.perturbed, grads)
+        torch.ops.fused_sam.update_.default(
+            *(bucket.weights, [], *states, torch.zeros(len(SIZES)), None, bucket.climb),
+            *(bucket.saved, own.slots, own.addresses(grads).table, flags),
+            *(own.hyper("adam", 1, numbers), None, None, operations._RULES["Adam"]),
+        )
+
+    for states in ((state, None, None), (None, state, state)):
+        with pytest.raises(RuntimeError, match="a state is missing that the rule always needs"):
+            update(states, 3)
+    for kept in (0, 1, 2, 7):
+        with pytest.raises(RuntimeError, match=f"keeps the states {kept}, of which one is missing"):
+            update((state, state, None), kept)
+    assert torch.equal(bucket.weights, before)
+
+
+@needs_native
+def test_the_climb_has_its_number_until_the_return():
+    """Guards what tells after an exception whether ``saved`` holds w."""
+    _, opt = make(momentum=0.9, lr=0.1)
+    engine, groups = opt._facts.engine, opt.param_groups
+    bucket, backend, grads = engine.buckets[0], engine.backends[0], engine.buckets[0].gradients()
+    total = backend.reduce(bucket, SAM.sums, grads, groups)
+    for number, back in (
+        (3, lambda: backend.restore_(bucket)),
+        (4, lambda: backend.update_(bucket, SGD, PLAIN, grads, groups)),
+        (5, lambda: backend.update_(bucket, SGD, PLAIN, grads, groups, found_inf=torch.ones(()))),
+    ):
+        assert bucket.climb.item() == 0
+        backend.ascend_(bucket, SAM, grads, groups, total, number)
+        assert bucket.climb.item() == number
+        back()
+    assert bucket.climb.item() == 0
 
 
 class OnDevice(torch.Tensor):
