@@ -122,7 +122,7 @@ def kernel_name(mangled):
 DTYPES = ("float", "double", "BFloat16", "Float16")
 
 
-def budget():
+def budget(architecture):
     """128-bit loads and stores that each kernel's code must have.
 
     A loop over ``n`` accesses in flight stands twice in the code, for n and for 1 (n + 1 in all),
@@ -136,7 +136,7 @@ def budget():
         counts[f"reduce SamNorm {dtype}"] = (4 + 1) * (1 + 2), 0  # g; and for ASAM g and w
         counts[f"reduce Squares {dtype}"] = (4 + 1) * 2, 0  # g, whether w is to be read or not
         counts[f"ascend Sam {dtype}"] = ((2 + 1) * 2,) * 2  # w, g -> w, saved
-        counts[f"restore {dtype}"] = copy, copy
+        counts[f"restore {dtype}"] = 2 * copy, 2 * copy  # where nothing else is, it stands twice
         for rule, variants in kept.items():
             loads = stores = copy
             for states in variants:
@@ -144,7 +144,27 @@ def budget():
                 loads += loops * (2 + len(states))  # saved, g', states
                 stores += loops * (1 + len(states))  # w, states
             counts[f"update {rule} {dtype}"] = loads, stores
+    if architecture < 100:
+        _split(counts)
     return counts
+
+
+def _split(counts):
+    """For older GPUs ptxas 13.0 branches on options that are the same for a whole group.
+
+    Loads and stores behind such a branch stand in the code twice, and run once. On the other hand
+    the restore of bfloat16 and float16 stands once.
+    """
+    for dtype in DTYPES:
+        half = dtype.endswith("16")
+        twice = {
+            f"reduce SamNorm {dtype}": (1 if dtype == "BFloat16" else 4 + 1, 0),  # adaptive
+            f"ascend Sam {dtype}": (0, 2 + 1) if half else (2, 2 + 1 + 2),  # adaptive
+            f"update Sgd {dtype}": {"float": (2, 3), "double": (2, 1)}.get(dtype, (0, 0)),  # decay
+            f"restore {dtype}": (-3, -3) if half else (0, 0),
+        }
+        for name, (loads, stores) in twice.items():
+            counts[name] = counts[name][0] + loads, counts[name][1] + stores
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -161,19 +181,14 @@ def test_cuda_traffic_is_the_budget_in_128_bit_accesses(cuda_library, architectu
             if ".128" in modifiers:
                 wide[operation[:2]] += n
         seen[kernel_name(mangled)] = wide["LD"], wide["ST"]
-    wanted = budget()
-    assert seen.keys() == wanted.keys()
-    for name, counts in seen.items():
-        # A compiler may write a loop twice, for what it knows in front of it; it runs one of them.
-        for found, least in zip(counts, wanted[name], strict=True):
-            assert least <= found <= 2 * least, (name, counts, wanted[name])
+    assert seen == budget(architecture)
 
 
 def test_cuda_kernels_keep_everything_in_registers(cuda_library):
     """No stack, no spills, and at least two blocks of 256 threads on a multiprocessor."""
     text = cuobjdump("-res-usage", cuda_library)
     usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
-    assert len(usage) == len(ARCHITECTURES) * len(budget())
+    assert len(usage) == sum(len(budget(architecture)) for architecture in ARCHITECTURES)
     for name, registers, stack, _, local in usage:
         assert (int(stack), int(local)) == (0, 0), name
         assert int(registers) <= 128, name
