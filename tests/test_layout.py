@@ -689,3 +689,26 @@ def test_misaligned_gradients(backend):
                 views = [flat[1:66], flat[67:131], flat[133:140]]
                 grads = dict(zip(params, views, strict=True))
                 half(grads)
+
+
+def test_weights_return_from_a_climb_that_was_interrupted_while_they_moved(backend, monkeypatch):
+    """Guards a layout that is built anew between an exception and the look at how far it came."""
+    params = [nn.Parameter(torch.randn(70)), nn.Parameter(torch.randn(9))]
+    opt = FusedSAM(params, backend=backend, rho=0.5, lr=0.1)
+    before = [p.detach().clone() for p in params]
+    runs = opt._facts.engine.backends[0]
+    ascend = runs.ascend_
+
+    def interrupted(*args):
+        ascend(*args)
+        params[1].data = params[1].data.clone()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "ascend_", interrupted)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(KeyboardInterrupt):
+        opt.first_step()
+    assert not opt.is_perturbed
+    for p, w in zip(params, before, strict=True):
+        assert_same_bits(p.detach(), w)

@@ -68,6 +68,7 @@ class Layout:
         """Let go of the parameters' memory; return the saved weights of the perturbed ones."""
         carried = {}
         for bucket in self.buckets:
+            bucket.settle()
             bucket.cache = {}  # a captured graph may keep what was in it
             for slot, perturbed in zip(bucket.slots, bucket.perturbed, strict=True):
                 if perturbed:
