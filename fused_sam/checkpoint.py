@@ -6,17 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from .facts import Facts
+from .following import Following
 from .options import OPTIONS
 
 
-class Checkpointing(Optimizer):
-    """The part of ``FusedSAM`` that saves and loads. Groups and state are the base optimizer's."""
-
-    base_optimizer: Optimizer
-    _facts: Facts
+class Checkpointing(Following):
+    """The part of ``FusedSAM`` that saves and loads."""
 
     def state_dict(self) -> dict[str, Any]:
         """As the base optimizer's, with the ascent options in the groups; each loads the other's.
@@ -73,10 +70,6 @@ class Checkpointing(Optimizer):
             self._facts.captures.outdate(
                 "load_state_dict() took away state that a replay goes on with"
             )
-
-    def _refresh(self) -> None:
-        """Notice what has changed under the optimizer; ``FusedSAM`` does it."""
-        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and deepcopy keep; the layout is built anew from it."""

@@ -1,0 +1,94 @@
+"""An optimizer that follows its parameters: groups and state, and the engine built for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim import Optimizer
+
+from . import backends
+from .backends import capture
+from .checks import check_groups
+from .engine import Engine
+from .facts import Facts
+from .memory import Gradients, Layout, Stale
+from .options import OPTIONS
+from .rules import RULES
+
+
+class Following(Optimizer):
+    """The part of ``FusedSAM`` that notices what changes under it.
+
+    Groups and state are the base optimizer's own objects: there is one set of them for the two.
+    """
+
+    base_optimizer: Optimizer
+    _backend_name: str
+    _facts: Facts
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's groups; each has ``rho``, ``adaptive`` and ``eta`` too."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's state, with torch's names: ``state[p]["momentum_buffer"]``, ..."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base_optimizer.state = state
+
+    def _fill_groups(self) -> None:
+        for group in self.param_groups:
+            for name in OPTIONS:
+                group.setdefault(name, self.defaults[name])
+
+    def _gradients(self) -> list[Gradients]:
+        """The gradients of every bucket; raises, before any change, if one cannot be used.
+
+        Or if a CUDA graph that is being captured, or was, would not do what a step does.
+        """
+        self._refresh()
+        facts = self._facts
+        try:
+            grads = facts.engine.gradients()
+        except Stale:
+            self._build()
+            grads = facts.engine.gradients()
+        if any([capture.is_capturing(bucket.device) for bucket in facts.engine.buckets]):
+            facts.captures.see(facts.engine.layout, grads, self.param_groups, self.state)
+        else:
+            facts.captures.complain()
+        return grads
+
+    def _refresh(self) -> None:
+        """Notice what has changed under the optimizer: parameters, groups."""
+        layout, groups = self._facts.engine.layout, self.param_groups
+        # Between the two steps the strides are left unlooked at: that they change there, and the
+        # address does not, would take a transposition in place of weights that are not the user's.
+        if not (layout.is_current(groups) and (self._facts.perturbed or layout.has_strides())):
+            self._build()
+
+    def _build(self) -> None:
+        groups = self.param_groups
+        check_groups([{**self.defaults, **group} for group in groups])
+        devices = {p.device for group in groups for p in group["params"]}
+        for device in devices:
+            capture.refuse_to_prepare(device, "the parameters have yet to move into flat buffers")
+        by_device = {device: backends.resolve(self._backend_name, device) for device in devices}
+        self._fill_groups()
+        rule = RULES.get(type(self.base_optimizer))
+        old = self._facts.engine.layout
+        if self._facts.captures.have_seen(old):
+            self._facts.captures.outdate(
+                "parameters were added, removed, moved or restrided: a replay reads and writes the "
+                "old memory, which is kept, and does not train them"
+            )
+        layout = Layout(groups, rule, self.state, old)
+        self._facts.engine = Engine(layout, [by_device[b.device] for b in layout.buckets])
