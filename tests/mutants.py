@@ -131,8 +131,7 @@ MUTANTS = [
            "for row, numbers in rows.items():", "for row, numbers in enumerate(rows.values()):",
            table("native", OPTIONS)),
     Mutant("all-groups-keep-all-states", "fused_sam/backends/tables.py",
-           "kept = sum(1 << i for i, s in enumerate(rule.states) if s.kept is None or "
-           "s.kept(group))",
+           "kept = sum(1 << i for i, state in enumerate(rule.states) if state.is_kept(group))",
            "kept = (1 << len(rule.states)) - 1", table("triton", OPTIONS)),
     Mutant("maximize-is-no-bit", "fused_sam/backends/tables.py",
            '| MAXIMIZE * bool(group["maximize"])', "", NATIVE),

@@ -57,7 +57,6 @@ class Ascent:
 
     Attributes:
         name: short name: the C++ struct is called so.
-        options: the names of the group options that are its own.
         sums: what is reduced before it can climb; its columns are the ascent's.
         scalars: text, once for each parameter: ``(total, *columns) -> (scale, ...)``, with
             ``total`` the reduced number. Where ``scale`` is 0 nothing moves, to the bit.
@@ -67,7 +66,6 @@ class Ascent:
     """
 
     name: str
-    options: tuple[str, ...]
     sums: Sums
     scalars: Text
     move: Text

@@ -59,7 +59,6 @@ def _kernel_for(group: Group) -> Kernel | None:
 
 SAM = Ascent(
     name="Sam",
-    options=("rho", "adaptive", "eta"),
     sums=Sums(
         "SamNorm",
         _terms,

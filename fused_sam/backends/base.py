@@ -82,12 +82,13 @@ class Backend:
         """
         dtype = bucket.compute_dtype
         plan = runs(bucket, present(grads))
+        reduced = total.to(dtype).squeeze()
         for run in plan:
             run.of(bucket.saved).copy_(run.weights)
         bucket.climb.fill_(number)
         for run in plan:
             group = groups[run.row]
-            scalars = ascent.scalars(total.to(dtype).squeeze(), *ascent.sums.numbers(group))
+            scalars = ascent.scalars(reduced, *ascent.sums.numbers(group))
             scale = scalars[0]
             kernel = ascent.kernel(group) if _has_fused(bucket) else None
             if kernel is not None:

@@ -227,7 +227,7 @@ class Tables:
 
 def rule_bits(rule: Rule, group: Group) -> int:
     """The bits that a rule and a group's options give to its slots."""
-    kept = sum(1 << i for i, s in enumerate(rule.states) if s.kept is None or s.kept(group))
+    kept = sum(1 << i for i, state in enumerate(rule.states) if state.is_kept(group))
     return kept << KEPT_SHIFT | MAXIMIZE * bool(group["maximize"])
 
 

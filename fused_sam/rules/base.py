@@ -32,6 +32,10 @@ class State:
     name: str
     kept: Callable[[Group], bool] | None = None
 
+    def is_kept(self, group: Group) -> bool:
+        """Whether a group has it."""
+        return self.kept is None or self.kept(group)
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -71,7 +75,7 @@ class Rule:
 
     def kept(self, group: Group) -> tuple[str, ...]:
         """The names that a group's options require."""
-        names = [s.name for s in self.states if s.kept is None or s.kept(group)]
+        names = [state.name for state in self.states if state.is_kept(group)]
         return (STEP, *names) if self.counts else tuple(names)
 
     def numbers(self, group: Group) -> tuple[float, ...]:

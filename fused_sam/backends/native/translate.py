@@ -137,9 +137,7 @@ def _helper(text: Text) -> str:
     return "\n".join(_function(head, [*translated.statements(), f"return {result};"])) + "\n"
 
 
-def _scalars_function(
-    text: Text, columns: Sequence[str], rest: str, fields: Sequence[str]
-) -> list[str]:
+def _scalars_function(text: Text, columns: Sequence[str], rest: str) -> list[str]:
     translated = _Translator(text, {})
     results = ", ".join(translated.results)
     return _function(
@@ -169,9 +167,7 @@ def _rule(rule: Rule) -> str:
             f"template <typename T>\n  struct Columns {{ {_fields(columns)} }};",
             f"template <typename T>\n  struct Scalars {{ {_fields(fields)} }};",
             "",
-            *_scalars_function(
-                rule.scalars, columns, "T step, [[maybe_unused]] bool fresh", fields
-            ),
+            *_scalars_function(rule.scalars, columns, "T step, [[maybe_unused]] bool fresh"),
             "",
             *_function(
                 "template <unsigned kKept, typename T>\nstatic FUSED_SAM_INLINE T update("
@@ -221,9 +217,7 @@ def _ascent(ascent: Ascent) -> str:
             f"template <typename T>\n  using Columns = {ascent.sums.name}::Columns<T>;",
             f"template <typename T>\n  struct Scalars {{ {_fields(fields)} }};",
             "",
-            *_scalars_function(
-                ascent.scalars, scalars.arguments[1:], f"T {scalars.arguments[0]}", fields
-            ),
+            *_scalars_function(ascent.scalars, scalars.arguments[1:], f"T {scalars.arguments[0]}"),
             "",
             *_function(
                 "template <typename T>\nstatic FUSED_SAM_INLINE T move("
