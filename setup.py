@@ -34,7 +34,7 @@ OPTIMIZE = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 OPTIMIZE += ["-fno-unswitch-loops"]  # or it makes so many versions that it vectorises none
 REMEDY = (
     "install torch >= 2.10 and a C++ compiler, and for CUDA nvcc, then `FUSED_SAM_BUILD={} pip "
-    "install --no-build-isolation --force-reinstall --no-deps --no-cache-dir fused-sam`"
+    "install --no-build-isolation --force-reinstall --no-deps --no-cache-dir .`"
 )
 
 

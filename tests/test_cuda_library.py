@@ -116,6 +116,17 @@ for name in ("reduce", "ascend_", "update_", "restore_"):
     python(stubs, LOAD + check)
 
 
+def test_an_older_library_next_to_a_new_one_is_not_used(stubs):
+    """Each of the two tells from which mathematics it was built, and the CUDA one may be stale."""
+    stale = LOAD.replace(
+        'why = native.missing("cuda")',
+        """torch.ops.fused_sam.cuda_mathematics = lambda: "0123456789abcdef"
+why = native.missing("cuda")""",
+    ).replace("assert why is None, why", 'assert "was built from other sources" in why, why')
+    assert stale.count("sources") == 1
+    python(stubs, stale)
+
+
 def test_the_runtime_and_the_guards_are_those_of_torch(needed):
     """A static runtime has a current device of its own."""
     assert {"libtorch_cuda.so", "libtorch_cpu.so"} < set(needed)

@@ -111,8 +111,17 @@ void restore_(Tensor weights, std::vector<Tensor> /*pinned*/, Tensor climb, Tens
                                bucket.stream));
 }
 
+std::string cuda_mathematics() { return FUSED_SAM_MATHEMATICS; }
+
 }  // namespace
 }  // namespace fused_sam
+
+// Each library tells from which mathematics it was built: one of the two may be older.
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_sam, m) { m.def("cuda_mathematics() -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(fused_sam, CompositeExplicitAutograd, m) {
+  m.impl("cuda_mathematics", TORCH_BOX(&fused_sam::cuda_mathematics));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fused_sam, CUDA, m) {
   m.impl("reduce", TORCH_BOX(&fused_sam::reduce));

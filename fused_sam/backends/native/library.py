@@ -78,7 +78,8 @@ def _load(library: Path, device_type: str) -> str | None:
 def _misfit(library: Path, device_type: str) -> str | None:
     """Why a library that is loaded must not be used."""
     operations = torch.ops.fused_sam
-    if not hasattr(operations, "mathematics") or operations.mathematics() != translate.digest():
+    told = "mathematics" if device_type == "cpu" else "cuda_mathematics"
+    if not hasattr(operations, told) or getattr(operations, told)() != translate.digest():
         return (
             f"its library {library} was built from other sources than this package; build it "
             f"again: {_BUILD.format(device_type)}"
