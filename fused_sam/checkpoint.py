@@ -65,7 +65,7 @@ class Checkpointing(Following):
         engine = self._facts.engine
         buffers = [buffer for b in engine.buckets for buffer in b.states.values()]
         had = [(buffer, i) for buffer in buffers for i, has in enumerate(buffer.present) if has]
-        engine.layout.states.adopt(self.state)
+        engine.layout.states.adopt(self.state, self.param_groups)
         if not all([buffer.present[i] for buffer, i in had]):
             self._facts.captures.outdate(
                 "load_state_dict() took away state that a replay goes on with"

@@ -151,6 +151,8 @@ class FusedSAM(Checkpointing):
         check_groups([{**self.defaults, **group} for group in (*self.param_groups, param_group)])
         self.base_optimizer.add_param_group(param_group)
         self._fill_groups()
+        if self._facts.engine.layout.begins_with_state:
+            self._refresh()  # which makes it
 
     # ------------------------------------------------------------------------------ the two steps
 

@@ -50,7 +50,12 @@ class Layout:
         self._params = [param for param, _ in members]
         self._addresses = list(map(Tensor.data_ptr, self._params))
         self._strides = list(map(Tensor.stride, self._params))
-        self.states = StateView(rule, self.buckets, {} if state is None else state)
+        self.states = StateView(rule, self.buckets, {} if state is None else state, groups)
+
+    @property
+    def begins_with_state(self) -> bool:
+        """Whether a new parameter has state before its first step."""
+        return self.rule is not None and self.rule.from_construction
 
     def is_current(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether every parameter is still the object and at the address that the layout knows."""
