@@ -46,8 +46,8 @@ class FusedSAM(Checkpointing):
     Args:
         params: parameters or parameter groups, as for any ``torch.optim`` optimizer. A group may
             set ``rho``, ``adaptive`` and ``eta`` for itself.
-        base_optimizer: the class that steps. SGD, Adam, AdamW and RMSprop of ``torch.optim`` are
-            fused; any other class steps by itself, between a fused climb and a fused return.
+        base_optimizer: the class that steps. Those of ``fused_sam.rules.RULES`` are fused; any
+            other class steps by itself, between a fused climb and a fused return.
         rho: radius of the neighbourhood, finite and >= 0, in the units of the weights' L2 norm.
         adaptive: ASAM instead of SAM.
         eta: ASAM's offset, finite and >= 0.

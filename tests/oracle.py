@@ -231,6 +231,10 @@ def _magnitudes(cls, group, w, g, old, new):
         if group["momentum"]:
             update = group["momentum"] * old.get("momentum_buffer", 0) + update
             terms["momentum_buffer"] = update
+    elif cls is torch.optim.Adagrad:
+        terms["step"] = 0.0
+        terms["sum"] = old["sum"] + g**2
+        update = g / (new["sum"].sqrt() + group["eps"])
     else:
         raise TypeError(f"no textbook of {cls.__name__} is written here")
     return w + lr * update, terms
