@@ -44,6 +44,7 @@ class Checkpointing(Following):
             if isinstance(entry, dict) and "old_p" in entry
             else entry
             for key, entry in state_dict["state"].items()
+            if not (isinstance(entry, dict) and entry.keys() == {"old_p"})
         }
         rates = [group.get("lr") for group in self.param_groups]
         super().load_state_dict({**state_dict, "state": state, "param_groups": groups})

@@ -23,10 +23,10 @@ FUSED = {
     "adam": (ADAM, {"weight_decay": 0.05, "amsgrad": True}),
     "adamw": (ADAMW, {"betas": (0.8, 0.9)}),
     "rmsprop": (RMSPROP, {"momentum": 0.5, "centered": True, "eps": 1e-3}),
+    "adagrad": (torch.optim.Adagrad, {"initial_accumulator_value": 0.1}),
 }
 ALL = FUSED | {
     "radam": (torch.optim.RAdam, {}),
-    "adagrad": (torch.optim.Adagrad, {}),
     "muon": (torch.optim.Muon, {}),
 }
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -24,9 +24,9 @@ FUSED = {
     "adam": (ADAM, {"weight_decay": 0.05}),
     "adamw": (ADAMW, {"amsgrad": True}),
     "rmsprop": (RMSPROP, {"momentum": 0.5, "centered": True, "eps": 1e-3}),
+    "adagrad": (torch.optim.Adagrad, {"weight_decay": 0.1, "lr_decay": 0.1}),
 }
 OTHERS = {
-    "adagrad": (torch.optim.Adagrad, {"weight_decay": 0.1}),
     "radam": (torch.optim.RAdam, {}),
     "nadam": (torch.optim.NAdam, {"weight_decay": 0.1}),
     "adamax": (torch.optim.Adamax, {}),
@@ -246,8 +246,6 @@ def test_groups_and_state_are_the_base_optimizers_very_objects(rule, backend):
     """Row 8: after construction, add_param_group, load_state_dict, a step, assignment."""
     cls, options = ALL[rule]
     params = make_params([(5, 7), (3, 3), (4, 2)])
-    if rule == "adagrad" and torch.__version__ < torch.torch_version.TorchVersion("2.13"):
-        pytest.skip("this torch's Adagrad cannot step a group that was added later")
     opt = FusedSAM(params[:2], cls, backend=backend, lr=0.05, **options)
 
     def check():
