@@ -7,9 +7,9 @@ import copy
 
 import pytest
 import torch
-from oracle import Textbook, assert_same_bits, inject, params_of
+from oracle import TEXTBOOKS, Textbook, assert_same_bits, inject, params_of
 
-from fused_sam import FusedSAM
+from fused_sam import FusedSAM, Lion
 
 SHAPES = [(), (1,), (0,), (3,), (63,), (64,), (65,), (7, 9)]
 NOT_INTERPRETED = [(1,), (63,), (64,)]
@@ -71,9 +71,12 @@ RULES = {
             "maximize": True,
         },
     ),
+    "lion": (Lion, {"weight_decay": 0.1}),
+    "lion-maximize": (Lion, {"betas": (0.6, 0.8), "maximize": True}),
 }
 REPRESENTATIVES = [
-    *["sgd-nesterov", "sgd-dampening", "adam-amsgrad", "adamw", "rmsprop-all", "adagrad-all"]
+    *["sgd-nesterov", "sgd-dampening", "adam-amsgrad", "adamw", "rmsprop-all", "adagrad-all"],
+    "lion-maximize",
 ]
 
 
@@ -474,7 +477,7 @@ def test_many_float64_steps_end_where_a_loop_of_its_own_ends(rule, backend):
     twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
     bases = [[{"params": ps[:1]}, {"params": ps[1:], "lr": 0.01}] for ps in (params, twins)]
     opt = FusedSAM(bases[0], cls, backend=backend, lr=0.04, rho=0.3, **options)
-    twin = cls(bases[1], lr=0.04, foreach=False, **options)
+    twin = TEXTBOOKS.get(cls, cls)(bases[1], lr=0.04, **options)
     textbook = Textbook(opt)
     for i in range(9):
         grads = {}

@@ -9,12 +9,13 @@ from torch.optim import Optimizer
 from .adagrad import ADAGRAD
 from .adam import ADAM, ADAMW
 from .base import STEP, Group, Rule, State
+from .lion import LION, Lion
 from .rmsprop import RMSPROP
 from .sgd import SGD
 
-__all__ = ["ADAGRAD", "ADAM", "ADAMW", "RMSPROP", "RULES", "SGD", "STEP", "Group", "Rule", "State"]
+__all__ = ["RULES", "STEP", "Group", "Lion", "Rule", "State"]
 
 RULES: Mapping[type[Optimizer], Rule] = {
-    rule.optimizer: rule for rule in (SGD, ADAM, ADAMW, RMSPROP, ADAGRAD)
+    rule.optimizer: rule for rule in (SGD, ADAM, ADAMW, RMSPROP, ADAGRAD, LION)
 }
 """By the exact class of the base optimizer: a subclass may do anything."""
