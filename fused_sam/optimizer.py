@@ -13,7 +13,14 @@ from torch.optim import Optimizer
 from .ascents import SAM, SQUARES
 from .blends import PLAIN
 from .checkpoint import Checkpointing
-from .checks import as_groups, check_base, check_defaults, check_groups, check_keywords
+from .checks import (
+    as_groups,
+    check_base,
+    check_caller,
+    check_defaults,
+    check_groups,
+    check_keywords,
+)
 from .options import ADAPTIVE, ETA, RHO, check_max_grad_norm, check_values
 from .scaling import clip_scale, found_nonfinite
 
@@ -84,6 +91,7 @@ class FusedSAM(Checkpointing):
         **base_kwargs: Any,
     ) -> None:
         ascent = {"rho": rho, "adaptive": adaptive, "eta": eta}
+        check_caller()
         check_base(base_optimizer)
         keywords = list(inspect.signature(FusedSAM).parameters)[:-1]  # the last is base_kwargs
         check_keywords(base_optimizer, base_kwargs, keywords)
