@@ -72,7 +72,7 @@ class Engine:
         rule, states = self.layout.rule, self.layout.states
         assert rule is not None
         if not states.is_current(state):
-            states.adopt(state)
+            states.adopt(state, groups)
         for backend, bucket, bucket_grads in self._each(grads):
             bucket.settle()
             bucket.begin_return()
