@@ -9,15 +9,51 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 __all__ = ["AESAM", "Always", "Every", "From", "Probability", "Span", "When"]
+
+
+STEP = "sam_step"
+"""How many steps a group has taken, climbing or not: counted only where a schedule asks."""
+
+
+MEAN, VARIANCE = "sam_mean", "sam_variance"
+"""AE-SAM's running averages, which begin as its authors' do."""
+
+
+def check_when(value: Any) -> None:
+    """Raise unless ``value`` is a schedule."""
+    if not isinstance(value, When):
+        raise TypeError(
+            f"when must be one of fused_sam.schedule's, such as Every(5) or From(1000), got {value!r}"
+        )
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a schedule says of one step.
+
+    Attributes:
+        climbs: whether it climbs.
+        memory: what the groups hold once the step is done, for the next one and for checkpoints.
+    """
+
+    climbs: bool
+    memory: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class When:
     """Says of each step whether it climbs. Steps count from 0; see the classes below."""
+
+    needs_norm: ClassVar[bool] = False
+    """Whether the gradient's norm decides, which depends on the loss scale and must be waited for."""
+
+    memory: ClassVar[Mapping[str, float]] = {STEP: 0}
+    """What the groups hold at first."""
 
     def climbs(self, step: int) -> bool:
         """Whether a step climbs.
@@ -27,17 +63,29 @@ class When:
         """
         raise NotImplementedError
 
-    needs_norm = False
-    """Whether the gradient's norm decides, which the host has to wait for."""
+    def decide(self, group: Mapping[str, Any], sq_norm: Callable[[], float]) -> Decision:
+        """What becomes of the step that begins.
+
+        Args:
+            group: one that holds ``memory``.
+            sq_norm: the squared norm of the gradients at w; calling it waits for the device.
+        """
+        step = group[STEP]
+        return Decision(self.climbs(step), {STEP: step + 1})
 
 
 @dataclass(frozen=True)
 class Always(When):
-    """Every step climbs: SAM as it was published."""
+    """Every step climbs: SAM as it was published. Nothing is counted."""
 
-    def climbs(self, step: int) -> bool:
-        """True."""
-        return True
+    memory = {}  # noqa: RUF012
+
+    def decide(self, group: Mapping[str, Any], sq_norm: Callable[[], float]) -> Decision:
+        """It climbs."""
+        return _ALWAYS
+
+
+_ALWAYS = Decision(True, {})
 
 
 @dataclass(frozen=True)
@@ -151,6 +199,7 @@ class AESAM(When):
     decay: float = 0.9
 
     needs_norm = True
+    memory = {STEP: 0, MEAN: 0.0, VARIANCE: math.exp(-10)}  # noqa: RUF012
 
     def __post_init__(self) -> None:
         _check_count("total_steps", self.total_steps, 1)
@@ -159,31 +208,18 @@ class AESAM(When):
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {self.decay!r}")
 
-    def judge(self, step: int, sq_norm: float, averages: Averages) -> tuple[bool, Averages]:
-        """Whether a step climbs, and the averages after it.
-
-        Args:
-            step: how many steps came before.
-            sq_norm: the squared norm of its gradient, unscaled.
-            averages: those after the step before.
-        """
-        if not math.isfinite(sq_norm):
-            return False, averages
+    def decide(self, group: Mapping[str, Any], sq_norm: Callable[[], float]) -> Decision:
+        """Whether the squared norm is large among those of the steps before."""
+        step, square = group[STEP], sq_norm()
+        if not math.isfinite(square):
+            return Decision(False, {STEP: step + 1})
         rest = 1 - self.decay
-        mean = self.decay * averages.mean + rest * sq_norm
-        variance = self.decay * averages.variance + rest * (sq_norm - mean) ** 2
+        mean = self.decay * group[MEAN] + rest * square
+        variance = self.decay * group[VARIANCE] + rest * (square - mean) ** 2
         part = min(step / self.total_steps, 1.0)
-        threshold = self.lambda1 + part * (self.lambda2 - self.lambda1)
-        climbs = sq_norm >= mean + threshold * math.sqrt(variance)
-        return climbs, Averages(mean, variance)
-
-
-@dataclass(frozen=True)
-class Averages:
-    """AE-SAM's running mean and variance of the squared norm, as its authors begin them."""
-
-    mean: float = 0.0
-    variance: float = math.exp(-10)
+        c = self.lambda1 + part * (self.lambda2 - self.lambda1)
+        climbs = square >= mean + c * math.sqrt(variance)
+        return Decision(climbs, {STEP: step + 1, MEAN: mean, VARIANCE: variance})
 
 
 def _check_count(name: str, value: Any, least: int) -> None:
