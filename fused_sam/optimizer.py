@@ -264,7 +264,9 @@ class FusedSAM(Passes):
 
     def _closure_scale(self) -> float | None:
         """The loss scale that ``scaler.step(optimizer, closure)`` tells, where it is asked for."""
-        return float(self.grad_scale) if self._when.needs_norm and self._is_scaled() else None
+        if not (self._when.needs_norm and self._is_scaled()):
+            return None
+        return float(self.__dict__["grad_scale"])
 
     def _is_scaled(self) -> bool:
         """Whether a GradScaler has said that the gradients are scaled."""

@@ -28,7 +28,8 @@ def check_when(value: Any) -> None:
     """Raise unless ``value`` is a schedule."""
     if not isinstance(value, When):
         raise TypeError(
-            f"when must be one of fused_sam.schedule's, such as Every(5) or From(1000), got {value!r}"
+            f"when must be one of fused_sam.schedule's, such as Every(5) or From(1000), "
+            f"got {value!r}"
         )
 
 
@@ -50,7 +51,7 @@ class When:
     """Says of each step whether it climbs. Steps count from 0; see the classes below."""
 
     needs_norm: ClassVar[bool] = False
-    """Whether the gradient's norm decides, which depends on the loss scale and must be waited for."""
+    """Whether the gradient's norm decides: it depends on the loss scale, and is waited for."""
 
     memory: ClassVar[Mapping[str, float]] = {STEP: 0}
     """What the groups hold at first."""

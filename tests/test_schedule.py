@@ -205,7 +205,7 @@ def test_without_a_schedule_nothing_is_counted():
     assert "sam_step" not in opt.param_groups[0]
 
 
-# -------------------------------------------------------------------------------------------- AE-SAM
+# ------------------------------------------------------------------------------------------- AE-SAM
 
 
 def aesam_by_hand(squares, total, first=1.0, last=-1.0, decay=0.9):
