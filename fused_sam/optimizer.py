@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .ascents import SAM, SQUARES
+from .ascents import SQUARES, Choice, chosen
 from .blends import PLAIN
 from .checkpoint import Checkpointing
 from .checks import (
@@ -21,7 +21,8 @@ from .checks import (
     check_groups,
     check_keywords,
 )
-from .options import ADAPTIVE, ETA, RHO, check_max_grad_norm, check_values
+from .choice import with_defaults
+from .options import ADAPTIVE, ASCENT, ETA, RHO, check_max_grad_norm, check_values
 from .scaling import clip_scale, found_nonfinite
 
 Closure = Callable[[], Any]
@@ -52,12 +53,15 @@ class FusedSAM(Checkpointing):
 
     Args:
         params: parameters or parameter groups, as for any ``torch.optim`` optimizer. A group may
-            set ``rho``, ``adaptive`` and ``eta`` for itself.
+            set ``rho``, ``adaptive``, ``eta`` and ``ascent`` for itself.
         base_optimizer: the class that steps. Those of ``fused_sam.rules.RULES`` are fused; any
             other class steps by itself, between a fused climb and a fused return.
         rho: radius of the neighbourhood, finite and >= 0, in the units of the weights' L2 norm.
         adaptive: ASAM instead of SAM.
         eta: ASAM's offset, finite and >= 0.
+        ascent: which climb, a member of ``fused_sam.ascents``. None: these parameters take no part
+            in the climb, neither in the norm, and step all the same. That is for some of the
+            groups: SAM-ON (Mueller et al. 2023) leaves it to the layers that normalise.
         max_grad_norm: clip the second gradient to this L2 norm, as
             ``torch.nn.utils.clip_grad_norm_`` does.
         backend: ``"auto"`` or the name of one; ``optimizer.backend`` tells which runs.
@@ -86,18 +90,19 @@ class FusedSAM(Checkpointing):
         adaptive: bool = ADAPTIVE.default,
         *,
         eta: float = ETA.default,
+        ascent: Choice | str | None = ASCENT.default,
         max_grad_norm: float | None = None,
         backend: str = "auto",
         **base_kwargs: Any,
     ) -> None:
-        ascent = {"rho": rho, "adaptive": adaptive, "eta": eta}
+        options = with_defaults(rho=rho, adaptive=adaptive, eta=eta, ascent=ascent)
         check_caller()
         check_base(base_optimizer)
         keywords = list(inspect.signature(FusedSAM).parameters)[:-1]  # the last is base_kwargs
         check_keywords(base_optimizer, base_kwargs, keywords)
         groups = as_groups(params)
-        check_groups([{**ascent, **base_kwargs, **group} for group in groups])
-        self._init(base_optimizer(groups, **base_kwargs), ascent, max_grad_norm, backend)
+        check_groups([{**options, **base_kwargs, **group} for group in groups])
+        self._init(base_optimizer(groups, **base_kwargs), options, max_grad_norm, backend)
 
     @classmethod
     def wrap(
@@ -107,6 +112,7 @@ class FusedSAM(Checkpointing):
         adaptive: bool = ADAPTIVE.default,
         *,
         eta: float = ETA.default,
+        ascent: Choice | str | None = ASCENT.default,
         max_grad_norm: float | None = None,
         backend: str = "auto",
     ) -> FusedSAM:
@@ -119,17 +125,17 @@ class FusedSAM(Checkpointing):
                 f"FusedSAM.wrap takes a torch.optim.Optimizer that is not a FusedSAM, "
                 f"got {type(optimizer).__name__}"
             )
-        ascent = {"rho": rho, "adaptive": adaptive, "eta": eta}
+        options = with_defaults(rho=rho, adaptive=adaptive, eta=eta, ascent=ascent)
         check_base(type(optimizer))
-        check_groups([{**ascent, **group} for group in optimizer.param_groups])
+        check_groups([{**options, **group} for group in optimizer.param_groups])
         self = cls.__new__(cls)
-        self._init(optimizer, ascent, max_grad_norm, backend)
+        self._init(optimizer, options, max_grad_norm, backend)
         return self
 
     def _init(
         self,
         base: Optimizer,
-        ascent: dict[str, Any],
+        options: dict[str, Any],
         max_grad_norm: float | None,
         backend: str,
     ) -> None:
@@ -140,7 +146,7 @@ class FusedSAM(Checkpointing):
         self.__setstate__(
             {
                 "base_optimizer": base,
-                "defaults": {**base.defaults, **ascent},
+                "defaults": {**base.defaults, **options},
                 "max_grad_norm": max_grad_norm,
                 "_backend_name": backend,
             }
@@ -209,10 +215,11 @@ class FusedSAM(Checkpointing):
             grads = self._gradients()
             for group in self.param_groups:
                 check_values(group)
+            ascent = chosen(self.param_groups)
             # From here on restore() is needed. Which weights are away it learns from the buckets.
             facts.perturbed, facts.number = True, facts.number + 1
             try:
-                facts.total = facts.engine.climb(SAM, grads, self.param_groups, facts.number)
+                facts.total = facts.engine.climb(ascent, grads, self.param_groups, facts.number)
             except BaseException:
                 self.restore()
                 raise
