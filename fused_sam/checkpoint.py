@@ -76,15 +76,17 @@ class Checkpointing(Following):
         """What pickling and deepcopy keep; the layout is built anew from it."""
         self._refuse_perturbed("pickling or copying")
         keys = ("base_optimizer", "defaults", "max_grad_norm", "_backend_name")
-        return {key: self.__dict__[key] for key in keys}
+        # A deepcopy of the model in the same call finds its way to the copy of this one.
+        return {**{key: self.__dict__[key] for key in keys}, "_attached": self._facts.attached}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Used by construction and unpickling; ``load_state_dict`` sets groups and state alone."""
         if "base_optimizer" not in state:
             self.base_optimizer.__setstate__(state)
             return
+        attached = state.pop("_attached", None)
         super().__setstate__(state)
-        self._facts = Facts()
+        self._facts = Facts(attached)
 
     def _refuse_perturbed(self, what: str) -> None:
         if self._facts.perturbed:

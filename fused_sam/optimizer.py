@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .ascents import SQUARES, Choice, chosen
 from .blends import PLAIN
-from .checkpoint import Checkpointing
 from .checks import (
     as_groups,
     check_base,
@@ -22,13 +22,16 @@ from .checks import (
     check_keywords,
 )
 from .choice import with_defaults
+from .compiling import prepare
+from .gradients import are_fresh, are_there, mark_used
 from .options import ADAPTIVE, ASCENT, ETA, RHO, check_max_grad_norm, check_values
+from .passes import Passes
 from .scaling import clip_scale, found_nonfinite
 
 Closure = Callable[[], Any]
 
 
-class FusedSAM(Checkpointing):
+class FusedSAM(Passes):
     """Sharpness-Aware Minimization (Foret et al., ICLR 2021) with everything around it fused.
 
     One step: with the gradient g at the weights w, climb to ``w + rho * g / ||g||`` (one norm over
@@ -65,6 +68,7 @@ class FusedSAM(Checkpointing):
         max_grad_norm: clip the second gradient to this L2 norm, as
             ``torch.nn.utils.clip_grad_norm_`` does.
         backend: ``"auto"`` or the name of one; ``optimizer.backend`` tells which runs.
+        model: the module that training calls; see ``attach``.
         **base_kwargs: options of the base optimizer (lr, momentum, weight_decay, ...).
 
     Raises:
@@ -93,6 +97,7 @@ class FusedSAM(Checkpointing):
         ascent: Choice | str | None = ASCENT.default,
         max_grad_norm: float | None = None,
         backend: str = "auto",
+        model: nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None:
         options = with_defaults(rho=rho, adaptive=adaptive, eta=eta, ascent=ascent)
@@ -102,7 +107,7 @@ class FusedSAM(Checkpointing):
         check_keywords(base_optimizer, base_kwargs, keywords)
         groups = as_groups(params)
         check_groups([{**options, **base_kwargs, **group} for group in groups])
-        self._init(base_optimizer(groups, **base_kwargs), options, max_grad_norm, backend)
+        self._init(base_optimizer(groups, **base_kwargs), options, max_grad_norm, backend, model)
 
     @classmethod
     def wrap(
@@ -115,6 +120,7 @@ class FusedSAM(Checkpointing):
         ascent: Choice | str | None = ASCENT.default,
         max_grad_norm: float | None = None,
         backend: str = "auto",
+        model: nn.Module | None = None,
     ) -> FusedSAM:
         """Put SAM around an optimizer that exists already (from timm, Hugging Face, ...).
 
@@ -129,7 +135,7 @@ class FusedSAM(Checkpointing):
         check_base(type(optimizer))
         check_groups([{**options, **group} for group in optimizer.param_groups])
         self = cls.__new__(cls)
-        self._init(optimizer, options, max_grad_norm, backend)
+        self._init(optimizer, options, max_grad_norm, backend, model)
         return self
 
     def _init(
@@ -138,6 +144,7 @@ class FusedSAM(Checkpointing):
         options: dict[str, Any],
         max_grad_norm: float | None,
         backend: str,
+        model: nn.Module | None,
     ) -> None:
         check_max_grad_norm(max_grad_norm)
         check_defaults(base)
@@ -152,6 +159,9 @@ class FusedSAM(Checkpointing):
             }
         )
         self._build()
+        prepare()
+        if model is not None:
+            self.attach(model)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as for any optimizer; it may set rho, adaptive and eta for itself.
@@ -217,7 +227,8 @@ class FusedSAM(Checkpointing):
                 check_values(group)
             ascent = chosen(self.param_groups)
             # From here on restore() is needed. Which weights are away it learns from the buckets.
-            facts.perturbed, facts.number = True, facts.number + 1
+            facts.number += 1
+            facts.leave()
             try:
                 facts.total = facts.engine.climb(ascent, grads, self.param_groups, facts.number)
             except BaseException:
@@ -278,13 +289,16 @@ class FusedSAM(Checkpointing):
             )
         loss, found_inf = None, getattr(self, "found_inf", None)
         try:
-            if not self._has_fresh_gradients():
+            attached = self._facts.attached.model is not None
+            twice = not are_fresh(self.param_groups)
+            if twice:
                 self.zero_grad()
-                with torch.enable_grad():
+                with torch.enable_grad(), self.first_pass() if attached else nullcontext():
                     loss = closure()
                 found_inf = None  # the scaler looked at gradients that are gone now
             self.first_step(zero_grad=True)
-            with torch.enable_grad():
+            both = twice and attached
+            with torch.enable_grad(), self.second_pass() if both else nullcontext():
                 closure()
             self._descend(found_inf, check_finite=scaled)
         except BaseException:
@@ -298,11 +312,12 @@ class FusedSAM(Checkpointing):
     def restore(self) -> None:
         """Return the parameters to w without an update; does nothing if they are there."""
         if not self._facts.perturbed:
+            self._facts.arrive()
             return
         with torch.no_grad():
             self._refresh()
             self._facts.engine.restore()
-        self._facts.perturbed = False
+        self._facts.arrive()
         self._facts.captures.complain()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -313,7 +328,7 @@ class FusedSAM(Checkpointing):
                     p.grad = None
         else:
             super().zero_grad(set_to_none)
-            self._mark_consumed()  # zeros are no fresh gradients
+            mark_used(self.param_groups)  # zeros are no fresh gradients
 
     # ----------------------------------------------------------------------------------- internals
 
@@ -331,6 +346,8 @@ class FusedSAM(Checkpointing):
             zero_grad: set the gradients to None afterwards.
         """
         base = self.base_optimizer
+        if self._facts.perturbed and are_there(self.param_groups):
+            self._facts.record.check_complete()
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None) if not check_finite else found_inf
         if not isinstance(found_inf, Tensor):
@@ -352,7 +369,7 @@ class FusedSAM(Checkpointing):
                     grad_scale = clip_scale(sq_norm.sqrt(), self.max_grad_norm, grad_scale)
             if engine.layout.rule is not None:
                 engine.update(PLAIN, grads, groups, self.state, grad_scale, found_inf)
-                self._facts.perturbed = False
+                self._facts.arrive()
             else:
                 self._step_base(grad_scale, found_inf)
         for post_hook in list(base._optimizer_step_post_hooks.values()):
@@ -360,7 +377,7 @@ class FusedSAM(Checkpointing):
         if zero_grad:
             self.zero_grad()
         else:
-            self._mark_consumed()
+            mark_used(self.param_groups)
         # Learning-rate schedulers, of either optimizer, look for this.
         self._opt_called = base._opt_called = True  # type: ignore[attr-defined]
 
@@ -376,20 +393,3 @@ class FusedSAM(Checkpointing):
         step = type(self.base_optimizer).step
         step = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
         step(self.base_optimizer)
-
-    # ---- which gradients has a step used already
-
-    def _mark_consumed(self) -> None:
-        # On the gradient itself: a weak reference to it would keep torch from swapping it.
-        for group in self.param_groups:
-            for p in group["params"]:
-                if (grad := p.grad) is not None and not grad.is_inference():
-                    grad._fused_sam_consumed = grad._version
-
-    def _has_fresh_gradients(self) -> bool:
-        return any(
-            p.grad.is_inference() or getattr(p.grad, "_fused_sam_consumed", None) != p.grad._version
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        )
