@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .ascents import SAM, SQUARES
+from .ascents import SQUARES, Choice, chosen
 from .blends import PLAIN
 from .checks import (
     as_groups,
@@ -21,10 +21,11 @@ from .checks import (
     check_groups,
     check_keywords,
 )
+from .choice import with_defaults
 from .compiling import prepare
 from .gradients import are_fresh, are_there, mark_used, pairs_of, put_aside, put_back
 from .memory import Gradients
-from .options import ADAPTIVE, ETA, RHO, check_max_grad_norm, check_values
+from .options import ADAPTIVE, ASCENT, ETA, RHO, check_max_grad_norm, check_values
 from .passes import Passes
 from .scaling import clip_scale, found_nonfinite
 from .schedule import Always, When, check_when
@@ -57,12 +58,15 @@ class FusedSAM(Passes):
 
     Args:
         params: parameters or parameter groups, as for any ``torch.optim`` optimizer. A group may
-            set ``rho``, ``adaptive`` and ``eta`` for itself.
+            set ``rho``, ``adaptive``, ``eta`` and ``ascent`` for itself.
         base_optimizer: the class that steps. Those of ``fused_sam.rules.RULES`` are fused; any
             other class steps by itself, between a fused climb and a fused return.
         rho: radius of the neighbourhood, finite and >= 0, in the units of the weights' L2 norm.
         adaptive: ASAM instead of SAM.
         eta: ASAM's offset, finite and >= 0.
+        ascent: which climb, a member of ``fused_sam.ascents``. None: these parameters take no part
+            in the climb, neither in the norm, and step all the same. That is for some of the
+            groups: SAM-ON (Mueller et al. 2023) leaves it to the layers that normalise.
         max_grad_norm: clip the second gradient to this L2 norm, as
             ``torch.nn.utils.clip_grad_norm_`` does.
         backend: ``"auto"`` or the name of one; ``optimizer.backend`` tells which runs.
@@ -94,22 +98,22 @@ class FusedSAM(Passes):
         adaptive: bool = ADAPTIVE.default,
         *,
         eta: float = ETA.default,
+        ascent: Choice | str | None = ASCENT.default,
         max_grad_norm: float | None = None,
         backend: str = "auto",
         model: nn.Module | None = None,
         when: When = Always(),  # noqa: B008
         **base_kwargs: Any,
     ) -> None:
-        ascent = {"rho": rho, "adaptive": adaptive, "eta": eta}
+        options = with_defaults(rho=rho, adaptive=adaptive, eta=eta, ascent=ascent)
         check_caller()
         check_base(base_optimizer)
         keywords = list(inspect.signature(FusedSAM).parameters)[:-1]  # the last is base_kwargs
         check_keywords(base_optimizer, base_kwargs, keywords)
         groups = as_groups(params)
-        check_groups([{**ascent, **base_kwargs, **group} for group in groups])
-        self._init(
-            base_optimizer(groups, **base_kwargs), ascent, max_grad_norm, backend, model, when
-        )
+        check_groups([{**options, **base_kwargs, **group} for group in groups])
+        base = base_optimizer(groups, **base_kwargs)
+        self._init(base, options, max_grad_norm, backend, model, when)
 
     @classmethod
     def wrap(
@@ -119,6 +123,7 @@ class FusedSAM(Passes):
         adaptive: bool = ADAPTIVE.default,
         *,
         eta: float = ETA.default,
+        ascent: Choice | str | None = ASCENT.default,
         max_grad_norm: float | None = None,
         backend: str = "auto",
         model: nn.Module | None = None,
@@ -133,17 +138,17 @@ class FusedSAM(Passes):
                 f"FusedSAM.wrap takes a torch.optim.Optimizer that is not a FusedSAM, "
                 f"got {type(optimizer).__name__}"
             )
-        ascent = {"rho": rho, "adaptive": adaptive, "eta": eta}
+        options = with_defaults(rho=rho, adaptive=adaptive, eta=eta, ascent=ascent)
         check_base(type(optimizer))
-        check_groups([{**ascent, **group} for group in optimizer.param_groups])
+        check_groups([{**options, **group} for group in optimizer.param_groups])
         self = cls.__new__(cls)
-        self._init(optimizer, ascent, max_grad_norm, backend, model, when)
+        self._init(optimizer, options, max_grad_norm, backend, model, when)
         return self
 
     def _init(
         self,
         base: Optimizer,
-        ascent: dict[str, Any],
+        options: dict[str, Any],
         max_grad_norm: float | None,
         backend: str,
         model: nn.Module | None,
@@ -157,7 +162,7 @@ class FusedSAM(Passes):
         self.__setstate__(
             {
                 "base_optimizer": base,
-                "defaults": {**base.defaults, **ascent},
+                "defaults": {**base.defaults, **options},
                 "max_grad_norm": max_grad_norm,
                 "_when": when,
                 "_backend_name": backend,
@@ -244,6 +249,7 @@ class FusedSAM(Passes):
             groups = self.param_groups
             for group in groups:
                 check_values(group)
+            ascent = chosen(groups)
             facts.scale = scale
             facts.decision = self._when.decide(groups[0], lambda: self._sq_norm(grads))
             if not facts.decision.climbs:
@@ -254,7 +260,7 @@ class FusedSAM(Passes):
             facts.number += 1
             facts.leave()
             try:
-                facts.total = facts.engine.climb(SAM, grads, groups, facts.number)
+                facts.total = facts.engine.climb(ascent, grads, groups, facts.number)
             except BaseException:
                 self.restore()
                 raise
