@@ -12,6 +12,7 @@ from .checks import check_groups
 from .engine import Engine
 from .facts import Facts
 from .memory import Gradients, Layout, Stale
+from .modes import working
 from .options import OPTIONS
 from .rules import RULES
 
@@ -76,6 +77,10 @@ class Following(Optimizer):
             self._build()
 
     def _build(self) -> None:
+        with working():
+            self._lay_out()
+
+    def _lay_out(self) -> None:
         groups = self.param_groups
         check_groups([{**self.defaults, **group} for group in groups])
         devices = {p.device for group in groups for p in group["params"]}

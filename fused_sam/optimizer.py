@@ -14,6 +14,7 @@ from .ascents import SAM, SQUARES
 from .blends import PLAIN
 from .checkpoint import Checkpointing
 from .checks import as_groups, check_base, check_defaults, check_groups, check_keywords
+from .modes import working
 from .options import ADAPTIVE, ETA, RHO, check_max_grad_norm, check_values
 from .scaling import clip_scale, found_nonfinite
 
@@ -195,13 +196,13 @@ class FusedSAM(Checkpointing):
                 "or restore() to go back to w without an update"
             )
         facts = self._facts
-        with torch.no_grad():
+        with working():
             grads = self._gradients()
             for group in self.param_groups:
                 check_values(group)
-            # From here on restore() is needed. Which weights are away it learns from the buckets.
-            facts.perturbed, facts.number = True, facts.number + 1
             try:
+                # From here on restore() is needed. Which weights are away the buckets know.
+                facts.perturbed, facts.number = True, facts.number + 1
                 facts.total = facts.engine.climb(SAM, grads, self.param_groups, facts.number)
             except BaseException:
                 self.restore()
@@ -259,19 +260,24 @@ class FusedSAM(Checkpointing):
                 "gradients would still be scaled, by a factor unknown to the optimizer; leave it "
                 "out (to clip, pass max_grad_norm=... to FusedSAM)"
             )
-        loss, found_inf = None, getattr(self, "found_inf", None)
+        loss, found_inf, theirs = None, getattr(self, "found_inf", None), True
         try:
             if not self._has_fresh_gradients():
+                theirs = False
                 self.zero_grad()
                 with torch.enable_grad():
                     loss = closure()
                 found_inf = None  # the scaler looked at gradients that are gone now
-            self.first_step(zero_grad=True)
+            self.first_step()
+            theirs = False
+            self.zero_grad()
             with torch.enable_grad():
                 closure()
             self._descend(found_inf, check_finite=scaled)
         except BaseException:
             self.restore()
+            if not theirs:
+                self.zero_grad()  # or half a gradient would be taken for that of w
             # What a GradScaler has set it takes back only after a step that returns.
             for name in ("grad_scale", "found_inf"):
                 self.__dict__.pop(name, None)
@@ -279,14 +285,27 @@ class FusedSAM(Checkpointing):
         return loss
 
     def restore(self) -> None:
-        """Return the parameters to w without an update; does nothing if they are there."""
-        if not self._facts.perturbed:
+        """Return the parameters to w without an update; does nothing if they are there.
+
+        Nothing is checked before: whatever has become of a parameter since, or of the groups and
+        the state, all others return. One that was moved or converted gets its w where it is now.
+
+        Raises:
+            RuntimeError: parameters cannot hold their w any more, for their shape has changed, say.
+                It names them, once: they stay as they are, and the optimizer goes on.
+        """
+        facts = self._facts
+        if not facts.perturbed:
             return
-        with torch.no_grad():
-            self._refresh()
-            self._facts.engine.restore()
-        self._facts.perturbed = False
-        self._facts.captures.complain()
+        with working():
+            lost = facts.engine.restore()
+        facts.perturbed = False
+        if lost:
+            raise RuntimeError(
+                f"all parameters are back at w, except for those that changed between the two "
+                f"steps so that they cannot hold it: {'; '.join(lost)}. These stay as they are"
+            )
+        facts.captures.complain()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set the gradients to None, or to zero."""
@@ -322,7 +341,9 @@ class FusedSAM(Checkpointing):
             self.restore()  # they expect to see w
             for pre_hook in list(base._optimizer_step_pre_hooks.values()):
                 pre_hook(base, (), {})
-        with torch.no_grad():
+        if self.max_grad_norm is not None:
+            check_max_grad_norm(self.max_grad_norm)
+        with working():
             grads = self._gradients()
             engine, groups = self._facts.engine, self.param_groups
             if check_finite or self.max_grad_norm is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..rules import Rule
 from .bucket import Bucket
-from .state import State, StateView
+from .state import State, StateView, check_states
 from .window import must_stay
 
 _PARAMS = operator.itemgetter("params")
@@ -35,6 +35,7 @@ class Layout:
     ) -> None:
         members = [(p, row) for row, group in enumerate(groups) for p in group["params"]]
         carried = old.release() if old is not None else {}
+        check_states(rule, groups, {} if state is None else state)
         pinned = {p for p, _ in members if must_stay(p)}
         by_kind: dict[Any, list[tuple[Tensor, int]]] = {}
         for param, row in members:
@@ -65,13 +66,22 @@ class Layout:
         return list(map(Tensor.stride, self._params)) == self._strides
 
     def release(self) -> dict[Tensor, Tensor]:
-        """Let go of the parameters' memory; return the saved weights of the perturbed ones."""
+        """Let go of the parameters' memory; return the saved weights of the perturbed ones.
+
+        Raises:
+            ValueError: one of these cannot hold them any more.
+        """
         carried = {}
         for bucket in self.buckets:
             bucket.settle()
             bucket.cache = {}  # a captured graph may keep what was in it
             for slot, perturbed in zip(bucket.slots, bucket.perturbed, strict=True):
                 if perturbed:
+                    if (why := slot.misfit()) is not None:
+                        raise ValueError(
+                            f"{why}, and has to return to its weights of before: restore() returns "
+                            f"all others"
+                        )
                     carried[slot.param] = slot.shaped(slot.of(bucket.saved))
         return carried
 
