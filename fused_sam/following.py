@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from . import backends
 from .backends import capture
-from .checks import check_groups
+from .checks import check_groups, keep_each_once
 from .engine import Engine
 from .facts import Facts
 from .memory import Gradients, Layout, Stale
@@ -83,6 +83,7 @@ class Following(Optimizer):
     def _lay_out(self) -> None:
         groups = self.param_groups
         check_groups([{**self.defaults, **group} for group in groups])
+        keep_each_once(groups)
         devices = {p.device for group in groups for p in group["params"]}
         for device in devices:
             capture.refuse_to_prepare(device, "the parameters have yet to move into flat buffers")

@@ -13,7 +13,14 @@ from torch.optim import Optimizer
 from .ascents import SAM, SQUARES
 from .blends import PLAIN
 from .checkpoint import Checkpointing
-from .checks import as_groups, check_base, check_defaults, check_groups, check_keywords
+from .checks import (
+    as_groups,
+    check_base,
+    check_defaults,
+    check_groups,
+    check_keywords,
+    keep_each_once,
+)
 from .modes import working
 from .options import ADAPTIVE, ETA, RHO, check_max_grad_norm, check_values
 from .scaling import clip_scale, found_nonfinite
@@ -90,6 +97,8 @@ class FusedSAM(Checkpointing):
         check_keywords(base_optimizer, base_kwargs, keywords)
         groups = as_groups(params)
         check_groups([{**ascent, **base_kwargs, **group} for group in groups])
+        for group in groups:
+            keep_each_once([group])  # in two groups it is an error of torch's
         self._init(base_optimizer(groups, **base_kwargs), ascent, max_grad_norm, backend)
 
     @classmethod
@@ -150,6 +159,7 @@ class FusedSAM(Checkpointing):
             raise TypeError(f"param_group must be a dict with 'params', got {param_group!r}")
         (param_group,) = as_groups([param_group])
         check_groups([{**self.defaults, **group} for group in (*self.param_groups, param_group)])
+        keep_each_once([param_group])
         self.base_optimizer.add_param_group(param_group)
         self._fill_groups()
 
