@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -43,6 +44,20 @@ def check_base(cls: Any) -> None:
             f"{cls.__name__} evaluates a closure several times per step, which has no meaning "
             f"inside SAM; choose a first-order base optimizer such as SGD or AdamW"
         )
+
+
+def check_caller() -> None:
+    """Raise if ZeroRedundancyOptimizer is making this optimizer, for one rank's parameters."""
+    zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = inspect.currentframe()
+    while zero is not None and frame is not None:
+        if isinstance(frame.f_locals.get("self"), zero.ZeroRedundancyOptimizer):
+            raise TypeError(
+                "inside ZeroRedundancyOptimizer FusedSAM would see one rank's parameters, and "
+                "climb by their norm alone; put it around: FusedSAM(params, "
+                "ZeroRedundancyOptimizer, optimizer_class=torch.optim.SGD, ...)"
+            )
+        frame = frame.f_back
 
 
 def check_defaults(base: Optimizer) -> None:
@@ -163,6 +178,11 @@ def _check_param(param: Any) -> None:
         raise TypeError(
             f"{what} is a {type(param).__name__}, whose memory FusedSAM cannot reach; use plain "
             f"tensors (replicated by DistributedDataParallel rather than sharded)"
+        )
+    if getattr(param, "_fsdp_flattened", False):
+        raise TypeError(
+            f"{what} is a shard of FullyShardedDataParallel: each rank would climb by the norm of "
+            f"its own shards; train replicas instead (DistributedDataParallel)"
         )
     if param.is_inference():
         raise ValueError(f"{what} was made in inference mode; .clone() it outside of that")

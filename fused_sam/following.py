@@ -71,9 +71,7 @@ class Following(Optimizer):
     def _refresh(self) -> None:
         """Notice what has changed under the optimizer: parameters, groups."""
         layout, groups = self._facts.engine.layout, self.param_groups
-        # Between the two steps the strides are left unlooked at: that they change there, and the
-        # address does not, would take a transposition in place of weights that are not the user's.
-        if not (layout.is_current(groups) and (self._facts.perturbed or layout.has_strides())):
+        if not (layout.is_current(groups) and layout.has_its_looks()):
             self._build()
 
     def _build(self) -> None:

@@ -16,6 +16,7 @@ from .checkpoint import Checkpointing
 from .checks import (
     as_groups,
     check_base,
+    check_caller,
     check_defaults,
     check_groups,
     check_keywords,
@@ -92,6 +93,7 @@ class FusedSAM(Checkpointing):
         **base_kwargs: Any,
     ) -> None:
         ascent = {"rho": rho, "adaptive": adaptive, "eta": eta}
+        check_caller()
         check_base(base_optimizer)
         keywords = list(inspect.signature(FusedSAM).parameters)[:-1]  # the last is base_kwargs
         check_keywords(base_optimizer, base_kwargs, keywords)

@@ -21,8 +21,8 @@ except ImportError:
 
 _GRAD = operator.attrgetter("grad")
 
-_REMEMBERED = 10_000
-"""Addresses of gradients; most training has the same few for each parameter."""
+_REMEMBERED = 8
+"""Addresses of gradients for each parameter: most training has the same few."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,27 +69,31 @@ class Collector:
         """
         raw = list(map(_GRAD, self._params))
         if self._fit is not None and self._fit(*raw):
-            return Gradients(raw, self._all, True, self._addresses(raw))
+            return Gradients(raw, self._all, True, self._addresses(raw, True))
         grads = [
             None if grad is None else _usable(grad, slot)
             for grad, slot in zip(raw, self._slots, strict=True)
         ]
         self._fit = same_kind(raw) if all(map(operator.is_, raw, grads)) else None
         present = tuple([grad is not None for grad in raw])
-        return Gradients(grads, present, all(present), self._addresses(grads))
+        complete = all(present)
+        return Gradients(grads, present, complete, self._addresses(grads, complete))
 
-    def _addresses(self, grads: Sequence[Tensor | None]) -> tuple[int, ...]:
+    def _addresses(self, grads: Sequence[Tensor | None], complete: bool) -> tuple[int, ...]:
         """Where gradients begin; raises if there is no memory for all of one."""
-        addresses = tuple([0 if grad is None else Tensor.data_ptr(grad) for grad in grads])
+        if complete:
+            addresses = tuple(map(Tensor.data_ptr, grads))  # type: ignore[arg-type]
+        else:
+            addresses = tuple([0 if grad is None else Tensor.data_ptr(grad) for grad in grads])
         if not self._sound.issuperset(addresses):
-            for grad, address in zip(grads, addresses, strict=True):
+            for grad in grads:
                 if grad is not None and not has_memory(grad):
                     raise RuntimeError(
                         f"a gradient of shape {tuple(grad.shape)} has a storage of "
                         f"{grad.untyped_storage().nbytes()} bytes, which is too small for it; "
                         f"set it to None before its storage is freed"
                     )
-            if len(self._sound) > _REMEMBERED:
+            if len(self._sound) > _REMEMBERED * len(grads):
                 self._sound.clear()
             self._sound.update(addresses)
         return addresses
@@ -143,7 +147,7 @@ def _usable(grad: Tensor, slot: Slot) -> Tensor:
 
 def _refuse(grad: Tensor, slot: Slot) -> NoReturn:
     param = slot.param
-    if param.shape != slot.shape or param.device != grad.device and False or param.dtype != slot.dtype:
+    if param.shape != slot.shape or param.dtype != slot.dtype:
         raise Stale
     raise RuntimeError(
         f"a parameter of shape {tuple(param.shape)} and dtype {param.dtype} on {param.device} has "

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ..rules import Rule
 from .bucket import Bucket
+from .gradients import same_kind
 from .state import State, StateView, check_states
 from .window import must_stay
 
@@ -50,7 +51,8 @@ class Layout:
         self._groups = [list(group["params"]) for group in groups]
         self._params = [param for param, _ in members]
         self._addresses = list(map(Tensor.data_ptr, self._params))
-        self._strides = list(map(Tensor.stride, self._params))
+        self._looks = list(map(_look, self._params))
+        self._unchanged: Callable[..., bool] | None = None
         self.states = StateView(rule, self.buckets, {} if state is None else state)
 
     def is_current(self, groups: Sequence[Mapping[str, Any]]) -> bool:
@@ -61,9 +63,13 @@ class Layout:
             and list(map(Tensor.data_ptr, self._params)) == self._addresses
         )
 
-    def has_strides(self) -> bool:
-        """Whether every parameter of a current layout has the strides that the layout knows."""
-        return list(map(Tensor.stride, self._params)) == self._strides
+    def has_its_looks(self) -> bool:
+        """Whether what lies at the addresses of a current layout is still read in the same way."""
+        if self._unchanged is not None and self._unchanged(*self._params):
+            return True
+        same = list(map(_look, self._params)) == self._looks
+        self._unchanged = same_kind(self._params) if same else None
+        return same
 
     def release(self) -> dict[Tensor, Tensor]:
         """Let go of the parameters' memory; return the saved weights of the perturbed ones.
@@ -84,6 +90,11 @@ class Layout:
                         )
                     carried[slot.param] = slot.shaped(slot.of(bucket.saved))
         return carried
+
+
+def _look(param: Tensor) -> tuple[Any, ...]:
+    """All that can change about a parameter at its address."""
+    return param.shape, param.stride(), param.dtype, param.is_conj(), param.is_neg()
 
 
 def _are_the_same(params: Sequence[Tensor], known: Sequence[Tensor]) -> bool:

@@ -117,7 +117,7 @@ class StateView:
                 for i, slot in enumerate(bucket.slots):
                     # Another slot's window is about to be written to.
                     value = state.get(slot.param, {}).get(name)
-                    if ours.get(id(value), i) != i:
+                    if value is not None and ours.get(id(value), i) != i:
                         state[slot.param][name] = value.clone()
                 values = [state.get(slot.param, {}).get(name) for slot in bucket.slots]
                 buffer.adopt(values)
