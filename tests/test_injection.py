@@ -4,13 +4,12 @@ Whatever was going on, w can be had afterwards, bit for bit, and the next step i
 """
 
 import contextlib
-import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from oracle import Textbook, assert_same_bits, inject, params_of
+from oracle import Textbook, inject, params_of
 
 import fused_sam
 from fused_sam import FusedSAM
@@ -20,7 +19,7 @@ OPTIONS = {"rho": 0.5, "lr": 0.1}
 BASES = {
     "sgd": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
     "adam": (torch.optim.Adam, {"amsgrad": True}),
-    "unfused": (torch.optim.Adagrad, {}),
+    "unfused": (type("Unfused", (torch.optim.SGD,), {}), {"momentum": 0.9}),
 }
 DTYPES = {"one bucket": (torch.float32,), "two buckets": (torch.float32, torch.float64)}
 
@@ -29,17 +28,21 @@ class Interrupt(BaseException):
     """As KeyboardInterrupt, which no handler for errors may catch."""
 
 
+LOOKING = {"checks.py", "options.py", "capture.py", "tables.py", "slot.py", "devices.py"}
+"""Files whose functions change nothing but their own tables."""
+
+
 @contextlib.contextmanager
-def interrupted(line):
-    """Raise at one line event of the package, by its number; tells of it in what it returns."""
+def interrupted(at):
+    """Raise at one line event of the package, by its number; returns the events: (file, line)."""
     events = []
 
     def trace(frame, event, arg):
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
         if event == "line":
-            events.append(frame.f_lineno)
-            if len(events) == line:
+            events.append((Path(frame.f_code.co_filename).name, frame.f_lineno))
+            if len(events) == at:
                 sys.settrace(before)
                 raise Interrupt
         return trace
@@ -49,9 +52,19 @@ def interrupted(line):
     try:
         yield events
     except Interrupt:
-        assert len(events) == line
+        assert len(events) == at
     finally:
         sys.settrace(before)
+
+
+def worth_it(events):
+    """The first and the last time at which each line comes: in between it is a loop's.
+
+    Once is enough for what looks at something and changes nothing.
+    """
+    first = {event: i for i, event in reversed(list(enumerate(events, 1)))}
+    last = {event: i for i, event in enumerate(events, 1) if event[0] not in LOOKING}
+    return sorted({*first.values(), *last.values()})
 
 
 class Case:
@@ -77,6 +90,9 @@ class Case:
 
     def grads(self):
         return {p: self.random(p.shape, p.dtype) for p in params_of(self.opt)}
+
+    def weights(self):
+        return [p.detach().clone() for p in self.params]
 
     def step(self):
         for half in self.opt.first_step, self.opt.second_step:
@@ -128,7 +144,8 @@ def restore(case):
 
 
 def add_param_group(case):
-    case.params.append(torch.nn.Parameter(self_made(case)))
+    case.params.append(torch.nn.Parameter(case.random((4,), case.dtypes[0])))
+    case.before = case.weights()
 
     def run():
         case.opt.add_param_group({"params": case.params[-1:], "rho": 0.1})
@@ -138,15 +155,11 @@ def add_param_group(case):
     return run
 
 
-def self_made(case):
-    return case.random((4,), case.dtypes[0])
-
-
 def load_state_dict(case):
     state = case.opt.state_dict()
     case.opt = case.make()
-    inject(case.grads())
     case.step()
+    case.before = case.weights()
 
     def run():
         case.opt.load_state_dict(state)
@@ -177,44 +190,58 @@ ACTS = [
     load_state_dict,
     rebuild,
 ]
-STEPPING = {"second_step", "first_step_of_all", "step_with_a_closure", "rebuild"}
+LAYING_OUT = {construct, add_param_group, load_state_dict, rebuild}
+STEPPING = {second_step, first_step_of_all, step_with_a_closure, rebuild}
 
 
 def prepare(act, *arguments):
     case = Case(*arguments)
     case.step()
-    before = [p.detach().clone() for p in case.params]
-    return case, before, act(case)
+    case.before = case.weights()
+    return case, act(case)
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("act", ACTS, ids=lambda act: act.__name__)
+def cases():
+    for act in ACTS:
+        yield act, "two buckets", "sgd"
+    for act in first_step, second_step, step_with_a_closure, restore:
+        yield act, "one bucket", "sgd"
+    for base in "adam", "unfused":
+        for act in second_step, first_step_of_all:
+            yield act, "two buckets", base
+
+
+def name(value):
+    return getattr(value, "__name__", str(value))
+
+
+@pytest.mark.parametrize(("act", "dtypes", "base"), [*cases()], ids=name)
 def test_nothing_is_lost_at_any_line(act, dtypes, base, backend):
-    case, _, run = prepare(act, backend, dtypes, base)
+    if (act in LAYING_OUT or base == "adam") and backend != "reference":
+        pytest.skip("it is the same for all backends, or less")
+    case, run = prepare(act, backend, dtypes, base)
     with interrupted(0) as events:
         run()
     case.opt.restore()
-    stepped = [p.detach().clone() for p in case.params]
-    for line in range(1, len(events) + 1):
-        case, before, run = prepare(act, backend, dtypes, base)
-        before += [p.detach().clone() for p in case.params[len(before) :]]
-        with interrupted(line) as seen:
+    stepped, known = case.weights(), {}
+    for event in worth_it(events):
+        case, run = prepare(act, backend, dtypes, base)
+        with interrupted(event) as seen:
             run()
-        where = f"interrupted at line {seen[-1]}"
-        at_w = not case.opt.is_perturbed
-        if act is first_step and at_w:
-            assert_all(case, before, before, where)
+        where = f"interrupted at {seen[-1]}"
+        if act is first_step and not case.opt.is_perturbed:
+            assert_all(case, case.before, where)
         case.opt.restore()
         assert not case.opt.is_perturbed
-        assert_all(case, before, stepped if act.__name__ in STEPPING else before, where)
+        assert_all(case, stepped if act in STEPPING else case.before, where)
         if act is step_with_a_closure:
             again(case, where)
-        check_next_step(case, where)
+        check_next_step(case, known, where)
 
 
-def assert_all(case, before, after, where):
+def assert_all(case, after, where):
     """Each bucket's weights are those of before, or all of them those that a step makes."""
+    before = case.before
     for dtype in case.dtypes:
         mine = [i for i, p in enumerate(case.params) if p.dtype == dtype]
         kept = all(same(case.params[i], before[i]) for i in mine)
@@ -222,8 +249,12 @@ def assert_all(case, before, after, where):
         assert kept or stepped, f"{where}: {dtype} is neither at w nor where the step leads"
 
 
+def bits(tensor):
+    return tensor.detach().numpy().tobytes()
+
+
 def same(a, b):
-    return a.detach().numpy().tobytes() == b.detach().numpy().tobytes()
+    return bits(a) == bits(b)
 
 
 def again(case, where):
@@ -240,9 +271,18 @@ def again(case, where):
         assert len(case.calls) == 2, where
 
 
-def check_next_step(case, where):
+def check_next_step(case, known, where):
+    """From weights and state that were seen before the same bits follow: the textbook is slow."""
+    params = params_of(case.opt)
+    state = [(k, bits(v)) for p in params for k, v in case.opt.state.get(p, {}).items()]
+    start = (*map(bits, params), *state)
+    case.generator.manual_seed(2)
     try:
-        textbook = Textbook(case.opt)
-        textbook.step(case.grads(), case.grads())
+        if start not in known and not isinstance(case.opt.base_optimizer, BASES["unfused"][0]):
+            Textbook(case.opt).step(case.grads(), case.grads())
+            known[start] = [*map(bits, params)]
+            return
+        case.step()
     except AssertionError as error:
         raise AssertionError(f"{where}: {error}") from error
+    assert known.setdefault(start, [*map(bits, params)]) == [*map(bits, params)], where
