@@ -20,11 +20,13 @@ from .checks import (
     check_defaults,
     check_groups,
     check_keywords,
+    keep_each_once,
 )
 from .choice import with_defaults
 from .compiling import prepare
 from .gradients import are_fresh, are_there, mark_used, pairs_of, put_aside, put_back
 from .memory import Gradients
+from .modes import working
 from .options import ADAPTIVE, ASCENT, ETA, RHO, check_max_grad_norm, check_values
 from .passes import Passes
 from .scaling import clip_scale, found_nonfinite
@@ -112,6 +114,8 @@ class FusedSAM(Passes):
         check_keywords(base_optimizer, base_kwargs, keywords)
         groups = as_groups(params)
         check_groups([{**options, **base_kwargs, **group} for group in groups])
+        for group in groups:
+            keep_each_once([group])  # in two groups it is an error of torch's
         base = base_optimizer(groups, **base_kwargs)
         self._init(base, options, max_grad_norm, backend, model, when)
 
@@ -183,6 +187,7 @@ class FusedSAM(Passes):
             raise TypeError(f"param_group must be a dict with 'params', got {param_group!r}")
         (param_group,) = as_groups([param_group])
         check_groups([{**self.defaults, **group} for group in (*self.param_groups, param_group)])
+        keep_each_once([param_group])
         self.base_optimizer.add_param_group(param_group)
         self._fill_groups()
         if self._facts.engine.layout.begins_with_state:
@@ -244,7 +249,7 @@ class FusedSAM(Passes):
                 "or restore() to go back to w without an update"
             )
         facts = self._facts
-        with torch.no_grad():
+        with working():
             grads = self._gradients()
             groups = self.param_groups
             for group in groups:
@@ -256,10 +261,10 @@ class FusedSAM(Passes):
                 facts.begin_second()
                 facts.aside = put_aside(groups) if zero_grad else pairs_of(groups)
                 return False
-            # From here on restore() is needed. Which weights are away it learns from the buckets.
-            facts.number += 1
-            facts.leave()
             try:
+                # From here on restore() is needed. Which weights are away the buckets know.
+                facts.number += 1
+                facts.leave()
                 facts.total = facts.engine.climb(ascent, grads, groups, facts.number)
             except BaseException:
                 self.restore()
@@ -333,22 +338,28 @@ class FusedSAM(Passes):
                 "gradients would still be scaled, by a factor unknown to the optimizer; leave it "
                 "out (to clip, pass max_grad_norm=... to FusedSAM)"
             )
-        loss, found_inf = None, getattr(self, "found_inf", None)
+        loss, found_inf, theirs = None, getattr(self, "found_inf", None), True
         try:
             attached = self._facts.attached.model is not None
             twice = not are_fresh(self.param_groups)
             if twice:
+                theirs = False
                 self.zero_grad()
                 with torch.enable_grad(), self.first_pass() if attached else nullcontext():
                     loss = closure()
                 found_inf = None  # the scaler looked at gradients that are gone now
-            if self._begin(zero_grad=True, scale=self._closure_scale()):
+            climbs = self._begin(zero_grad=False, scale=self._closure_scale())
+            theirs = False
+            if climbs:
+                self.zero_grad()
                 both = twice and attached
                 with torch.enable_grad(), self.second_pass() if both else nullcontext():
                     closure()
             self._descend(found_inf, check_finite=scaled)
         except BaseException:
             self.restore()
+            if not theirs:
+                self.zero_grad()  # or half a gradient would be taken for that of w
             # What a GradScaler has set it takes back only after a step that returns.
             for name in ("grad_scale", "found_inf"):
                 self.__dict__.pop(name, None)
@@ -356,15 +367,28 @@ class FusedSAM(Passes):
         return loss
 
     def restore(self) -> None:
-        """Return the parameters to w without an update; does nothing if they are there."""
-        if not self._facts.perturbed:
-            self._facts.arrive()
+        """Return the parameters to w without an update; does nothing if they are there.
+
+        Nothing is checked before: whatever has become of a parameter since, or of the groups and
+        the state, all others return. One that was moved or converted gets its w where it is now.
+
+        Raises:
+            RuntimeError: parameters cannot hold their w any more, for their shape has changed, say.
+                It names them, once: they stay as they are, and the optimizer goes on.
+        """
+        facts = self._facts
+        if not facts.perturbed:
+            facts.arrive()
             return
-        with torch.no_grad():
-            self._refresh()
-            self._facts.engine.restore()
-        self._facts.arrive()
-        self._facts.captures.complain()
+        with working():
+            lost = facts.engine.restore()
+        facts.arrive()
+        if lost:
+            raise RuntimeError(
+                f"all parameters are back at w, except for those that changed between the two "
+                f"steps so that they cannot hold it: {'; '.join(lost)}. These stay as they are"
+            )
+        facts.captures.complain()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set the gradients to None, or to zero."""
@@ -408,7 +432,9 @@ class FusedSAM(Passes):
             self.restore()  # they expect to see w
             for pre_hook in list(base._optimizer_step_pre_hooks.values()):
                 pre_hook(base, (), {})
-        with torch.no_grad():
+        if self.max_grad_norm is not None:
+            check_max_grad_norm(self.max_grad_norm)
+        with working():
             grads = self._gradients()
             engine, groups = self._facts.engine, self.param_groups
             if check_finite or self.max_grad_norm is not None:
