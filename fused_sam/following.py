@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch.optim import Optimizer
@@ -30,6 +31,7 @@ class Following(Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's groups; each has ``rho``, ``adaptive`` and ``eta`` too."""
+        self._facts.scaler.note(sys._getframe(1), self._facts.perturbed)
         return self.base_optimizer.param_groups
 
     @param_groups.setter

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .ascents import SAM, SQUARES
-from .blends import PLAIN
+from .ascents import SAM
+from .caches import forget_copies
 from .checks import (
     as_groups,
     check_base,
@@ -21,16 +21,18 @@ from .checks import (
     check_groups,
     check_keywords,
 )
-from .compiling import prepare
+from .compiling import opaque, prepare
+from .descent import Descent
 from .gradients import are_fresh, are_there, mark_used
 from .options import ADAPTIVE, ETA, RHO, check_max_grad_norm, check_values
-from .passes import Passes
-from .scaling import clip_scale, found_nonfinite
+from .ways import WAYS
 
 Closure = Callable[[], Any]
 
+_WRITES = "it writes the parameters through other tensors, with kernels of its own"
 
-class FusedSAM(Passes):
+
+class FusedSAM(Descent):
     """Sharpness-Aware Minimization (Foret et al., ICLR 2021) with everything around it fused.
 
     One step: with the gradient g at the weights w, climb to ``w + rho * g / ||g||`` (one norm over
@@ -75,12 +77,6 @@ class FusedSAM(Passes):
         base_optimizer: the optimizer inside. Its ``param_groups`` and ``state`` are the very
             objects of this one, and its schedulers and hooks work.
     """
-
-    # GradScaler then calls step() in every case and hands over grad_scale and found_inf: so that
-    # the weights return to w even when the update is skipped, and nobody waits for the device.
-    _step_supports_amp_scaling = True
-
-    max_grad_norm: float | None
 
     def __init__(
         self,
@@ -199,6 +195,7 @@ class FusedSAM(Passes):
         names = [backend.name for backend in self._facts.engine.backends]
         return "+".join(dict.fromkeys(names))
 
+    @opaque(_WRITES)
     def first_step(self, zero_grad: bool = False) -> None:
         """Save the weights w and climb to ``w + epsilon`` with the gradients that are there.
 
@@ -227,14 +224,16 @@ class FusedSAM(Passes):
             except BaseException:
                 self.restore()
                 raise
+        forget_copies()
         if zero_grad:
             self.zero_grad()
 
-    @Optimizer.profile_hook_step
+    @opaque(_WRITES)
     def second_step(self, zero_grad: bool = False) -> None:
         """Return to w and step with the gradients that are there; without first_step, a plain step.
 
-        A parameter that has no gradient now is returned to w and not stepped.
+        A parameter that has no gradient now is returned to w and not stepped. A framework's proxy
+        of the optimizer does it through its own ``step()``, so that the framework knows.
 
         Args:
             zero_grad: set the gradients to None afterwards.
@@ -242,66 +241,84 @@ class FusedSAM(Passes):
         Raises:
             RuntimeError: a gradient is sparse; nothing was changed, and restore() goes back to w.
         """
+        facts = self._facts
+        if facts.owner() is self:
+            self._finish(zero_grad)
+            return
+        facts.finishing = True
+        try:
+            self.step()
+        finally:
+            facts.finishing = False
+        if zero_grad:
+            self.zero_grad()
+
+    @Optimizer.profile_hook_step
+    def _finish(self, zero_grad: bool) -> None:
         self._descend(zero_grad=zero_grad)
 
+    @opaque(_WRITES)
+    @Optimizer.profile_hook_step
     def step(self, closure: Closure | None = None) -> Any:
-        """A whole SAM step with ``closure``; without one, the second half of a step.
+        """A whole SAM step with ``closure``; between the two steps, the second half of a step.
 
         Args:
             closure: computes the loss, calls backward and returns the loss. If gradients of w are
-                there already it runs once, at ``w + epsilon``. If there are none, or only those
-                that the last step has used, it runs twice, first at w. It runs with gradients
-                enabled. If it raises, the weights return to w.
+                there already it runs once, at ``w + epsilon``; likewise after first_step(). If
+                there are none, or only such tensors as a step has used, it runs twice, first at w.
+                It runs with gradients enabled. If it raises, the weights return to w.
 
         Returns:
             The closure's first value if it ran at w, else None.
 
         Raises:
-            RuntimeError: there is neither a closure nor a first_step() before; or a closure comes
-                between the two steps, or after ``GradScaler.unscale_``.
+            RuntimeError: there is neither a closure nor a first_step() before; the closure leaves
+                no gradient, or comes after ``GradScaler.unscale_``.
         """
+        facts = self._facts
+        finishing = facts.perturbed or facts.finishing
         if closure is None:
-            if not self._facts.perturbed:
-                raise RuntimeError(
-                    "step() without a closure is the second half of a SAM step and no first_step() "
-                    "came before it: call first_step() and do a second backward, or pass a closure"
-                )
-            self._descend()
+            if finishing:
+                self._descend()
+            elif self._wants_only_state():
+                self._initialize_state()
+            else:
+                raise RuntimeError(f"step() without first_step() before, nor a closure. {WAYS}")
             return None
-        if self._facts.perturbed:
-            raise RuntimeError(
-                "step(closure) was called between first_step() and second_step(): finish with "
-                "second_step(), or go back with restore()"
-            )
+        facts.scaler.check_closure()
         scaled = hasattr(self, "found_inf")
-        if scaled and getattr(self, "grad_scale", None) is None:
-            raise RuntimeError(
-                "scaler.step(optimizer, closure) after scaler.unscale_(optimizer): the closure's "
-                "gradients would still be scaled, by a factor unknown to the optimizer; leave it "
-                "out (to clip, pass max_grad_norm=... to FusedSAM)"
-            )
         loss, found_inf = None, getattr(self, "found_inf", None)
+        attached = facts.attached.model is not None
         try:
-            attached = self._facts.attached.model is not None
-            twice = not are_fresh(self.param_groups)
-            if twice:
+            if finishing:
+                self._run(closure, nullcontext())
+            elif are_fresh(self.param_groups):
+                self.first_step(zero_grad=True)
+                self._run(closure, nullcontext())
+            else:
                 self.zero_grad()
-                with torch.enable_grad(), self.first_pass() if attached else nullcontext():
-                    loss = closure()
+                loss = self._run(closure, self.first_pass() if attached else nullcontext())
                 found_inf = None  # the scaler looked at gradients that are gone now
-            self.first_step(zero_grad=True)
-            both = twice and attached
-            with torch.enable_grad(), self.second_pass() if both else nullcontext():
-                closure()
+                self.first_step(zero_grad=True)
+                self._run(closure, self.second_pass() if attached else nullcontext())
             self._descend(found_inf, check_finite=scaled)
         except BaseException:
             self.restore()
             # What a GradScaler has set it takes back only after a step that returns.
-            for name in ("grad_scale", "found_inf"):
-                self.__dict__.pop(name, None)
+            facts.scaler.handed.clear()
             raise
         return loss
 
+    step.hooked = True  # type: ignore[attr-defined]  # torch does not wrap it once more
+
+    def _run(self, closure: Closure, context: AbstractContextManager[Any]) -> Any:
+        with torch.enable_grad(), context:
+            value = closure()
+        if not are_there(self.param_groups):
+            raise RuntimeError(f"step(closure) with a closure that leaves no gradient. {WAYS}")
+        return value
+
+    @opaque(_WRITES)
     def restore(self) -> None:
         """Return the parameters to w without an update; does nothing if they are there."""
         if not self._facts.perturbed:
@@ -311,6 +328,7 @@ class FusedSAM(Passes):
             self._refresh()
             self._facts.engine.restore()
         self._facts.arrive()
+        forget_copies()
         self._facts.captures.complain()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -322,67 +340,3 @@ class FusedSAM(Passes):
         else:
             super().zero_grad(set_to_none)
             mark_used(self.param_groups)  # zeros are no fresh gradients
-
-    # ----------------------------------------------------------------------------------- internals
-
-    def _descend(
-        self,
-        found_inf: Tensor | None = None,
-        check_finite: bool = False,
-        zero_grad: bool = False,
-    ) -> None:
-        """Return to w and update.
-
-        Args:
-            found_inf: overrides what a GradScaler has set.
-            check_finite: skip the update also if a gradient of either pass is not finite.
-            zero_grad: set the gradients to None afterwards.
-        """
-        base = self.base_optimizer
-        if self._facts.perturbed and are_there(self.param_groups):
-            self._facts.record.check_complete()
-        grad_scale = getattr(self, "grad_scale", None)
-        found_inf = getattr(self, "found_inf", None) if not check_finite else found_inf
-        if not isinstance(found_inf, Tensor):
-            found_inf = None  # a GradScaler that saw no gradient at all sets the number 0
-        if base._optimizer_step_pre_hooks:
-            self.restore()  # they expect to see w
-            for pre_hook in list(base._optimizer_step_pre_hooks.values()):
-                pre_hook(base, (), {})
-        with torch.no_grad():
-            grads = self._gradients()
-            engine, groups = self._facts.engine, self.param_groups
-            if check_finite or self.max_grad_norm is not None:
-                sq_norm = engine.number(engine.reduce(SQUARES, grads, groups))
-                if check_finite:
-                    assert self._facts.total is not None
-                    first = engine.number(self._facts.total)
-                    found_inf = found_nonfinite(first, sq_norm, found_inf)
-                if self.max_grad_norm is not None:
-                    grad_scale = clip_scale(sq_norm.sqrt(), self.max_grad_norm, grad_scale)
-            if engine.layout.rule is not None:
-                engine.update(PLAIN, grads, groups, self.state, grad_scale, found_inf)
-                self._facts.arrive()
-            else:
-                self._step_base(grad_scale, found_inf)
-        for post_hook in list(base._optimizer_step_post_hooks.values()):
-            post_hook(base, (), {})
-        if zero_grad:
-            self.zero_grad()
-        else:
-            mark_used(self.param_groups)
-        # Learning-rate schedulers, of either optimizer, look for this.
-        self._opt_called = base._opt_called = True  # type: ignore[attr-defined]
-
-    def _step_base(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Return to w and let a base optimizer that has no rule step by itself."""
-        self.restore()
-        # Only here the host has to wait: the base optimizer cannot be told to skip on the device.
-        if found_inf is not None and found_inf.item() != 0:
-            return
-        if grad_scale is not None:
-            self._facts.engine.blend(PLAIN, grad_scale)
-        # Without torch's wrapper, which would run the global step hooks a second time.
-        step = type(self.base_optimizer).step
-        step = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
-        step(self.base_optimizer)
