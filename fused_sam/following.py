@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from . import backends
@@ -31,7 +32,8 @@ class Following(Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's groups; each has ``rho``, ``adaptive`` and ``eta`` too."""
-        self._facts.scaler.note(sys._getframe(1), self._facts.perturbed)
+        if not torch.compiler.is_compiling():
+            self._facts.scaler.note(sys._getframe(1), self._facts.perturbed)
         return self.base_optimizer.param_groups
 
     @param_groups.setter

@@ -331,6 +331,7 @@ class FusedSAM(Descent):
         forget_copies()
         self._facts.captures.complain()
 
+    @opaque("it marks gradients")
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set the gradients to None, or to zero."""
         if set_to_none:
