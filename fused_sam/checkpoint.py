@@ -48,7 +48,8 @@ class Checkpointing(Following):
         if isinstance(state, dict):
             state_dict["state"] = _without_old_weights(state)
         rates = [group.get("lr") for group in self.param_groups]
-        kept = [{name: group[name] for name in OPTIONS} for group in self.param_groups]
+        names = (*OPTIONS, *self.when.memory)
+        kept = [{name: group[name] for name in names} for group in self.param_groups]
         self.base_optimizer.load_state_dict(state_dict)
         for group, options in zip(self.param_groups, kept, strict=False):
             for name, value in options.items():
@@ -82,9 +83,9 @@ class Checkpointing(Following):
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and deepcopy keep; the layout is built anew from it."""
         self._refuse_perturbed("pickling or copying")
-        keys = ("base_optimizer", "defaults", "max_grad_norm", "_backend_name")
+        keys = ("base_optimizer", "defaults", "max_grad_norm", "_when", "_backend_name")
         # A deepcopy of the model in the same call finds its way to the copy of this one.
-        return {**{key: self.__dict__[key] for key in keys}, "_attached": self._facts.attached}
+        return {**{key: getattr(self, key) for key in keys}, "_attached": self._facts.attached}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Used by construction and unpickling."""

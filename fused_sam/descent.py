@@ -12,22 +12,19 @@ from torch.optim import Optimizer
 from .ascents import SQUARES
 from .blends import PLAIN
 from .caches import forget_copies
+from .climb import Climb
 from .facts import Facts
-from .gradients import are_there, mark_used
-from .passes import Passes
-from .scaler import Handed
+from .gradients import are_there, mark_used, put_back
+from .modes import working
 from .scaling import clip_scale, found_nonfinite
 
 
-class Descent(Passes):
+class Descent(Climb):
     """The part of ``FusedSAM`` that returns and updates."""
 
     # GradScaler then calls step() in every case and hands over grad_scale and found_inf: so that
     # the weights return to w even when the update is skipped, and nobody waits for the device.
     _step_supports_amp_scaling = True
-    grad_scale = Handed()
-    found_inf = Handed()
-
     max_grad_norm: float | None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -53,11 +50,17 @@ class Descent(Passes):
             zero_grad: set the gradients to None afterwards.
         """
         base, facts = self.base_optimizer, self._facts
-        climbed = facts.perturbed
+        climbed, between, memory = facts.perturbed, facts.between, facts.decision.memory
+        there = are_there(self.param_groups)
+        if between:
+            self._refuse_unknown_scale()
         if climbed:
             facts.scaler.check_descent()
-            if are_there(self.param_groups):
+            if there:
                 facts.record.check_complete()
+        if facts.aside and not there:
+            put_back(facts.aside)
+        max_grad_norm = self.max_grad_norm
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None) if not check_finite else found_inf
         if not isinstance(found_inf, Tensor):
@@ -67,23 +70,26 @@ class Descent(Passes):
             self.restore()  # they expect to see w
             for pre_hook in pre_hooks:
                 pre_hook(base, (), {})
-        with torch.no_grad():
+        with working():
             grads = self._gradients()
-            engine, groups, max_grad_norm = facts.engine, self.param_groups, self.max_grad_norm
+            engine, groups = facts.engine, self.param_groups
             if check_finite or max_grad_norm is not None:
                 sq_norm = engine.number(engine.reduce(SQUARES, grads, groups))
                 if check_finite:
-                    climbed_by = facts.total if climbed else None
-                    first = sq_norm if climbed_by is None else engine.number(climbed_by)
+                    total = facts.total if climbed else None
+                    first = sq_norm if total is None else engine.number(total)
                     found_inf = found_nonfinite(first, sq_norm, found_inf)
                 if max_grad_norm is not None:
                     grad_scale = clip_scale(sq_norm.sqrt(), max_grad_norm, grad_scale)
             if engine.layout.rule is not None:
                 engine.update(PLAIN, grads, groups, self.state, grad_scale, found_inf)
-                facts.arrive()
+                facts.perturbed = False
             else:
                 self._step_base(grad_scale, found_inf)
+        facts.arrive()
         forget_copies()
+        for group in self.param_groups if between else ():
+            group.update(memory)
         for post_hook in list(_hooks(base, "post").values()):
             post_hook(base, (), {})
         if zero_grad:
@@ -93,6 +99,14 @@ class Descent(Passes):
         # Learning-rate schedulers, of either optimizer, look for this.
         for optimizer in (self, facts.owner(), base):
             optimizer._opt_called = True  # type: ignore[union-attr]
+
+    def _refuse_unknown_scale(self) -> None:
+        if self._when.needs_norm and self._is_scaled() and self._facts.scale is None:
+            self.restore()
+            raise RuntimeError(
+                f"{self._when} judges the size of the gradients at w, and their loss scale was not "
+                f"told: call first_step(scaler=scaler)"
+            )
 
     def _step_base(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Return to w and let a base optimizer that has no rule step by itself."""

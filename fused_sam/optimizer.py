@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .ascents import SAM
+from .ascents import Choice
 from .caches import forget_copies
 from .checks import (
     as_groups,
@@ -20,11 +20,15 @@ from .checks import (
     check_defaults,
     check_groups,
     check_keywords,
+    keep_each_once,
 )
+from .choice import with_defaults
 from .compiling import opaque, prepare
 from .descent import Descent
 from .gradients import are_fresh, are_there, mark_used
-from .options import ADAPTIVE, ETA, RHO, check_max_grad_norm, check_values
+from .modes import working
+from .options import ADAPTIVE, ASCENT, ETA, RHO, check_max_grad_norm
+from .schedule import Always, When, check_when
 from .ways import WAYS
 
 Closure = Callable[[], Any]
@@ -57,16 +61,21 @@ class FusedSAM(Descent):
 
     Args:
         params: parameters or parameter groups, as for any ``torch.optim`` optimizer. A group may
-            set ``rho``, ``adaptive`` and ``eta`` for itself.
+            set ``rho``, ``adaptive``, ``eta`` and ``ascent`` for itself.
         base_optimizer: the class that steps. Those of ``fused_sam.rules.RULES`` are fused; any
             other class steps by itself, between a fused climb and a fused return.
         rho: radius of the neighbourhood, finite and >= 0, in the units of the weights' L2 norm.
         adaptive: ASAM instead of SAM.
         eta: ASAM's offset, finite and >= 0.
+        ascent: which climb, a member of ``fused_sam.ascents``. None: these parameters take no part
+            in the climb, neither in the norm, and step all the same. That is for some of the
+            groups: SAM-ON (Mueller et al. 2023) leaves it to the layers that normalise.
         max_grad_norm: clip the second gradient to this L2 norm, as
             ``torch.nn.utils.clip_grad_norm_`` does.
         backend: ``"auto"`` or the name of one; ``optimizer.backend`` tells which runs.
         model: the module that training calls; see ``attach``.
+        when: which steps climb, of ``fused_sam.schedule``; the others are the base optimizer's own,
+            with one pass if the loop asks what ``first_step`` returned.
         **base_kwargs: options of the base optimizer (lr, momentum, weight_decay, ...).
 
     Raises:
@@ -86,19 +95,24 @@ class FusedSAM(Descent):
         adaptive: bool = ADAPTIVE.default,
         *,
         eta: float = ETA.default,
+        ascent: Choice | str | None = ASCENT.default,
         max_grad_norm: float | None = None,
         backend: str = "auto",
         model: nn.Module | None = None,
+        when: When = Always(),  # noqa: B008
         **base_kwargs: Any,
     ) -> None:
-        ascent = {"rho": rho, "adaptive": adaptive, "eta": eta}
+        options = with_defaults(rho=rho, adaptive=adaptive, eta=eta, ascent=ascent)
         check_caller()
         check_base(base_optimizer)
         keywords = list(inspect.signature(FusedSAM).parameters)[:-1]  # the last is base_kwargs
         check_keywords(base_optimizer, base_kwargs, keywords)
         groups = as_groups(params)
-        check_groups([{**ascent, **base_kwargs, **group} for group in groups])
-        self._init(base_optimizer(groups, **base_kwargs), ascent, max_grad_norm, backend, model)
+        check_groups([{**options, **base_kwargs, **group} for group in groups])
+        for group in groups:
+            keep_each_once([group])  # in two groups it is an error of torch's
+        base = base_optimizer(groups, **base_kwargs)
+        self._init(base, options, max_grad_norm, backend, model, when)
 
     @classmethod
     def wrap(
@@ -108,9 +122,11 @@ class FusedSAM(Descent):
         adaptive: bool = ADAPTIVE.default,
         *,
         eta: float = ETA.default,
+        ascent: Choice | str | None = ASCENT.default,
         max_grad_norm: float | None = None,
         backend: str = "auto",
         model: nn.Module | None = None,
+        when: When = Always(),  # noqa: B008
     ) -> FusedSAM:
         """Put SAM around an optimizer that exists already (from timm, Hugging Face, ...).
 
@@ -121,30 +137,33 @@ class FusedSAM(Descent):
                 f"FusedSAM.wrap takes a torch.optim.Optimizer that is not a FusedSAM, "
                 f"got {type(optimizer).__name__}"
             )
-        ascent = {"rho": rho, "adaptive": adaptive, "eta": eta}
+        options = with_defaults(rho=rho, adaptive=adaptive, eta=eta, ascent=ascent)
         check_base(type(optimizer))
-        check_groups([{**ascent, **group} for group in optimizer.param_groups])
+        check_groups([{**options, **group} for group in optimizer.param_groups])
         self = cls.__new__(cls)
-        self._init(optimizer, ascent, max_grad_norm, backend, model)
+        self._init(optimizer, options, max_grad_norm, backend, model, when)
         return self
 
     def _init(
         self,
         base: Optimizer,
-        ascent: dict[str, Any],
+        options: dict[str, Any],
         max_grad_norm: float | None,
         backend: str,
         model: nn.Module | None,
+        when: When,
     ) -> None:
         check_max_grad_norm(max_grad_norm)
+        check_when(when)
         check_defaults(base)
         # Groups and state live in the base optimizer. Of Optimizer.__init__ only the hooks are
         # left to set up, which is what unpickling one does.
         self.__setstate__(
             {
                 "base_optimizer": base,
-                "defaults": {**base.defaults, **ascent},
+                "defaults": {**base.defaults, **options},
                 "max_grad_norm": max_grad_norm,
+                "_when": when,
                 "_backend_name": backend,
             }
         )
@@ -163,6 +182,7 @@ class FusedSAM(Descent):
             raise TypeError(f"param_group must be a dict with 'params', got {param_group!r}")
         (param_group,) = as_groups([param_group])
         check_groups([{**self.defaults, **group} for group in (*self.param_groups, param_group)])
+        keep_each_once([param_group])
         self.base_optimizer.add_param_group(param_group)
         self._fill_groups()
         if self._facts.engine.layout.begins_with_state:
@@ -196,37 +216,26 @@ class FusedSAM(Descent):
         return "+".join(dict.fromkeys(names))
 
     @opaque(_WRITES)
-    def first_step(self, zero_grad: bool = False) -> None:
+    def first_step(self, zero_grad: bool = False, *, scaler: Any = None) -> bool:
         """Save the weights w and climb to ``w + epsilon`` with the gradients that are there.
+
+        Unless ``when`` says that this step does not climb. Then the weights stay at w, and the
+        gradients are kept for second_step(), which takes them if no others have come: a loop may
+        leave out its second pass, or do it at w.
 
         Args:
             zero_grad: set the gradients to None afterwards.
+            scaler: the GradScaler whose scale the gradients have; needed where their size matters,
+                with ``when=AESAM(...)``.
+
+        Returns:
+            Whether the weights were perturbed.
 
         Raises:
-            RuntimeError: the weights are perturbed already; a gradient is sparse.
+            RuntimeError: the step is half done already; a gradient is sparse.
             TypeError, ValueError: a group's rho, adaptive or eta cannot be used.
         """
-        if self._facts.perturbed:
-            raise RuntimeError(
-                "first_step() was called twice; call second_step() after the second backward, "
-                "or restore() to go back to w without an update"
-            )
-        facts = self._facts
-        with torch.no_grad():
-            grads = self._gradients()
-            for group in self.param_groups:
-                check_values(group)
-            # From here on restore() is needed. Which weights are away it learns from the buckets.
-            facts.number += 1
-            facts.leave()
-            try:
-                facts.total = facts.engine.climb(SAM, grads, self.param_groups, facts.number)
-            except BaseException:
-                self.restore()
-                raise
-        forget_copies()
-        if zero_grad:
-            self.zero_grad()
+        return self._begin(zero_grad, None if scaler is None else scaler.get_scale())
 
     @opaque(_WRITES)
     def second_step(self, zero_grad: bool = False) -> None:
@@ -276,7 +285,7 @@ class FusedSAM(Descent):
                 no gradient, or comes after ``GradScaler.unscale_``.
         """
         facts = self._facts
-        finishing = facts.perturbed or facts.finishing
+        finishing = facts.between or facts.finishing
         if closure is None:
             if finishing:
                 self._descend()
@@ -287,23 +296,28 @@ class FusedSAM(Descent):
             return None
         facts.scaler.check_closure()
         scaled = hasattr(self, "found_inf")
-        loss, found_inf = None, getattr(self, "found_inf", None)
+        loss, found_inf, theirs = None, getattr(self, "found_inf", None), True
         attached = facts.attached.model is not None
         try:
             if finishing:
-                self._run(closure, nullcontext())
-            elif are_fresh(self.param_groups):
-                self.first_step(zero_grad=True)
-                self._run(closure, nullcontext())
+                self._run(closure)
             else:
-                self.zero_grad()
-                loss = self._run(closure, self.first_pass() if attached else nullcontext())
-                found_inf = None  # the scaler looked at gradients that are gone now
-                self.first_step(zero_grad=True)
-                self._run(closure, self.second_pass() if attached else nullcontext())
+                twice = not are_fresh(self.param_groups)
+                if twice:
+                    theirs = False
+                    self.zero_grad()
+                    loss = self._run(closure, self.first_pass() if attached else None)
+                    found_inf = None  # the scaler looked at gradients that are gone now
+                climbs = self._begin(zero_grad=False, scale=self._closure_scale())
+                theirs = False
+                if climbs:
+                    self.zero_grad()
+                    self._run(closure, self.second_pass() if twice and attached else None)
             self._descend(found_inf, check_finite=scaled)
         except BaseException:
             self.restore()
+            if not theirs:
+                self.zero_grad()  # or half a gradient would be taken for that of w
             # What a GradScaler has set it takes back only after a step that returns.
             facts.scaler.handed.clear()
             raise
@@ -311,25 +325,38 @@ class FusedSAM(Descent):
 
     step.hooked = True  # type: ignore[attr-defined]  # torch does not wrap it once more
 
-    def _run(self, closure: Closure, context: AbstractContextManager[Any]) -> Any:
-        with torch.enable_grad(), context:
+    def _run(self, closure: Closure, block: AbstractContextManager[Any] | None = None) -> Any:
+        with torch.enable_grad(), block or nullcontext():
             value = closure()
-        if not are_there(self.param_groups):
+        if not (are_there(self.param_groups) or self._facts.aside):
             raise RuntimeError(f"step(closure) with a closure that leaves no gradient. {WAYS}")
         return value
 
     @opaque(_WRITES)
     def restore(self) -> None:
-        """Return the parameters to w without an update; does nothing if they are there."""
-        if not self._facts.perturbed:
-            self._facts.arrive()
+        """Return the parameters to w without an update; does nothing if they are there.
+
+        Nothing is checked before: whatever has become of a parameter since, or of the groups and
+        the state, all others return. One that was moved or converted gets its w where it is now.
+
+        Raises:
+            RuntimeError: parameters cannot hold their w any more, for their shape has changed, say.
+                It names them, once: they stay as they are, and the optimizer goes on.
+        """
+        facts = self._facts
+        if not facts.perturbed:
+            facts.arrive()
             return
-        with torch.no_grad():
-            self._refresh()
-            self._facts.engine.restore()
-        self._facts.arrive()
+        with working():
+            lost = facts.engine.restore()
+        facts.arrive()
         forget_copies()
-        self._facts.captures.complain()
+        if lost:
+            raise RuntimeError(
+                f"all parameters are back at w, except for those that changed between the two "
+                f"steps so that they cannot hold it: {'; '.join(lost)}. These stay as they are"
+            )
+        facts.captures.complain()
 
     @opaque("it marks gradients")
     def zero_grad(self, set_to_none: bool = True) -> None:

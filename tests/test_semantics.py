@@ -328,7 +328,7 @@ def test_step_after_first_step_is_second_step(rule, backend):
             grads = [torch.randn_like(p) for p in params]
             inject(dict(zip(params, grads, strict=True)))
             inject(dict(zip(twins, grads, strict=True)))
-            assert finish[0]() is None and finish[1]() is None
+            assert finish[0]() is finish[1]()  # None, or that it climbed
     assert_weights(opt, twins)
 
 
