@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from .ascents import SQUARES, chosen
 from .caches import forget_copies
+from .checks import check_clipping
 from .gradients import pairs_of, put_aside
 from .memory import Gradients
 from .modes import working
-from .options import check_values
+from .options import MAX_GRAD_NORM, agreed_max_grad_norm, check_values, numbers, to_numbers_
 from .passes import Passes
 from .scaler import Handed
 
@@ -19,6 +20,24 @@ class Climb(Passes):
 
     grad_scale = Handed()
     found_inf = Handed()
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """To which norm the second gradient is clipped: an option of the groups, one for all.
+
+        None where the base optimizer has such an option of its own: that is its business.
+        """
+        if MAX_GRAD_NORM.name in self.base_optimizer.defaults:
+            return None
+        return agreed_max_grad_norm(self.param_groups)
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        options = numbers({MAX_GRAD_NORM.name: value})
+        agreed_max_grad_norm([options])
+        check_clipping(self.base_optimizer, value)
+        for group in (self.defaults, *self.param_groups):
+            group.update(options)
 
     def _begin(self, zero_grad: bool, scale: float | None) -> bool:
         """The first half of a step; ``scale`` is the gradients' loss scale, None if it is 1."""
@@ -32,7 +51,9 @@ class Climb(Passes):
             grads = self._gradients()
             groups = self.param_groups
             for group in groups:
+                to_numbers_(group)
                 check_values(group)
+            _ = self.max_grad_norm  # before anything moves
             ascent = chosen(groups)
             facts.scale = scale
             facts.decision = self._when.decide(groups[0], lambda: self._sq_norm(grads))

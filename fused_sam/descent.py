@@ -25,7 +25,6 @@ class Descent(Climb):
     # GradScaler then calls step() in every case and hands over grad_scale and found_inf: so that
     # the weights return to w even when the update is skipped, and nobody waits for the device.
     _step_supports_amp_scaling = True
-    max_grad_norm: float | None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Used by construction and unpickling."""

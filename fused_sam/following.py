@@ -16,7 +16,7 @@ from .facts import Facts
 from .memory import Gradients, Layout, Stale
 from .memory.layout import members_of
 from .modes import working
-from .options import OPTIONS
+from .options import OPTIONS, to_numbers_
 from .rules import RULES
 from .schedule import Always, When
 
@@ -94,6 +94,8 @@ class Following(Optimizer):
 
     def _lay_out(self) -> None:
         groups = self.param_groups
+        for group in groups:
+            to_numbers_(group)
         check_groups([{**self.defaults, **group} for group in groups])
         keep_each_once(groups)
         old = self._facts.engine.layout

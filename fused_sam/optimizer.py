@@ -17,17 +17,19 @@ from .checks import (
     as_groups,
     check_base,
     check_caller,
+    check_clipping,
     check_defaults,
     check_groups,
     check_keywords,
     keep_each_once,
+    unfolded,
 )
 from .choice import with_defaults
 from .compiling import opaque, prepare
 from .descent import Descent
 from .gradients import are_fresh, are_there, mark_used
 from .modes import working
-from .options import ADAPTIVE, ASCENT, ETA, RHO, check_max_grad_norm
+from .options import ADAPTIVE, ASCENT, ETA, MAX_GRAD_NORM, RHO, agreed_max_grad_norm, numbers
 from .schedule import Always, When, check_when
 from .ways import WAYS
 
@@ -102,17 +104,21 @@ class FusedSAM(Descent):
         when: When = Always(),  # noqa: B008
         **base_kwargs: Any,
     ) -> None:
-        options = with_defaults(rho=rho, adaptive=adaptive, eta=eta, ascent=ascent)
+        options = with_defaults(
+            rho=rho, adaptive=adaptive, eta=eta, ascent=ascent, max_grad_norm=max_grad_norm
+        )
         check_caller()
+        base_optimizer, base_kwargs = unfolded(base_optimizer, numbers(base_kwargs))
         check_base(base_optimizer)
         keywords = list(inspect.signature(FusedSAM).parameters)[:-1]  # the last is base_kwargs
         check_keywords(base_optimizer, base_kwargs, keywords)
-        groups = as_groups(params)
+        groups = [numbers(group) for group in as_groups(params)]
         check_groups([{**options, **base_kwargs, **group} for group in groups])
+        agreed_max_grad_norm([{**options, **group} for group in groups])
         for group in groups:
             keep_each_once([group])  # in two groups it is an error of torch's
         base = base_optimizer(groups, **base_kwargs)
-        self._init(base, options, max_grad_norm, backend, model, when)
+        self._init(base, options, backend, model, when)
 
     @classmethod
     def wrap(
@@ -137,32 +143,35 @@ class FusedSAM(Descent):
                 f"FusedSAM.wrap takes a torch.optim.Optimizer that is not a FusedSAM, "
                 f"got {type(optimizer).__name__}"
             )
-        options = with_defaults(rho=rho, adaptive=adaptive, eta=eta, ascent=ascent)
+        options = with_defaults(
+            rho=rho, adaptive=adaptive, eta=eta, ascent=ascent, max_grad_norm=max_grad_norm
+        )
         check_base(type(optimizer))
-        check_groups([{**options, **group} for group in optimizer.param_groups])
+        groups = [{**options, **numbers(group)} for group in optimizer.param_groups]
+        check_groups(groups)
+        if MAX_GRAD_NORM.name not in optimizer.defaults:
+            agreed_max_grad_norm(groups)
         self = cls.__new__(cls)
-        self._init(optimizer, options, max_grad_norm, backend, model, when)
+        self._init(optimizer, options, backend, model, when)
         return self
 
     def _init(
         self,
         base: Optimizer,
         options: dict[str, Any],
-        max_grad_norm: float | None,
         backend: str,
         model: nn.Module | None,
         when: When,
     ) -> None:
-        check_max_grad_norm(max_grad_norm)
         check_when(when)
         check_defaults(base)
+        check_clipping(base, options[MAX_GRAD_NORM.name])
         # Groups and state live in the base optimizer. Of Optimizer.__init__ only the hooks are
         # left to set up, which is what unpickling one does.
         self.__setstate__(
             {
                 "base_optimizer": base,
-                "defaults": {**base.defaults, **options},
-                "max_grad_norm": max_grad_norm,
+                "defaults": {**options, **base.defaults},
                 "_when": when,
                 "_backend_name": backend,
             }
@@ -180,8 +189,11 @@ class FusedSAM(Descent):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict with 'params', got {param_group!r}")
-        (param_group,) = as_groups([param_group])
-        check_groups([{**self.defaults, **group} for group in (*self.param_groups, param_group)])
+        (param_group,) = map(numbers, as_groups([param_group]))
+        groups = [{**self.defaults, **group} for group in (*self.param_groups, param_group)]
+        check_groups(groups)
+        if MAX_GRAD_NORM.name not in self.base_optimizer.defaults:
+            agreed_max_grad_norm(groups)
         keep_each_once([param_group])
         self.base_optimizer.add_param_group(param_group)
         self._fill_groups()

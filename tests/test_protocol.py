@@ -772,6 +772,7 @@ def test_a_base_optimizers_own_max_grad_norm_stays_its_own():
 # ------------------------------------------------------------------------------- torch.compile
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo's own
 @pytest.mark.parametrize("style", ["two steps", "closure"])
 def test_torch_compile_around_the_step(style, backend):
     """The step is opaque to it: a graph break, and the same bits."""
