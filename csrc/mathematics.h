@@ -329,16 +329,26 @@ struct Lion {
 // summed over all elements
 struct SamNorm {
   static constexpr int kColumns = 3;
+  static constexpr int kEarlier = 0;  // numbers that were reduced before
+  static constexpr bool kMax = false;
   template <typename T>
   struct Columns {
     T rho;
     T adaptive;
     T eta;
   };
+  template <typename T>
+  struct Earlier {};
+
+  template <typename T>
+  static FUSED_SAM_INLINE Earlier<T> earlier([[maybe_unused]] const double* numbers_) {
+    return {};
+  }
 
   template <bool kReadsParam, typename T>
   static FUSED_SAM_INLINE T terms([[maybe_unused]] T param, T grad,
-                                  [[maybe_unused]] const Columns<T>& columns_) {
+                                  [[maybe_unused]] const Columns<T>& columns_,
+                                  [[maybe_unused]] const Earlier<T>& earlier_) {
     [[maybe_unused]] T rho = columns_.rho;
     [[maybe_unused]] T adaptive = columns_.adaptive;
     [[maybe_unused]] T eta = columns_.eta;
@@ -352,12 +362,22 @@ struct SamNorm {
 // summed over all elements
 struct Squares {
   static constexpr int kColumns = 0;
+  static constexpr int kEarlier = 0;  // numbers that were reduced before
+  static constexpr bool kMax = false;
   template <typename T>
   struct Columns {};
+  template <typename T>
+  struct Earlier {};
+
+  template <typename T>
+  static FUSED_SAM_INLINE Earlier<T> earlier([[maybe_unused]] const double* numbers_) {
+    return {};
+  }
 
   template <bool kReadsParam, typename T>
   static FUSED_SAM_INLINE T terms([[maybe_unused]] T param, T grad,
-                                  [[maybe_unused]] const Columns<T>& columns_) {
+                                  [[maybe_unused]] const Columns<T>& columns_,
+                                  [[maybe_unused]] const Earlier<T>& earlier_) {
     return (grad * grad);
   }
 };
@@ -365,6 +385,7 @@ struct Squares {
 // climbs by the numbers of SamNorm
 struct Sam {
   static constexpr int kColumns = SamNorm::kColumns;
+  static constexpr int kNumbers = 1;  // reduced before it climbs
   template <typename T>
   using Columns = SamNorm::Columns<T>;
   template <typename T>
@@ -376,7 +397,8 @@ struct Sam {
 
   template <typename T>
   static FUSED_SAM_INLINE Scalars<T> scalars(const Columns<T>& columns_,
-                                             [[maybe_unused]] T sq_norm) {
+                                             [[maybe_unused]] const double* numbers_) {
+    [[maybe_unused]] T sq_norm = T(numbers_[0]);
     [[maybe_unused]] T rho = columns_.rho;
     [[maybe_unused]] T adaptive = columns_.adaptive;
     [[maybe_unused]] T eta = columns_.eta;
@@ -409,4 +431,4 @@ constexpr int kNumAscents = 1;
 
 #define FUSED_SAM_ASCENTS(_) _(Sam)
 
-#define FUSED_SAM_MATHEMATICS "26af893397675b3c"
+#define FUSED_SAM_MATHEMATICS "eaf39ff1850c36ca"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,8 @@ class Facts:
         captures: what CUDA graphs have seen of them.
         perturbed: whether some weights may be away from w.
         number: of the last climb.
-        total: (1,) float64, what the last climb reduced: the squared norm; None before the first.
+        total: (k,) float64, what the last climb reduced; None before the first.
+        norm: which norm that is: of ``total``, ().
         attached: the model, if it is known.
         record: the random states of the first pass.
     """
@@ -37,6 +40,7 @@ class Facts:
         self.perturbed = False
         self.number = 0
         self.total: Tensor | None = None
+        self.norm: Callable[[Tensor], Tensor] = torch.sum  # before the first climb nobody asks
 
     def devices(self) -> list[torch.device]:
         """Where random numbers may be drawn: the parameters' devices, and all GPUs in use."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -195,7 +196,7 @@ class FusedSAM(Passes):
         facts = self._facts
         if facts.total is None:
             raise RuntimeError("grad_norm is known after the first first_step() or step(closure)")
-        return facts.engine.number(facts.total).sqrt()
+        return facts.engine.number(facts.norm(facts.total))
 
     @property
     def backend(self) -> str:
@@ -226,11 +227,13 @@ class FusedSAM(Passes):
             for group in self.param_groups:
                 check_values(group)
             ascent = chosen(self.param_groups)
+            climbing = next((g for g in self.param_groups if g["ascent"] is not None), {})
             # From here on restore() is needed. Which weights are away it learns from the buckets.
             facts.number += 1
             facts.leave()
             try:
                 facts.total = facts.engine.climb(ascent, grads, self.param_groups, facts.number)
+                facts.norm = functools.partial(ascent.norm, climbing)
             except BaseException:
                 self.restore()
                 raise
@@ -363,7 +366,7 @@ class FusedSAM(Passes):
                 sq_norm = engine.number(engine.reduce(SQUARES, grads, groups))
                 if check_finite:
                     assert self._facts.total is not None
-                    first = engine.number(self._facts.total)
+                    first = engine.number(self._facts.total.sum())
                     found_inf = found_nonfinite(first, sq_norm, found_inf)
                 if self.max_grad_norm is not None:
                     grad_scale = clip_scale(sq_norm.sqrt(), self.max_grad_norm, grad_scale)
