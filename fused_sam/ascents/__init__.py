@@ -6,13 +6,15 @@ from collections.abc import Iterable, Mapping
 
 from ..rules.base import Group
 from .base import Ascent, Choice, Sums
+from .pnorm import ASCENT as _PNORM
+from .pnorm import PNorm
 from .sam import ASCENT as _SAM
 from .sam import SAM
 from .squares import SQUARES
 
-__all__ = ["ASCENTS", "SAM", "SQUARES", "SUMS", "Ascent", "Choice", "Sums", "chosen"]
+__all__ = ["ASCENTS", "SAM", "SQUARES", "SUMS", "Ascent", "Choice", "PNorm", "Sums", "chosen"]
 
-ASCENTS: Mapping[str, Ascent] = {ascent.key: ascent for ascent in (_SAM,)}
+ASCENTS: Mapping[str, Ascent] = {ascent.key: ascent for ascent in (_SAM, _PNORM)}
 """By what a group's ``ascent`` says."""
 
 SUMS: tuple[Sums, ...] = (
