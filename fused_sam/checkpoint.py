@@ -37,7 +37,7 @@ class Checkpointing(Following):
         self._refuse_perturbed("load_state_dict()")
         groups = list(state_dict["param_groups"])
         for i, (new, current) in enumerate(zip(groups, self.param_groups, strict=False)):
-            groups[i] = {**{key: current[key] for key in OPTIONS}, **new}
+            groups[i] = {**{key: current[key] for key in (*OPTIONS, *self.when.memory)}, **new}
         state = {
             # davda54/sam keeps the saved weights in its state, and nothing else.
             key: {k: v for k, v in entry.items() if k != "old_p"}
@@ -75,9 +75,9 @@ class Checkpointing(Following):
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and deepcopy keep; the layout is built anew from it."""
         self._refuse_perturbed("pickling or copying")
-        keys = ("base_optimizer", "defaults", "max_grad_norm", "_backend_name")
+        keys = ("base_optimizer", "defaults", "max_grad_norm", "_when", "_backend_name")
         # A deepcopy of the model in the same call finds its way to the copy of this one.
-        return {**{key: self.__dict__[key] for key in keys}, "_attached": self._facts.attached}
+        return {**{key: getattr(self, key) for key in keys}, "_attached": self._facts.attached}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Used by construction and unpickling; ``load_state_dict`` sets groups and state alone."""

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from .ascents import chosen
 from .choice import plain
-from .memory.window import is_dense, is_shared, trains
+from .memory.window import extent, has_memory, is_dense, is_shared, trains
 from .options import OPTIONS, check_values
 
 
@@ -139,6 +139,24 @@ def as_groups(params: Any) -> list[dict[str, Any]]:
     return items
 
 
+def keep_each_once(groups: Iterable[dict[str, Any]]) -> None:
+    """Let each parameter stand in the groups once, where it stands first.
+
+    Tied weights come twice from ``[*encoder.parameters(), *decoder.parameters()]``: torch.optim
+    warns, and steps twice.
+    """
+    seen: set[int] = set()
+    for group in groups:
+        if isinstance(group["params"], Tensor):
+            continue
+        ids = list(map(id, _tensors(group["params"])))
+        if len(set(ids)) < len(ids) or not seen.isdisjoint(ids):
+            first = {who: i for i, who in reversed(list(enumerate(ids))) if who not in seen}
+            lists = [key for key in ("params", "param_names") if key in group]
+            group.update({key: [group[key][i] for i in sorted(first.values())] for key in lists})
+        seen.update(ids)
+
+
 def _refuse_set(params: Any) -> None:
     if isinstance(params, (set, frozenset)):
         raise TypeError("params must have an order that stays; got a set: use a list")
@@ -189,6 +207,11 @@ def _check_param(param: Tensor) -> None:
         raise ValueError(
             f"{what} is on the meta device; materialise it first (model.to_empty(...))"
         )
+    if not has_memory(param):
+        raise ValueError(
+            f"{what} has a storage of {param.untyped_storage().nbytes()} bytes, which is too small "
+            f"for it (FSDP frees storages so); allocate it before, untyped_storage().resize_(...)"
+        )
     if not is_dense(param) and is_shared(param):
         raise ValueError(
             f"{what} with strides {param.stride()} does not fill its memory, which it shares with "
@@ -198,7 +221,7 @@ def _check_param(param: Tensor) -> None:
 
 def _check_overlap(params: list[Tensor]) -> None:
     spans = sorted(
-        ((str(p.device), p.data_ptr(), p.data_ptr() + _extent(p), p) for p in params),
+        ((str(p.device), Tensor.data_ptr(p), Tensor.data_ptr(p) + extent(p), p) for p in params),
         key=lambda span: span[:3],
     )
     for before, after in itertools.pairwise(spans):
@@ -208,9 +231,3 @@ def _check_overlap(params: list[Tensor]) -> None:
                 f"overlap in memory and would overwrite each other's updates; use one Parameter "
                 f"object in both places (tied weights), or clone one"
             )
-
-
-def _extent(param: Tensor) -> int:
-    """Bytes from the parameter's first element to the end of its last."""
-    reach = sum((n - 1) * abs(s) for n, s in zip(param.shape, param.stride(), strict=True))
-    return (reach + 1) * param.element_size()
