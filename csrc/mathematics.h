@@ -359,6 +359,29 @@ struct SamNorm {
   }
 };
 
+// summed over all elements
+struct Squares {
+  static constexpr int kColumns = 0;
+  static constexpr int kEarlier = 0;  // numbers that were reduced before
+  static constexpr bool kMax = false;
+  template <typename T>
+  struct Columns {};
+  template <typename T>
+  struct Earlier {};
+
+  template <typename T>
+  static FUSED_SAM_INLINE Earlier<T> earlier([[maybe_unused]] const double* numbers_) {
+    return {};
+  }
+
+  template <bool kReadsParam, typename T>
+  static FUSED_SAM_INLINE T terms([[maybe_unused]] T param, T grad,
+                                  [[maybe_unused]] const Columns<T>& columns_,
+                                  [[maybe_unused]] const Earlier<T>& earlier_) {
+    return (grad * grad);
+  }
+};
+
 // the largest of all elements
 struct PNormMax {
   static constexpr int kColumns = 5;
@@ -434,29 +457,6 @@ struct PNormSum {
     }
     auto share = (words::abs(grad) / largest);
     return (share * words::power(share, exponent));
-  }
-};
-
-// summed over all elements
-struct Squares {
-  static constexpr int kColumns = 0;
-  static constexpr int kEarlier = 0;  // numbers that were reduced before
-  static constexpr bool kMax = false;
-  template <typename T>
-  struct Columns {};
-  template <typename T>
-  struct Earlier {};
-
-  template <typename T>
-  static FUSED_SAM_INLINE Earlier<T> earlier([[maybe_unused]] const double* numbers_) {
-    return {};
-  }
-
-  template <bool kReadsParam, typename T>
-  static FUSED_SAM_INLINE T terms([[maybe_unused]] T param, T grad,
-                                  [[maybe_unused]] const Columns<T>& columns_,
-                                  [[maybe_unused]] const Earlier<T>& earlier_) {
-    return (grad * grad);
   }
 };
 
@@ -539,18 +539,51 @@ struct PNorm {
   }
 };
 
+// climbs by the numbers of SamNorm
+struct Usam {
+  static constexpr int kColumns = SamNorm::kColumns;
+  static constexpr int kNumbers = 1;  // reduced before it climbs
+  template <typename T>
+  using Columns = SamNorm::Columns<T>;
+  template <typename T>
+  struct Scalars {
+    T scale;
+    T adaptive;
+    T eta;
+  };
+
+  template <typename T>
+  static FUSED_SAM_INLINE Scalars<T> scalars(const Columns<T>& columns_,
+                                             [[maybe_unused]] const double* numbers_) {
+    [[maybe_unused]] T sq_norm = T(numbers_[0]);
+    [[maybe_unused]] T rho = columns_.rho;
+    [[maybe_unused]] T adaptive = columns_.adaptive;
+    [[maybe_unused]] T eta = columns_.eta;
+    return {words::where(words::is_finite(sq_norm), rho, T(0.0)), adaptive, eta};
+  }
+
+  template <typename T>
+  static FUSED_SAM_INLINE T move(T param, T grad, const Scalars<T>& scalars_) {
+    [[maybe_unused]] T scale = scalars_.scale;
+    [[maybe_unused]] T adaptive = scalars_.adaptive;
+    [[maybe_unused]] T eta = scalars_.eta;
+    auto t = words::where((adaptive != T(0)), (words::abs(param) + eta), T(1.0));
+    return (param + (scale * ((t * t) * grad)));
+  }
+};
+
 }  // namespace FUSED_SAM_ISA
 
 constexpr int kNumRules = 5;
 constexpr int kNumSums = 4;
-constexpr int kNumAscents = 2;
+constexpr int kNumAscents = 3;
 
 }  // namespace fused_sam
 
 #define FUSED_SAM_RULES(_) _(Sgd) _(Adam) _(RmsProp) _(Adagrad) _(Lion)
 
-#define FUSED_SAM_SUMS(_) _(SamNorm) _(PNormMax) _(PNormSum) _(Squares)
+#define FUSED_SAM_SUMS(_) _(SamNorm) _(Squares) _(PNormMax) _(PNormSum)
 
-#define FUSED_SAM_ASCENTS(_) _(Sam) _(PNorm)
+#define FUSED_SAM_ASCENTS(_) _(Sam) _(PNorm) _(Usam)
 
-#define FUSED_SAM_MATHEMATICS "c3c7805a832c17cc"
+#define FUSED_SAM_MATHEMATICS "362efce525103fda"

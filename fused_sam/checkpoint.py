@@ -97,7 +97,7 @@ class Checkpointing(Following):
         if self._facts.perturbed:
             raise RuntimeError(
                 f"{what} while the weights are perturbed would keep w + epsilon; "
-                f"call second_step() or restore() first"
+                f"call second_step() or restore() first; with ascent=MSAM() optimizer.eval()"
             )
 
 

@@ -10,16 +10,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .ascents import SQUARES
+from .backends import Groups
 from .blends import PLAIN
 from .caches import forget_copies
-from .climb import Climb
 from .facts import Facts
 from .gradients import are_there, mark_used, put_back
 from .modes import working
+from .onepass import OnePass, decay_ahead
 from .scaling import clip_scale, found_nonfinite
 
 
-class Descent(Climb):
+class Descent(OnePass):
     """The part of ``FusedSAM`` that returns and updates."""
 
     # GradScaler then calls step() in every case and hands over grad_scale and found_inf: so that
@@ -53,7 +54,10 @@ class Descent(Climb):
         there = are_there(self.param_groups)
         if between:
             self._refuse_unknown_scale()
-        if climbed:
+        ahead = self._follows()
+        if ahead is not None:
+            self._check_ahead()
+        elif climbed:
             facts.scaler.check_descent()
             if there:
                 facts.record.check_complete()
@@ -72,6 +76,7 @@ class Descent(Climb):
         with working():
             grads = self._gradients()
             engine, groups = facts.engine, self.param_groups
+            rows: Groups = groups
             if check_finite or max_grad_norm is not None:
                 sq_norm = engine.number(engine.reduce(SQUARES, grads, groups))
                 if check_finite:
@@ -81,11 +86,16 @@ class Descent(Climb):
                 if max_grad_norm is not None:
                     grad_scale = clip_scale(sq_norm.sqrt(), max_grad_norm, grad_scale)
             if engine.layout.rule is not None:
-                engine.update(PLAIN, grads, groups, self.state, grad_scale, found_inf)
+                if ahead is not None:
+                    grads, rows = decay_ahead(engine.buckets, grads, groups, grad_scale)
+                engine.update(PLAIN, grads, rows, self.state, grad_scale, found_inf)
                 facts.perturbed = False
             else:
                 self._step_base(grad_scale, found_inf)
         facts.arrive()
+        if ahead is not None:
+            with working():
+                self._go_ahead(ahead, [bucket_grads.present for bucket_grads in grads])
         forget_copies()
         for group in self.param_groups if between else ():
             group.update(memory)
@@ -100,11 +110,13 @@ class Descent(Climb):
             optimizer._opt_called = True  # type: ignore[union-attr]
 
     def _refuse_unknown_scale(self) -> None:
-        if self._when.needs_norm and self._is_scaled() and self._facts.scale is None:
+        facts = self._facts
+        if facts.scale_matters and self._is_scaled() and facts.scale is None:
             self.restore()
             raise RuntimeError(
-                f"{self._when} judges the size of the gradients at w, and their loss scale was not "
-                f"told: call first_step(scaler=scaler)"
+                f"the step depends on the size of the gradients at w (ascent="
+                f"{self.param_groups[0]['ascent']!r}, when={self._when}), and their loss scale was "
+                f"not told: call first_step(scaler=scaler)"
             )
 
     def _step_base(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:

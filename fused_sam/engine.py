@@ -65,6 +65,13 @@ class Engine:
             bucket.bump_versions(bucket_grads)
         return total
 
+    def take_in(self, state: State, groups: Groups) -> None:
+        """Notice optimizer state that was replaced since the last step."""
+        states = self.layout.states
+        if not states.is_current(state):
+            check_states(self.layout.rule, groups, state)
+            states.adopt(state, groups)
+
     def update(
         self,
         blend: Blend,
@@ -77,9 +84,7 @@ class Engine:
         """Return to w and step by the rule, which there must be."""
         rule, states = self.layout.rule, self.layout.states
         assert rule is not None
-        if not states.is_current(state):
-            check_states(rule, groups, state)
-            states.adopt(state, groups)
+        self.take_in(state, groups)
         for backend, bucket, bucket_grads in self._each(grads):
             bucket.settle()
             away = bucket.perturbed

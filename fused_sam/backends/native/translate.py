@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from ... import text as words
-from ...ascents import ASCENTS, SUMS, Ascent, Sums
+from ...ascents import KERNELS, SUMS, Ascent, Sums
 from ...rules import RULES, Rule
 from ...text import Text
 
@@ -294,15 +294,15 @@ def header() -> str:
         "}  // namespace words\n",
         *map(_rule, rules()),
         *map(_sums, SUMS),
-        *map(_ascent, ASCENTS.values()),
+        *map(_ascent, KERNELS),
         _FOOT,
         f"constexpr int kNumRules = {len(rules())};",
         f"constexpr int kNumSums = {len(SUMS)};",
-        f"constexpr int kNumAscents = {len(ASCENTS)};\n",
+        f"constexpr int kNumAscents = {len(KERNELS)};\n",
         "}  // namespace fused_sam\n",
         _list("FUSED_SAM_RULES", [rule.name for rule in rules()]),
         _list("FUSED_SAM_SUMS", [sums.name for sums in SUMS]),
-        _list("FUSED_SAM_ASCENTS", [ascent.name for ascent in ASCENTS.values()]),
+        _list("FUSED_SAM_ASCENTS", [ascent.name for ascent in KERNELS]),
     ]
     return "\n".join(parts)
 
