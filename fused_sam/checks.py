@@ -91,8 +91,8 @@ def unfolded(base: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
     while isinstance(base, functools.partial):
         if base.args:
             raise TypeError(
-                f"base_optimizer is a partial with {len(base.args)} positional arguments; it may have "
-                f"keywords only: the parameters are FusedSAM's first argument"
+                f"base_optimizer is a partial with {len(base.args)} positional arguments; it may "
+                f"have keywords only: the parameters are FusedSAM's first argument"
             )
         merged = {**base.keywords, **merged}
         base = base.func
