@@ -25,10 +25,13 @@ def check_ascent(group: Mapping[str, Any]) -> None:
     check_values(group)
     if group["ascent"] is None:
         return
-    if group["adaptive"] and any(p.is_complex() and trains(p) for p in _tensors(group["params"])):
+    ascent = chosen([group])
+    complex_there = any(p.is_complex() and trains(p) for p in _tensors(group["params"]))
+    if ascent.real(group) and complex_there:
+        what = "adaptive=True" if group["adaptive"] else f"ascent={ascent.key!r}"
         raise TypeError(
-            "adaptive=True is not defined for complex parameters; put them into a group of their "
-            "own with adaptive=False"
+            f"{what} is not defined for complex parameters; put them into a group of their own "
+            f"with adaptive=False and ascent='sam' or None"
         )
 
 
