@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from .memory.window import extent, has_memory, is_dense, is_shared
+from .memory.window import extent, has_memory, is_dense, is_shared, trains
 from .options import OPTIONS, check_values
 
 
 def check_ascent(group: Mapping[str, Any]) -> None:
     """Raise unless a group's ascent options can be used with its parameters."""
     check_values(group)
-    if group["adaptive"] and any(p.is_complex() for p in _tensors(group["params"])):
+    if group["adaptive"] and any(p.is_complex() and trains(p) for p in _tensors(group["params"])):
         raise TypeError(
             "adaptive=True is not defined for complex parameters; put them into a group of their "
             "own with adaptive=False"
@@ -86,7 +86,9 @@ def check_keywords(cls: type[Optimizer], options: Mapping[str, Any], ours: Itera
 
 
 def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise unless every parameter of every group can be optimized, and none overlap.
+    """Raise unless every parameter that trains can be optimized, and none of them overlap.
+
+    What does not train may be anything: frozen integers, the quantized weights under an adapter.
 
     Args:
         groups: parameter groups with all of their options.
@@ -97,8 +99,11 @@ def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
         )
     params = {id(p): p for group in groups for p in _tensors(group["params"])}
     for param in params.values():
+        _check_tensor(param)
+    training = [param for param in params.values() if trains(param)]
+    for param in training:
         _check_param(param)
-    _check_overlap([p for p in params.values() if p.numel()])
+    _check_overlap([param for param in training if param.numel()])
     for group in groups:
         check_ascent(group)
 
@@ -154,18 +159,21 @@ def _tensors(params: Any) -> list[Tensor]:
     return [item[1] if isinstance(item, tuple) else item for item in items]
 
 
-def _check_param(param: Any) -> None:
+def _check_tensor(param: Any) -> None:
     if not isinstance(param, Tensor):
         raise TypeError(f"a parameter must be a torch.Tensor, got {type(param).__name__}")
     if is_lazy(param):
         raise ValueError(
             "a parameter is not initialized yet; run the lazy module once, then make the optimizer"
         )
+
+
+def _check_param(param: Tensor) -> None:
     what = f"a parameter of shape {tuple(param.shape)}"
     if not (param.is_floating_point() or param.is_complex()):
         raise TypeError(
             f"{what} has dtype {param.dtype}; only floating-point and complex parameters have "
-            f"gradients: leave it out of params"
+            f"gradients: leave it out of params, or freeze it (requires_grad=False, grad=None)"
         )
     if param.is_floating_point() and param.dtype.itemsize < 2:
         raise TypeError(

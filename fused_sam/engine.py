@@ -73,7 +73,7 @@ class Engine:
         assert rule is not None
         if not states.is_current(state):
             check_states(rule, groups, state)
-            states.adopt(state)
+            states.adopt(state, groups)
         for backend, bucket, bucket_grads in self._each(grads):
             bucket.settle()
             away = bucket.perturbed

@@ -12,6 +12,7 @@ from .checks import check_groups, keep_each_once
 from .engine import Engine
 from .facts import Facts
 from .memory import Gradients, Layout, Stale
+from .memory.layout import members_of
 from .modes import working
 from .options import OPTIONS
 from .rules import RULES
@@ -82,17 +83,17 @@ class Following(Optimizer):
         groups = self.param_groups
         check_groups([{**self.defaults, **group} for group in groups])
         keep_each_once(groups)
-        devices = {p.device for group in groups for p in group["params"]}
+        old = self._facts.engine.layout
+        devices = {param.device for param, _ in members_of(groups, old)}
         for device in devices:
             capture.refuse_to_prepare(device, "the parameters have yet to move into flat buffers")
         by_device = {device: backends.resolve(self._backend_name, device) for device in devices}
         self._fill_groups()
         rule = RULES.get(type(self.base_optimizer))
-        old = self._facts.engine.layout
         if self._facts.captures.have_seen(old):
             self._facts.captures.outdate(
-                "parameters were added, removed, moved or restrided: a replay reads and writes the "
-                "old memory, which is kept, and does not train them"
+                "parameters were added, removed, thawed, moved or restrided: a replay reads and "
+                "writes the old memory, which is kept, and does not train them"
             )
         layout = Layout(groups, rule, self.state, old)
         self._facts.engine = Engine(layout, [by_device[b.device] for b in layout.buckets])

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .ascents import SAM, SQUARES
 from .blends import PLAIN
-from .checkpoint import Checkpointing
 from .checks import (
     as_groups,
     check_base,
@@ -22,14 +22,17 @@ from .checks import (
     check_keywords,
     keep_each_once,
 )
+from .compiling import prepare
+from .gradients import are_fresh, are_there, mark_used
 from .modes import working
 from .options import ADAPTIVE, ETA, RHO, check_max_grad_norm, check_values
+from .passes import Passes
 from .scaling import clip_scale, found_nonfinite
 
 Closure = Callable[[], Any]
 
 
-class FusedSAM(Checkpointing):
+class FusedSAM(Passes):
     """Sharpness-Aware Minimization (Foret et al., ICLR 2021) with everything around it fused.
 
     One step: with the gradient g at the weights w, climb to ``w + rho * g / ||g||`` (one norm over
@@ -55,14 +58,15 @@ class FusedSAM(Checkpointing):
     Args:
         params: parameters or parameter groups, as for any ``torch.optim`` optimizer. A group may
             set ``rho``, ``adaptive`` and ``eta`` for itself.
-        base_optimizer: the class that steps. SGD, Adam, AdamW and RMSprop of ``torch.optim`` are
-            fused; any other class steps by itself, between a fused climb and a fused return.
+        base_optimizer: the class that steps. Those of ``fused_sam.rules.RULES`` are fused; any
+            other class steps by itself, between a fused climb and a fused return.
         rho: radius of the neighbourhood, finite and >= 0, in the units of the weights' L2 norm.
         adaptive: ASAM instead of SAM.
         eta: ASAM's offset, finite and >= 0.
         max_grad_norm: clip the second gradient to this L2 norm, as
             ``torch.nn.utils.clip_grad_norm_`` does.
         backend: ``"auto"`` or the name of one; ``optimizer.backend`` tells which runs.
+        model: the module that training calls; see ``attach``.
         **base_kwargs: options of the base optimizer (lr, momentum, weight_decay, ...).
 
     Raises:
@@ -90,6 +94,7 @@ class FusedSAM(Checkpointing):
         eta: float = ETA.default,
         max_grad_norm: float | None = None,
         backend: str = "auto",
+        model: nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None:
         ascent = {"rho": rho, "adaptive": adaptive, "eta": eta}
@@ -101,7 +106,7 @@ class FusedSAM(Checkpointing):
         check_groups([{**ascent, **base_kwargs, **group} for group in groups])
         for group in groups:
             keep_each_once([group])  # in two groups it is an error of torch's
-        self._init(base_optimizer(groups, **base_kwargs), ascent, max_grad_norm, backend)
+        self._init(base_optimizer(groups, **base_kwargs), ascent, max_grad_norm, backend, model)
 
     @classmethod
     def wrap(
@@ -113,6 +118,7 @@ class FusedSAM(Checkpointing):
         eta: float = ETA.default,
         max_grad_norm: float | None = None,
         backend: str = "auto",
+        model: nn.Module | None = None,
     ) -> FusedSAM:
         """Put SAM around an optimizer that exists already (from timm, Hugging Face, ...).
 
@@ -127,7 +133,7 @@ class FusedSAM(Checkpointing):
         check_base(type(optimizer))
         check_groups([{**ascent, **group} for group in optimizer.param_groups])
         self = cls.__new__(cls)
-        self._init(optimizer, ascent, max_grad_norm, backend)
+        self._init(optimizer, ascent, max_grad_norm, backend, model)
         return self
 
     def _init(
@@ -136,6 +142,7 @@ class FusedSAM(Checkpointing):
         ascent: dict[str, Any],
         max_grad_norm: float | None,
         backend: str,
+        model: nn.Module | None,
     ) -> None:
         check_max_grad_norm(max_grad_norm)
         check_defaults(base)
@@ -150,6 +157,9 @@ class FusedSAM(Checkpointing):
             }
         )
         self._build()
+        prepare()
+        if model is not None:
+            self.attach(model)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as for any optimizer; it may set rho, adaptive and eta for itself.
@@ -164,6 +174,8 @@ class FusedSAM(Checkpointing):
         keep_each_once([param_group])
         self.base_optimizer.add_param_group(param_group)
         self._fill_groups()
+        if self._facts.engine.layout.begins_with_state:
+            self._refresh()  # which makes it
 
     # ------------------------------------------------------------------------------ the two steps
 
@@ -214,7 +226,8 @@ class FusedSAM(Checkpointing):
                 check_values(group)
             try:
                 # From here on restore() is needed. Which weights are away the buckets know.
-                facts.perturbed, facts.number = True, facts.number + 1
+                facts.number += 1
+                facts.leave()
                 facts.total = facts.engine.climb(SAM, grads, self.param_groups, facts.number)
             except BaseException:
                 self.restore()
@@ -274,25 +287,30 @@ class FusedSAM(Checkpointing):
             )
         loss, found_inf, theirs = None, getattr(self, "found_inf", None), True
         try:
-            if not self._has_fresh_gradients():
+            attached = self._facts.attached.model is not None
+            twice = not are_fresh(self.param_groups)
+            if twice:
                 theirs = False
                 self.zero_grad()
-                with torch.enable_grad():
+                with torch.enable_grad(), self.first_pass() if attached else nullcontext():
                     loss = closure()
                 found_inf = None  # the scaler looked at gradients that are gone now
             self.first_step()
             theirs = False
             self.zero_grad()
-            with torch.enable_grad():
+            both = twice and attached
+            with torch.enable_grad(), self.second_pass() if both else nullcontext():
                 closure()
             self._descend(found_inf, check_finite=scaled)
         except BaseException:
-            self.restore()
-            if not theirs:
-                self.zero_grad()  # or half a gradient would be taken for that of w
-            # What a GradScaler has set it takes back only after a step that returns.
-            for name in ("grad_scale", "found_inf"):
-                self.__dict__.pop(name, None)
+            try:
+                self.restore()
+            finally:
+                if not theirs:
+                    self.zero_grad()  # or half a gradient would be taken for that of w
+                # What a GradScaler has set it takes back only after a step that returns.
+                for name in ("grad_scale", "found_inf"):
+                    self.__dict__.pop(name, None)
             raise
         return loss
 
@@ -308,10 +326,11 @@ class FusedSAM(Checkpointing):
         """
         facts = self._facts
         if not facts.perturbed:
+            facts.arrive()
             return
         with working():
             lost = facts.engine.restore()
-        facts.perturbed = False
+        facts.arrive()
         if lost:
             raise RuntimeError(
                 f"all parameters are back at w, except for those that changed between the two "
@@ -327,7 +346,7 @@ class FusedSAM(Checkpointing):
                     p.grad = None
         else:
             super().zero_grad(set_to_none)
-            self._mark_consumed()  # zeros are no fresh gradients
+            mark_used(self.param_groups)  # zeros are no fresh gradients
 
     # ----------------------------------------------------------------------------------- internals
 
@@ -345,6 +364,8 @@ class FusedSAM(Checkpointing):
             zero_grad: set the gradients to None afterwards.
         """
         base = self.base_optimizer
+        if self._facts.perturbed and are_there(self.param_groups):
+            self._facts.record.check_complete()
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None) if not check_finite else found_inf
         if not isinstance(found_inf, Tensor):
@@ -368,7 +389,7 @@ class FusedSAM(Checkpointing):
                     grad_scale = clip_scale(sq_norm.sqrt(), self.max_grad_norm, grad_scale)
             if engine.layout.rule is not None:
                 engine.update(PLAIN, grads, groups, self.state, grad_scale, found_inf)
-                self._facts.perturbed = False
+                self._facts.arrive()
             else:
                 self._step_base(grad_scale, found_inf)
         for post_hook in list(base._optimizer_step_post_hooks.values()):
@@ -376,7 +397,7 @@ class FusedSAM(Checkpointing):
         if zero_grad:
             self.zero_grad()
         else:
-            self._mark_consumed()
+            mark_used(self.param_groups)
         # Learning-rate schedulers, of either optimizer, look for this.
         self._opt_called = base._opt_called = True  # type: ignore[attr-defined]
 
@@ -392,20 +413,3 @@ class FusedSAM(Checkpointing):
         step = type(self.base_optimizer).step
         step = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
         step(self.base_optimizer)
-
-    # ---- which gradients has a step used already
-
-    def _mark_consumed(self) -> None:
-        # On the gradient itself: a weak reference to it would keep torch from swapping it.
-        for group in self.param_groups:
-            for p in group["params"]:
-                if (grad := p.grad) is not None and not grad.is_inference():
-                    grad._fused_sam_consumed = grad._version
-
-    def _has_fresh_gradients(self) -> bool:
-        return any(
-            p.grad.is_inference() or getattr(p.grad, "_fused_sam_consumed", None) != p.grad._version
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        )

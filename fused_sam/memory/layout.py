@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,19 +13,45 @@ from ..rules import Rule
 from .bucket import Bucket
 from .gradients import same_kind
 from .state import State, StateView, check_states
-from .window import must_stay
+from .window import must_stay, trains
 
 _PARAMS = operator.itemgetter("params")
+_REQUIRES_GRAD, _GRAD = map(operator.attrgetter, ("requires_grad", "grad"))
+
+
+def members_of(
+    groups: Sequence[Mapping[str, Any]], old: Layout | None = None
+) -> list[tuple[Tensor, int]]:
+    """The parameters that a layout takes in, each with the index of its group.
+
+    Those that train. What an old layout took in and was frozen since stays, with its state, as long
+    as it is still in the memory that this layout gave it.
+    """
+    known = {} if old is None else dict(zip(old.params, old.addresses, strict=True))
+    return [
+        (param, row)
+        for row, group in enumerate(groups)
+        for param in group["params"]
+        if trains(param) or (param in known and param.data_ptr() == known[param])
+    ]
 
 
 class Layout:
     """All buckets of an optimizer, for its parameter groups as they are now.
 
+    Only what trains is taken in: the others keep their memory, and nothing is kept for them.
+
     Args:
-        groups: the parameter groups; their parameters move into flat buffers.
+        groups: the parameter groups; those of their parameters that train move into flat buffers.
         rule: whose state the buckets hold, or None if the base optimizer keeps its own.
         state: the optimizer's state; what the rule knows of it moves into flat buffers too.
         old: the layout that this one replaces; saved weights of perturbed parameters pass over.
+
+    Attributes:
+        buckets: of the parameters that were taken in.
+        params: those, group by group.
+        addresses: where their memory begins.
+        states: the rule's state, as the buckets hold it and as the optimizer shows it.
     """
 
     def __init__(
@@ -34,7 +61,7 @@ class Layout:
         state: State | None = None,
         old: Layout | None = None,
     ) -> None:
-        members = [(p, row) for row, group in enumerate(groups) for p in group["params"]]
+        members = members_of(groups, old)
         carried = old.release() if old is not None else {}
         check_states(rule, groups, {} if state is None else state)
         pinned = {p for p, _ in members if must_stay(p)}
@@ -49,26 +76,38 @@ class Layout:
         for param, saved in carried.items():
             param.data.copy_(saved)  # it left the groups while it was perturbed
         self._groups = [list(group["params"]) for group in groups]
-        self._params = [param for param, _ in members]
-        self._addresses = list(map(Tensor.data_ptr, self._params))
-        self._looks = list(map(_look, self._params))
+        self.params = [param for param, _ in members]
+        taken = set(self.params)
+        self._frozen = [p for group in groups for p in group["params"] if p not in taken]
+        self.addresses = list(map(Tensor.data_ptr, self.params))
+        self._looks = list(map(_look, self.params))
         self._unchanged: Callable[..., bool] | None = None
-        self.states = StateView(rule, self.buckets, {} if state is None else state)
+        self.states = StateView(rule, self.buckets, {} if state is None else state, groups)
+
+    @property
+    def begins_with_state(self) -> bool:
+        """Whether a new parameter has state before its first step."""
+        return self.rule is not None and self.rule.from_construction
 
     def is_current(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether every parameter is still the object and at the address that the layout knows."""
+        """Whether every parameter is still the object and at the address that the layout knows.
+
+        And whether those that were frozen still are.
+        """
         return (
             len(groups) == len(self._groups)
             and all(map(_are_the_same, map(_PARAMS, groups), self._groups))
-            and list(map(Tensor.data_ptr, self._params)) == self._addresses
+            and list(map(Tensor.data_ptr, self.params)) == self.addresses
+            and not any(map(_REQUIRES_GRAD, self._frozen))
+            and all(map(operator.is_, map(_GRAD, self._frozen), itertools.repeat(None)))
         )
 
     def has_its_looks(self) -> bool:
         """Whether what lies at the addresses of a current layout is still read in the same way."""
-        if self._unchanged is not None and self._unchanged(*self._params):
+        if self._unchanged is not None and self._unchanged(*self.params):
             return True
-        same = list(map(_look, self._params)) == self._looks
-        self._unchanged = same_kind(self._params) if same else None
+        same = list(map(_look, self.params)) == self._looks
+        self._unchanged = same_kind(self.params) if same else None
         return same
 
     def release(self) -> dict[Tensor, Tensor]:
