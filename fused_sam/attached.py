@@ -72,7 +72,7 @@ class Attached:
         if self._model is None:  # a copy: model and optimizer meet here
             self._model = weakref.ref(module)
         if self.model is module:
-            facts.record.forward(module.training, facts.perturbed, facts.devices())
+            facts.record.forward(module.training, facts.between, facts.devices())
 
     def on_saving(self) -> None:
         """The model is about to be saved or copied.

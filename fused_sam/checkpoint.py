@@ -9,7 +9,10 @@ from torch import Tensor
 
 from .facts import Facts
 from .following import Following
+from .memory.state import check_states
+from .modes import working
 from .options import OPTIONS
+from .rules import RULES, check_options
 
 
 class Checkpointing(Following):
@@ -32,12 +35,13 @@ class Checkpointing(Following):
 
         Raises:
             RuntimeError: the weights are perturbed.
-            ValueError: the groups do not fit; the optimizer is as it was.
+            ValueError: the groups or the state do not fit, or are those of another class; the
+                optimizer is as it was.
         """
         self._refuse_perturbed("load_state_dict()")
         groups = list(state_dict["param_groups"])
         for i, (new, current) in enumerate(zip(groups, self.param_groups, strict=False)):
-            groups[i] = {**{key: current[key] for key in OPTIONS}, **new}
+            groups[i] = {**{key: current[key] for key in (*OPTIONS, *self.when.memory)}, **new}
         state = {
             # davda54/sam keeps the saved weights in its state, and nothing else.
             key: {k: v for k, v in entry.items() if k != "old_p"}
@@ -47,11 +51,25 @@ class Checkpointing(Following):
             if not (isinstance(entry, dict) and entry.keys() == {"old_p"})
         }
         rates = [group.get("lr") for group in self.param_groups]
-        super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
+        base, rule = self.base_optimizer, RULES.get(type(self.base_optimizer))
+        before = {"state": base.state, "param_groups": base.param_groups}
+        try:
+            super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
+            if rule is not None:
+                for group in base.param_groups:
+                    check_options(rule, group)
+            check_states(rule, base.param_groups, base.state)
+        except BaseException as error:
+            base.__dict__.update(before)
+            if isinstance(error, KeyError):
+                raise ValueError(
+                    f"the checkpoint is not one of {type(base).__name__}, it lacks {error}"
+                ) from error
+            raise
         if self._facts.captures.have_seen(self._facts.engine.layout):
-            self._load_into_graphs(rates)
+            with working():
+                self._load_into_graphs(rates)
 
-    @torch.no_grad()
     def _load_into_graphs(self, rates: list[Any]) -> None:
         """Put what was loaded where captured graphs read it: a replay asks nobody.
 
@@ -75,9 +93,9 @@ class Checkpointing(Following):
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and deepcopy keep; the layout is built anew from it."""
         self._refuse_perturbed("pickling or copying")
-        keys = ("base_optimizer", "defaults", "max_grad_norm", "_backend_name")
+        keys = ("base_optimizer", "defaults", "max_grad_norm", "_when", "_backend_name")
         # A deepcopy of the model in the same call finds its way to the copy of this one.
-        return {**{key: self.__dict__[key] for key in keys}, "_attached": self._facts.attached}
+        return {**{key: getattr(self, key) for key in keys}, "_attached": self._facts.attached}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Used by construction and unpickling; ``load_state_dict`` sets groups and state alone."""

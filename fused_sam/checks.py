@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from .ascents import chosen
+from .choice import plain
 from .memory.window import extent, has_memory, is_dense, is_shared, trains
 from .options import OPTIONS, check_values
 
@@ -20,6 +22,8 @@ from .options import OPTIONS, check_values
 def check_ascent(group: Mapping[str, Any]) -> None:
     """Raise unless a group's ascent options can be used with its parameters."""
     check_values(group)
+    if group["ascent"] is None:
+        return
     if group["adaptive"] and any(p.is_complex() and trains(p) for p in _tensors(group["params"])):
         raise TypeError(
             "adaptive=True is not defined for complex parameters; put them into a group of their "
@@ -106,6 +110,7 @@ def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
     _check_overlap([param for param in training if param.numel()])
     for group in groups:
         check_ascent(group)
+    chosen(groups)
 
 
 def as_groups(params: Any) -> list[dict[str, Any]]:
@@ -127,6 +132,7 @@ def as_groups(params: Any) -> list[dict[str, Any]]:
         _refuse_set(group["params"])
         if not isinstance(group["params"], Tensor):
             group["params"] = list(group["params"])
+        group.update(plain(group))
     return items
 
 

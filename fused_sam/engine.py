@@ -48,7 +48,11 @@ class Engine:
     def climb(
         self, ascent: Ascent, grads: Sequence[Gradients], groups: Groups, number: int
     ) -> Tensor:
-        """Save w and climb, under a number; returns what was reduced, (1,) float64."""
+        """Save w and climb, under a number; returns what was reduced, (1,) float64.
+
+        Groups whose ``ascent`` is None take no part.
+        """
+        grads = [_climbing(b, g, groups) for b, g in zip(self.buckets, grads, strict=True)]
         total = self.reduce(ascent.sums, grads, groups)
         for backend, bucket, bucket_grads in self._each(grads):
             here = moved(total, bucket.device, total.dtype)
@@ -132,6 +136,17 @@ class Engine:
 
     def _each(self, grads: Sequence[Gradients]) -> list[tuple[Backend, Bucket, Gradients]]:
         return list(zip(self.backends, self.buckets, grads, strict=True))
+
+
+def _climbing(bucket: Bucket, grads: Gradients, groups: Groups) -> Gradients:
+    """The gradients of the groups that climb; the others count as missing."""
+    if all([groups[row]["ascent"] is not None for row in bucket.rows]):
+        return grads
+    takes_part = [groups[slot.row]["ascent"] is not None for slot in bucket.slots]
+    tensors = [g if part else None for g, part in zip(grads.tensors, takes_part, strict=True)]
+    present = tuple([grad is not None for grad in tensors])
+    places = tuple([a if part else 0 for a, part in zip(grads.addresses, takes_part, strict=True)])
+    return Gradients(tensors, present, all(present), places)
 
 
 def _on(bucket: Bucket, value: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -10,6 +10,7 @@ from .backends.capture import Captures
 from .engine import Engine
 from .memory import Layout
 from .record import Record
+from .schedule import Decision
 
 
 class Facts:
@@ -21,7 +22,11 @@ class Facts:
     Attributes:
         engine: the buckets and their backends.
         captures: what CUDA graphs have seen of them.
-        perturbed: whether some weights may be away from w.
+        between: whether a step is half done: after first_step, before second_step.
+        perturbed: whether some weights may be away from w. A step may be half done at w.
+        decision: what the schedule said of the last step that began.
+        aside: the gradients of a half-done step at w: its own, unless a second backward comes.
+        scale: the loss scale of the gradients at w, as far as first_step was told; else None.
         number: of the last climb.
         total: (1,) float64, what the last climb reduced: the squared norm; None before the first.
         attached: the model, if it is known.
@@ -34,7 +39,11 @@ class Facts:
         self.record = Record()
         self.engine = Engine(Layout(), [])
         self.captures = Captures()
+        self.between = False
         self.perturbed = False
+        self.decision = Decision(True, {})
+        self.aside: list[tuple[Tensor, Tensor]] = []
+        self.scale: float | None = None
         self.number = 0
         self.total: Tensor | None = None
 
@@ -48,10 +57,16 @@ class Facts:
     def leave(self) -> None:
         """The weights are at w + epsilon: the second pass begins."""
         self.perturbed = True
+        self.begin_second()
+
+    def begin_second(self) -> None:
+        """The second pass begins."""
+        self.between = True
         self.attached.freeze()
 
     def arrive(self) -> None:
         """The weights are at w: the step is over, or given up."""
-        self.perturbed = False
+        self.between = self.perturbed = False
+        self.aside = []
         self.attached.thaw()
         self.record.clear()

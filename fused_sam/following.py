@@ -16,6 +16,7 @@ from .memory.layout import members_of
 from .modes import working
 from .options import OPTIONS
 from .rules import RULES
+from .schedule import Always, When
 
 
 class Following(Optimizer):
@@ -25,8 +26,14 @@ class Following(Optimizer):
     """
 
     base_optimizer: Optimizer
+    _when: When = Always()
     _backend_name: str
     _facts: Facts
+
+    @property
+    def when(self) -> When:
+        """Which steps climb."""
+        return self._when
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -50,6 +57,8 @@ class Following(Optimizer):
         for group in self.param_groups:
             for name in OPTIONS:
                 group.setdefault(name, self.defaults[name])
+            for name, value in self.when.memory.items():
+                group.setdefault(name, self.param_groups[0].get(name, value))
 
     def _gradients(self) -> list[Gradients]:
         """The gradients of every bucket; raises, before any change, if one cannot be used.

@@ -41,14 +41,16 @@ def are_there(groups: Groups) -> bool:
     return any([p.grad is not None for group in groups for p in group["params"]])
 
 
+def pairs_of(groups: Groups) -> list[tuple[Tensor, Tensor]]:
+    """The gradients that are there: (parameter, gradient) for each."""
+    return [(p, p.grad) for group in groups for p in group["params"] if p.grad is not None]
+
+
 def put_aside(groups: Groups) -> list[tuple[Tensor, Tensor]]:
     """Take the gradients away from the parameters: (parameter, gradient) for each."""
-    pairs = []
-    for group in groups:
-        for p in group["params"]:
-            if p.grad is not None:
-                pairs.append((p, p.grad))
-                p.grad = None
+    pairs = pairs_of(groups)
+    for param, _ in pairs:
+        param.grad = None
     return pairs
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .ascents import SAM, SQUARES
+from .ascents import SQUARES, Choice, chosen
 from .blends import PLAIN
 from .checks import (
     as_groups,
@@ -22,12 +22,16 @@ from .checks import (
     check_keywords,
     keep_each_once,
 )
+from .choice import with_defaults
 from .compiling import prepare
-from .gradients import are_fresh, are_there, mark_used
+from .gradients import are_fresh, are_there, mark_used, pairs_of, put_aside, put_back
+from .memory import Gradients
 from .modes import working
-from .options import ADAPTIVE, ETA, RHO, check_max_grad_norm, check_values
+from .options import ADAPTIVE, ASCENT, ETA, RHO, check_max_grad_norm, check_values
 from .passes import Passes
+from .rules import check_options
 from .scaling import clip_scale, found_nonfinite
+from .schedule import Always, When, check_when
 
 Closure = Callable[[], Any]
 
@@ -57,16 +61,21 @@ class FusedSAM(Passes):
 
     Args:
         params: parameters or parameter groups, as for any ``torch.optim`` optimizer. A group may
-            set ``rho``, ``adaptive`` and ``eta`` for itself.
+            set ``rho``, ``adaptive``, ``eta`` and ``ascent`` for itself.
         base_optimizer: the class that steps. Those of ``fused_sam.rules.RULES`` are fused; any
             other class steps by itself, between a fused climb and a fused return.
         rho: radius of the neighbourhood, finite and >= 0, in the units of the weights' L2 norm.
         adaptive: ASAM instead of SAM.
         eta: ASAM's offset, finite and >= 0.
+        ascent: which climb, a member of ``fused_sam.ascents``. None: these parameters take no part
+            in the climb, neither in the norm, and step all the same. That is for some of the
+            groups: SAM-ON (Mueller et al. 2023) leaves it to the layers that normalise.
         max_grad_norm: clip the second gradient to this L2 norm, as
             ``torch.nn.utils.clip_grad_norm_`` does.
         backend: ``"auto"`` or the name of one; ``optimizer.backend`` tells which runs.
         model: the module that training calls; see ``attach``.
+        when: which steps climb, of ``fused_sam.schedule``; the others are the base optimizer's own,
+            with one pass if the loop asks what ``first_step`` returned.
         **base_kwargs: options of the base optimizer (lr, momentum, weight_decay, ...).
 
     Raises:
@@ -92,21 +101,24 @@ class FusedSAM(Passes):
         adaptive: bool = ADAPTIVE.default,
         *,
         eta: float = ETA.default,
+        ascent: Choice | str | None = ASCENT.default,
         max_grad_norm: float | None = None,
         backend: str = "auto",
         model: nn.Module | None = None,
+        when: When = Always(),  # noqa: B008
         **base_kwargs: Any,
     ) -> None:
-        ascent = {"rho": rho, "adaptive": adaptive, "eta": eta}
+        options = with_defaults(rho=rho, adaptive=adaptive, eta=eta, ascent=ascent)
         check_caller()
         check_base(base_optimizer)
         keywords = list(inspect.signature(FusedSAM).parameters)[:-1]  # the last is base_kwargs
         check_keywords(base_optimizer, base_kwargs, keywords)
         groups = as_groups(params)
-        check_groups([{**ascent, **base_kwargs, **group} for group in groups])
+        check_groups([{**options, **base_kwargs, **group} for group in groups])
         for group in groups:
             keep_each_once([group])  # in two groups it is an error of torch's
-        self._init(base_optimizer(groups, **base_kwargs), ascent, max_grad_norm, backend, model)
+        base = base_optimizer(groups, **base_kwargs)
+        self._init(base, options, max_grad_norm, backend, model, when)
 
     @classmethod
     def wrap(
@@ -116,9 +128,11 @@ class FusedSAM(Passes):
         adaptive: bool = ADAPTIVE.default,
         *,
         eta: float = ETA.default,
+        ascent: Choice | str | None = ASCENT.default,
         max_grad_norm: float | None = None,
         backend: str = "auto",
         model: nn.Module | None = None,
+        when: When = Always(),  # noqa: B008
     ) -> FusedSAM:
         """Put SAM around an optimizer that exists already (from timm, Hugging Face, ...).
 
@@ -129,30 +143,33 @@ class FusedSAM(Passes):
                 f"FusedSAM.wrap takes a torch.optim.Optimizer that is not a FusedSAM, "
                 f"got {type(optimizer).__name__}"
             )
-        ascent = {"rho": rho, "adaptive": adaptive, "eta": eta}
+        options = with_defaults(rho=rho, adaptive=adaptive, eta=eta, ascent=ascent)
         check_base(type(optimizer))
-        check_groups([{**ascent, **group} for group in optimizer.param_groups])
+        check_groups([{**options, **group} for group in optimizer.param_groups])
         self = cls.__new__(cls)
-        self._init(optimizer, ascent, max_grad_norm, backend, model)
+        self._init(optimizer, options, max_grad_norm, backend, model, when)
         return self
 
     def _init(
         self,
         base: Optimizer,
-        ascent: dict[str, Any],
+        options: dict[str, Any],
         max_grad_norm: float | None,
         backend: str,
         model: nn.Module | None,
+        when: When,
     ) -> None:
         check_max_grad_norm(max_grad_norm)
+        check_when(when)
         check_defaults(base)
         # Groups and state live in the base optimizer. Of Optimizer.__init__ only the hooks are
         # left to set up, which is what unpickling one does.
         self.__setstate__(
             {
                 "base_optimizer": base,
-                "defaults": {**base.defaults, **ascent},
+                "defaults": {**base.defaults, **options},
                 "max_grad_norm": max_grad_norm,
+                "_when": when,
                 "_backend_name": backend,
             }
         )
@@ -204,17 +221,30 @@ class FusedSAM(Passes):
         names = [backend.name for backend in self._facts.engine.backends]
         return "+".join(dict.fromkeys(names))
 
-    def first_step(self, zero_grad: bool = False) -> None:
+    def first_step(self, zero_grad: bool = False, *, scaler: Any = None) -> bool:
         """Save the weights w and climb to ``w + epsilon`` with the gradients that are there.
+
+        Unless ``when`` says that this step does not climb. Then the weights stay at w, and the
+        gradients are kept for second_step(), which takes them if no others have come: a loop may
+        leave out its second pass, or do it at w.
 
         Args:
             zero_grad: set the gradients to None afterwards.
+            scaler: the GradScaler whose scale the gradients have; needed where their size matters,
+                with ``when=AESAM(...)``.
+
+        Returns:
+            Whether the weights were perturbed.
 
         Raises:
-            RuntimeError: the weights are perturbed already; a gradient is sparse.
+            RuntimeError: the step is half done already; a gradient is sparse.
             TypeError, ValueError: a group's rho, adaptive or eta cannot be used.
         """
-        if self._facts.perturbed:
+        return self._begin(zero_grad, None if scaler is None else scaler.get_scale())
+
+    def _begin(self, zero_grad: bool, scale: float | None) -> bool:
+        """The first half of a step; ``scale`` is the gradients' loss scale, None if it is 1."""
+        if self._facts.between:
             raise RuntimeError(
                 "first_step() was called twice; call second_step() after the second backward, "
                 "or restore() to go back to w without an update"
@@ -222,18 +252,42 @@ class FusedSAM(Passes):
         facts = self._facts
         with working():
             grads = self._gradients()
-            for group in self.param_groups:
+            groups = self.param_groups
+            for group in groups:
                 check_values(group)
+            ascent = chosen(groups)
+            facts.scale = scale
+            facts.decision = self._when.decide(groups[0], lambda: self._sq_norm(grads))
+            if not facts.decision.climbs:
+                facts.begin_second()
+                facts.aside = put_aside(groups) if zero_grad else pairs_of(groups)
+                return False
             try:
                 # From here on restore() is needed. Which weights are away the buckets know.
                 facts.number += 1
                 facts.leave()
-                facts.total = facts.engine.climb(SAM, grads, self.param_groups, facts.number)
+                facts.total = facts.engine.climb(ascent, grads, groups, facts.number)
             except BaseException:
                 self.restore()
                 raise
         if zero_grad:
             self.zero_grad()
+        return True
+
+    def _closure_scale(self) -> float | None:
+        """The loss scale that ``scaler.step(optimizer, closure)`` tells, where it is asked for."""
+        if not (self._when.needs_norm and self._is_scaled()):
+            return None
+        return float(self.__dict__["grad_scale"])
+
+    def _is_scaled(self) -> bool:
+        """Whether a GradScaler has said that the gradients are scaled."""
+        return getattr(self, "grad_scale", None) is not None
+
+    def _sq_norm(self, grads: Sequence[Gradients]) -> float:
+        """The squared norm of the gradients at w, unscaled as far as is known."""
+        total = self._facts.engine.reduce(SQUARES, grads, self.param_groups)
+        return total.item() / (self._facts.scale or 1.0) ** 2
 
     @Optimizer.profile_hook_step
     def second_step(self, zero_grad: bool = False) -> None:
@@ -266,14 +320,14 @@ class FusedSAM(Passes):
                 between the two steps, or after ``GradScaler.unscale_``.
         """
         if closure is None:
-            if not self._facts.perturbed:
+            if not self._facts.between:
                 raise RuntimeError(
                     "step() without a closure is the second half of a SAM step and no first_step() "
                     "came before it: call first_step() and do a second backward, or pass a closure"
                 )
             self._descend()
             return None
-        if self._facts.perturbed:
+        if self._facts.between:
             raise RuntimeError(
                 "step(closure) was called between first_step() and second_step(): finish with "
                 "second_step(), or go back with restore()"
@@ -295,12 +349,13 @@ class FusedSAM(Passes):
                 with torch.enable_grad(), self.first_pass() if attached else nullcontext():
                     loss = closure()
                 found_inf = None  # the scaler looked at gradients that are gone now
-            self.first_step()
+            climbs = self._begin(zero_grad=False, scale=self._closure_scale())
             theirs = False
-            self.zero_grad()
-            both = twice and attached
-            with torch.enable_grad(), self.second_pass() if both else nullcontext():
-                closure()
+            if climbs:
+                self.zero_grad()
+                both = twice and attached
+                with torch.enable_grad(), self.second_pass() if both else nullcontext():
+                    closure()
             self._descend(found_inf, check_finite=scaled)
         except BaseException:
             try:
@@ -363,9 +418,15 @@ class FusedSAM(Passes):
             check_finite: skip the update also if a gradient of either pass is not finite.
             zero_grad: set the gradients to None afterwards.
         """
-        base = self.base_optimizer
-        if self._facts.perturbed and are_there(self.param_groups):
-            self._facts.record.check_complete()
+        base, facts = self.base_optimizer, self._facts
+        if facts.between:
+            self._refuse_unknown_scale()
+        there = are_there(self.param_groups)
+        if facts.perturbed and there:
+            facts.record.check_complete()
+        if facts.aside and not there:
+            put_back(facts.aside)
+        between, memory = facts.between, facts.decision.memory
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None) if not check_finite else found_inf
         if not isinstance(found_inf, Tensor):
@@ -379,19 +440,25 @@ class FusedSAM(Passes):
         with working():
             grads = self._gradients()
             engine, groups = self._facts.engine, self.param_groups
+            if (rule := engine.layout.rule) is not None:
+                for group in groups:
+                    check_options(rule, group)
             if check_finite or self.max_grad_norm is not None:
                 sq_norm = engine.number(engine.reduce(SQUARES, grads, groups))
                 if check_finite:
-                    assert self._facts.total is not None
-                    first = engine.number(self._facts.total)
+                    climbed, total = self._facts.perturbed, self._facts.total
+                    first = engine.number(total) if climbed and total is not None else sq_norm
                     found_inf = found_nonfinite(first, sq_norm, found_inf)
                 if self.max_grad_norm is not None:
                     grad_scale = clip_scale(sq_norm.sqrt(), self.max_grad_norm, grad_scale)
-            if engine.layout.rule is not None:
+            if rule is not None:
                 engine.update(PLAIN, grads, groups, self.state, grad_scale, found_inf)
-                self._facts.arrive()
+                facts.perturbed = False
             else:
                 self._step_base(grad_scale, found_inf)
+        facts.arrive()
+        for group in self.param_groups if between else ():
+            group.update(memory)
         for post_hook in list(base._optimizer_step_post_hooks.values()):
             post_hook(base, (), {})
         if zero_grad:
@@ -400,6 +467,14 @@ class FusedSAM(Passes):
             mark_used(self.param_groups)
         # Learning-rate schedulers, of either optimizer, look for this.
         self._opt_called = base._opt_called = True  # type: ignore[attr-defined]
+
+    def _refuse_unknown_scale(self) -> None:
+        if self._when.needs_norm and self._is_scaled() and self._facts.scale is None:
+            self.restore()
+            raise RuntimeError(
+                f"{self._when} judges the size of the gradients at w, and their loss scale was not "
+                f"told: call first_step(scaler=scaler)"
+            )
 
     def _step_base(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Return to w and let a base optimizer that has no rule step by itself."""

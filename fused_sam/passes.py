@@ -22,8 +22,8 @@ class Passes(Checkpointing):
     """The part of ``FusedSAM`` that knows of models and batches."""
 
     @abstractmethod
-    def first_step(self, zero_grad: bool = False) -> None:
-        """Climb."""
+    def first_step(self, zero_grad: bool = False) -> bool:
+        """Climb, unless the schedule says otherwise."""
 
     @abstractmethod
     def restore(self) -> None:
@@ -81,7 +81,7 @@ class Passes(Checkpointing):
             RuntimeError: no model is known; or there was no first_pass(), or no first_step().
         """
         facts = self._facts
-        if not facts.perturbed:
+        if not facts.between:
             raise RuntimeError(
                 "second_pass() comes after first_step(), which climbs to w + epsilon"
             )
@@ -150,7 +150,7 @@ class Passes(Checkpointing):
         sync: list[NoSync] = [quiet] * (len(batches) - 1) + [nullcontext]
         try:
             with torch.enable_grad():
-                if ascent == "global":
+                if ascent == "global" or not self._each_climbs():
                     returned = self._accumulate_global(batches, forward_backward, sync)
                 else:
                     returned = self._accumulate_local(batches, forward_backward, sync, quiet)
@@ -160,6 +160,15 @@ class Passes(Checkpointing):
             raise
         return returned
 
+    def _each_climbs(self) -> bool:
+        """Whether the micro-batches of the step that begins climb, each by itself."""
+        if self.when.needs_norm:
+            raise ValueError(
+                f"ascent='local' climbs for each micro-batch, and {self.when} judges the gradient "
+                f"of the whole batch; use ascent='global'"
+            )
+        return self.when.decide(self.param_groups[0], lambda: 0.0).climbs
+
     def _accumulate_global(
         self, batches: list[Any], run: Callable[[Any], Any], sync: list[NoSync]
     ) -> list[Any]:
@@ -167,10 +176,10 @@ class Passes(Checkpointing):
         for batch, context in zip(batches, sync, strict=True):
             with context(), self.first_pass():
                 returned.append(run(batch))
-        self.first_step(zero_grad=True)
-        for batch, context in zip(batches, sync, strict=True):
-            with context(), self.second_pass():
-                run(batch)
+        if self.first_step(zero_grad=True):
+            for batch, context in zip(batches, sync, strict=True):
+                with context(), self.second_pass():
+                    run(batch)
         return returned
 
     def _accumulate_local(
@@ -191,7 +200,7 @@ class Passes(Checkpointing):
         return returned
 
     def _refuse_away(self, what: str) -> None:
-        if self._facts.perturbed:
+        if self._facts.between:
             raise RuntimeError(
                 f"{what} between first_step() and second_step(): finish the step, or go back to w "
                 f"with restore()"

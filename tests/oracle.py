@@ -30,9 +30,10 @@ from dataclasses import dataclass
 import torch
 
 import fused_sam
+from fused_sam.options import OPTIONS
 
 OPERATIONS = 32
-ASCENT = ("rho", "adaptive", "eta")
+ASCENT = tuple(OPTIONS)
 
 
 @dataclass
@@ -134,7 +135,7 @@ def climb(groups, weights, grads):
     """``w + epsilon`` for every parameter: {param: Expected}, and the global norm, Expected."""
     scaled = {}
     for group in groups:
-        for p in group["params"]:
+        for p in group["params"] if group["ascent"] else ():
             if grads.get(p) is not None:
                 g = exact(grads[p])
                 scaled[p] = (weights[p].abs() + group["eta"]) * g if group["adaptive"] else g
@@ -385,7 +386,8 @@ class Textbook:
             else:
                 assert_close(p, expected[p], f"perturbed weights {i}")
         assert_close(opt.grad_norm, norm, "grad_norm")
-        self.climbed = {p for p in params if grads[p] is not None}
+        climbing = {p for group in groups if group["ascent"] for p in group["params"]}
+        self.climbed = {p for p in climbing if grads[p] is not None}
 
     def second_step(self, grads, run=None, *, grad_scale=1.0, found_inf=False):
         """``opt.second_step()``, or ``run()``, with these gradients and no others, checked."""

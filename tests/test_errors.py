@@ -61,6 +61,8 @@ BAD_ARGUMENTS = {
     "eta str": (dict(eta="x"), TypeError, "eta .*number.*'x'"),
     "adaptive number": (dict(adaptive=1), TypeError, "adaptive .*True or False.*1"),
     "adaptive str": (dict(adaptive="no"), TypeError, "adaptive .*True or False.*'no'"),
+    "ascent unknown": (dict(ascent="up"), ValueError, r"ascent='up' .*\['sam'.*\], or None"),
+    "ascent number": (dict(ascent=1), TypeError, "ascent .*name.*None.*1"),
     "unknown keyword": (dict(momentun=0.9), TypeError, "'momentun'.*SGD.*rho.*momentum"),
     "keyword of another": (dict(betas=(0.9, 0.9)), TypeError, "'betas'.*SGD"),
     "unknown backend": (dict(backend="cuda"), ValueError, "'cuda'.*'auto'.*'reference'"),

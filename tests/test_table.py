@@ -175,6 +175,31 @@ def test_groups_keep_their_own_options(rule, dtype, backend):
     run(FusedSAM(groups, cls, rho=0.2, backend=backend, lr=0.03, **options), between=between)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rule", REPRESENTATIVES)
+def test_groups_without_an_ascent_step_and_do_not_climb(rule, dtype, backend):
+    """Guards the norm, which they take no part in, their way back, and changes between steps."""
+    cls, options = RULES[rule]
+    params = make_params(dtype, backend)
+    groups = [
+        {"params": params[:3], "adaptive": True},
+        {"params": params[3:5], "ascent": None, "adaptive": True},
+        {"params": params[5:7], "lr": 0.0, "ascent": None},
+        {"params": params[7:]},
+    ]
+    opt = FusedSAM(groups, cls, rho=0.3, backend=backend, lr=0.04, max_grad_norm=9.0, **options)
+
+    def between(opt, i):
+        if i == 3:
+            for group, ascent in zip(opt.param_groups, (None, None, "sam", None), strict=True):
+                group["ascent"] = ascent
+        opt.param_groups[3]["ascent"] = None if i == 4 else "sam"
+
+    run(opt, between=between)
+    opt.param_groups[2]["ascent"] = opt.param_groups[3]["ascent"] = None
+    run(opt, MISSING[:2])  # nobody climbs
+
+
 @pytest.mark.parametrize("rule", REPRESENTATIVES)
 def test_dtypes_mix_under_one_norm(rule, backend):
     """Guards the global norm over buckets, and that each bucket keeps its own precision."""
