@@ -1,4 +1,6 @@
-"""Whatever is done to parameters, gradients, state and groups: w returns, and no number is wrong."""
+"""Whatever is done to parameters, gradients, state, groups: w returns, and no number is wrong."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_sam import FusedSAM
+from fused_sam.memory.gradients import _usable
 from fused_sam.memory.window import is_shared
 
 SGD, ADAM = torch.optim.SGD, torch.optim.Adam
@@ -229,14 +232,15 @@ def test_names_stay_with_their_parameters(backend):
     assert opt.param_groups[0]["param_names"] == ["encoder", "head"]
 
 
-# ------------------------------------------------------------------------------------- torch's modes
+# ------------------------------------------------------------------------------------ torch's modes
 
 
 def test_nothing_happens_under_a_fake_tensor_mode(backend):
     """Operations compute nothing there: weights became fake, and w was saved nowhere."""
     params = [nn.Parameter(torch.randn(5))]
     before = weights(params)
-    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError, match="FakeTenso"):
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, pytest.raises(RuntimeError, match="nothing is computed"):
         FusedSAM(params, lr=0.1, backend=backend)
     assert type(params[0].data) is torch.Tensor
     opt = FusedSAM(params, rho=0.5, lr=0.1, backend=backend)
@@ -245,7 +249,7 @@ def test_nothing_happens_under_a_fake_tensor_mode(backend):
         for act in (opt.restore, opt.second_step) if opt.is_perturbed else (opt.first_step,):
             now = weights(params)
             mode = FakeTensorMode(allow_non_fake_inputs=True)
-            with mode, pytest.raises(RuntimeError, match="FakeTensorMode"):
+            with mode, pytest.raises(RuntimeError, match="nothing is computed"):
                 act()
             assert_bits(params, now)
         if not opt.is_perturbed:
@@ -264,7 +268,8 @@ def test_made_and_stepped_under_inference_mode(base, backend):
     textbook = Textbook(opt)
     with torch.inference_mode():
         textbook.step(*grads[:2])
-        params[0].data = params[0].data.clone()
+    params[0].data = params[0].data.clone()
+    with torch.inference_mode():
         textbook.step(*grads[2:])
     state = [value for p in params for value in opt.state[p].values()]
     assert not any(tensor.is_inference() for tensor in [*params, *state])
@@ -274,7 +279,7 @@ def test_made_and_stepped_under_inference_mode(base, backend):
     textbook.step(*grads[:2])
 
 
-# ----------------------------------------------------------------------------------------- gradients
+# ---------------------------------------------------------------------------------------- gradients
 
 
 def test_gradients_of_another_shape_are_refused(backend):
@@ -292,11 +297,7 @@ def test_gradients_of_another_shape_are_refused(backend):
 def test_a_complex_gradient_of_a_real_parameter_is_refused(backend):
     params, opt = make(SGD, backend)
     step(opt)
-    try:
-        params[1].grad_dtype = torch.complex64
-        params[1].grad = torch.randn(5, dtype=torch.complex64)
-    except (RuntimeError, AttributeError):
-        pytest.skip("this torch takes none")
+    params[1].grad.data = torch.randn(5, dtype=torch.complex64)
     with pytest.raises(RuntimeError, match="complex64"):
         opt.first_step()
     assert not opt.is_perturbed
@@ -312,12 +313,8 @@ def test_a_gradient_on_another_device_is_refused(backend):
         def __init__(self, param):
             self.shape, self.dtype, self.device = param.shape, param.dtype, torch.device("cuda")
 
-    from dataclasses import replace
-
-    from fused_sam.memory.gradients import _usable
-
     slot = replace(opt._facts.engine.buckets[0].slots[1], param=Elsewhere(params[1]))
-    with pytest.raises(RuntimeError, match="on cuda has a gradient.*on cpu"):
+    with pytest.raises(RuntimeError, match=r"on cuda has a gradient.*on cpu"):
         _usable(torch.ones(5), slot)
 
 
@@ -451,7 +448,7 @@ def test_a_bad_max_grad_norm_set_later(backend):
     opt.max_grad_norm = -1
     inject(grads_like(params))
     opt.first_step()
-    with pytest.raises(ValueError, match="max_grad_norm.*-1"):
+    with pytest.raises(ValueError, match=r"max_grad_norm.*-1"):
         opt.second_step()
     opt.restore()
     assert_bits(params, before)
@@ -468,7 +465,7 @@ def test_a_checkpoint_of_another_class_is_refused(pair, backend):
     theirs, ours = pair
     _, other = make(theirs, backend, **({"momentum": 0.9} if theirs is SGD else {}))
     step(other)
-    params, opt = make(ours, backend)
+    _, opt = make(ours, backend)
     step(opt)
     state, groups = opt.state, opt.param_groups
     with pytest.raises(ValueError, match=f"checkpoint is not one of {ours.__name__}"):
@@ -511,7 +508,7 @@ def test_a_state_that_does_not_fit_is_named(case, backend):
 
 
 def test_a_checkpoint_with_a_state_of_a_wrong_shape_is_refused(backend):
-    params, opt = make(SGD, backend, momentum=0.9)
+    _, opt = make(SGD, backend, momentum=0.9)
     step(opt)
     state = opt.state_dict()
     state["state"][1] = {"momentum_buffer": torch.ones(1)}
