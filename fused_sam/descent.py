@@ -17,6 +17,7 @@ from .facts import Facts
 from .gradients import are_there, mark_used, put_back
 from .modes import working
 from .onepass import OnePass, decay_ahead
+from .rules import check_options
 from .scaling import clip_scale, found_nonfinite
 
 
@@ -76,6 +77,9 @@ class Descent(OnePass):
         with working():
             grads = self._gradients()
             engine, groups = facts.engine, self.param_groups
+            if (rule := engine.layout.rule) is not None:
+                for group in groups:
+                    check_options(rule, group)
             rows: Groups = groups
             if check_finite or max_grad_norm is not None:
                 sq_norm = engine.number(engine.reduce(SQUARES, grads, groups))
@@ -85,7 +89,7 @@ class Descent(OnePass):
                     found_inf = found_nonfinite(first, sq_norm, found_inf)
                 if max_grad_norm is not None:
                     grad_scale = clip_scale(sq_norm.sqrt(), max_grad_norm, grad_scale)
-            if engine.layout.rule is not None:
+            if rule is not None:
                 if ahead is not None:
                     grads, rows = decay_ahead(engine.buckets, grads, groups, grad_scale)
                 engine.update(PLAIN, grads, rows, self.state, grad_scale, found_inf)

@@ -330,11 +330,13 @@ class FusedSAM(Descent):
                     self._run(closure, self.second_pass() if twice and attached else None)
             self._descend(found_inf, check_finite=scaled)
         except BaseException:
-            self.restore()
-            if not theirs:
-                self.zero_grad()  # or half a gradient would be taken for that of w
-            # What a GradScaler has set it takes back only after a step that returns.
-            facts.scaler.handed.clear()
+            try:
+                self.restore()
+            finally:
+                if not theirs:
+                    self.zero_grad()  # or half a gradient would be taken for that of w
+                # What a GradScaler has set it takes back only after a step that returns.
+                facts.scaler.handed.clear()
             raise
         return loss
 

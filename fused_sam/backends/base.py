@@ -144,7 +144,11 @@ class Backend:
         """
         # torch's kernels take a float32 grad_scale, and skip only if found_inf is exactly 1.
         kernel = rule.kernel if _has_fused(bucket) else None
-        if grad_scale is not None and bucket.dtype != torch.float32:
+        # They unscale in place, which is once too often where two parameters have one gradient.
+        known = [address for address in grads.addresses if address]
+        if grad_scale is not None and (
+            bucket.dtype != torch.float32 or len(set(known)) < len(known)
+        ):
             kernel = None
         if found_inf is not None:
             found_inf = (found_inf != 0).float()
@@ -194,8 +198,10 @@ class Backend:
             grads: the parameters' own; overwritten.
             grad_scale: (), compute dtype, on the bucket's device: gradients are divided by it.
         """
+        done = set()  # two parameters may have one gradient
         for grad in grads:
-            if grad is not None:
+            if grad is not None and (address := Tensor.data_ptr(grad)) not in done:
+                done.add(address)
                 # In the compute dtype: float16 does not hold every scale.
                 value = grad.to(torch.promote_types(grad.dtype, bucket.compute_dtype))
                 grad.copy_(blend.gradient(value if grad_scale is None else value / grad_scale))
