@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import blends
 from .ascents import SQUARES, Choice, chosen
-from .blends import PLAIN
 from .checks import (
     as_groups,
     check_base,
@@ -28,7 +28,7 @@ from .compiling import prepare
 from .gradients import are_fresh, are_there, mark_used, pairs_of, put_aside, put_back
 from .memory import Gradients
 from .modes import working
-from .options import ADAPTIVE, ASCENT, ETA, RHO, check_max_grad_norm, check_values
+from .options import ADAPTIVE, ASCENT, BLEND, ETA, RHO, check_max_grad_norm, check_values
 from .passes import Passes
 from .scaling import clip_scale, found_nonfinite
 from .schedule import Always, When, check_when
@@ -70,6 +70,8 @@ class FusedSAM(Passes):
         ascent: which climb, a member of ``fused_sam.ascents``. None: these parameters take no part
             in the climb, neither in the norm, and step all the same. That is for some of the
             groups: SAM-ON (Mueller et al. 2023) leaves it to the layers that normalise.
+        blend: which gradient the base optimizer sees, a member of ``fused_sam.blends``. None: the
+            one at w + epsilon. A blend keeps the gradient at w: one more copy of the parameters.
         max_grad_norm: clip the second gradient to this L2 norm, as
             ``torch.nn.utils.clip_grad_norm_`` does.
         backend: ``"auto"`` or the name of one; ``optimizer.backend`` tells which runs.
@@ -102,13 +104,14 @@ class FusedSAM(Passes):
         *,
         eta: float = ETA.default,
         ascent: Choice | str | None = ASCENT.default,
+        blend: blends.Choice | str | None = BLEND.default,
         max_grad_norm: float | None = None,
         backend: str = "auto",
         model: nn.Module | None = None,
         when: When = Always(),  # noqa: B008
         **base_kwargs: Any,
     ) -> None:
-        options = with_defaults(rho=rho, adaptive=adaptive, eta=eta, ascent=ascent)
+        options = with_defaults(rho=rho, adaptive=adaptive, eta=eta, ascent=ascent, blend=blend)
         check_caller()
         check_base(base_optimizer)
         keywords = list(inspect.signature(FusedSAM).parameters)[:-1]  # the last is base_kwargs
@@ -129,6 +132,7 @@ class FusedSAM(Passes):
         *,
         eta: float = ETA.default,
         ascent: Choice | str | None = ASCENT.default,
+        blend: blends.Choice | str | None = BLEND.default,
         max_grad_norm: float | None = None,
         backend: str = "auto",
         model: nn.Module | None = None,
@@ -143,7 +147,7 @@ class FusedSAM(Passes):
                 f"FusedSAM.wrap takes a torch.optim.Optimizer that is not a FusedSAM, "
                 f"got {type(optimizer).__name__}"
             )
-        options = with_defaults(rho=rho, adaptive=adaptive, eta=eta, ascent=ascent)
+        options = with_defaults(rho=rho, adaptive=adaptive, eta=eta, ascent=ascent, blend=blend)
         check_base(type(optimizer))
         check_groups([{**options, **group} for group in optimizer.param_groups])
         self = cls.__new__(cls)
@@ -255,7 +259,7 @@ class FusedSAM(Passes):
             groups = self.param_groups
             for group in groups:
                 check_values(group)
-            ascent = chosen(groups)
+            ascent, blend = chosen(groups), blends.chosen(groups)
             climbing = next((g for g in groups if g["ascent"] is not None), {})
             facts.scale = scale
             facts.decision = self._when.decide(groups[0], lambda: self._sq_norm(grads))
@@ -267,7 +271,8 @@ class FusedSAM(Passes):
                 # From here on restore() is needed. Which weights are away the buckets know.
                 facts.number += 1
                 facts.leave()
-                facts.total = facts.engine.climb(ascent, grads, groups, facts.number)
+                keep = blend is not None
+                facts.total = facts.engine.climb(ascent, grads, groups, facts.number, keep)
                 facts.norm = functools.partial(ascent.norm, climbing)
             except BaseException:
                 self.restore()
@@ -427,6 +432,9 @@ class FusedSAM(Passes):
         if facts.aside and not there:
             put_back(facts.aside)
         between, memory = facts.between, facts.decision.memory
+        blend = blends.chosen(self.param_groups) if facts.perturbed else None
+        if blend is not None:
+            self._refuse_unscaled(blend)
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None) if not check_finite else found_inf
         if not isinstance(found_inf, Tensor):
@@ -440,6 +448,7 @@ class FusedSAM(Passes):
         with working():
             grads = self._gradients()
             engine, groups = self._facts.engine, self.param_groups
+            blending = None if blend is None else engine.blending(blend, grads, groups)
             if check_finite or self.max_grad_norm is not None:
                 sq_norm = engine.number(engine.reduce(SQUARES, grads, groups))
                 if check_finite:
@@ -447,12 +456,15 @@ class FusedSAM(Passes):
                     first = engine.number(total.sum()) if climbed and total is not None else sq_norm
                     found_inf = found_nonfinite(first, sq_norm, found_inf)
                 if self.max_grad_norm is not None:
+                    if blending is not None:
+                        climbing = next(g for g in groups if g["ascent"] is not None)
+                        sq_norm = blending.sq_norm(sq_norm, climbing)
                     grad_scale = clip_scale(sq_norm.sqrt(), self.max_grad_norm, grad_scale)
             if engine.layout.rule is not None:
-                engine.update(PLAIN, grads, groups, self.state, grad_scale, found_inf)
+                engine.update(blending, grads, groups, self.state, grad_scale, found_inf)
                 facts.perturbed = False
             else:
-                self._step_base(grad_scale, found_inf)
+                self._step_base(blending, grad_scale, found_inf)
         facts.arrive()
         for group in self.param_groups if between else ():
             group.update(memory)
@@ -473,14 +485,28 @@ class FusedSAM(Passes):
                 f"told: call first_step(scaler=scaler)"
             )
 
-    def _step_base(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _refuse_unscaled(self, blend: blends.Blend) -> None:
+        if hasattr(self, "found_inf") and not self._is_scaled():
+            self.restore()
+            raise RuntimeError(
+                f"scaler.unscale_(optimizer) between the two steps: blend={blend.key!r} needs the "
+                f"gradients of both passes at one scale; leave it out (to clip, pass "
+                f"max_grad_norm=... to FusedSAM)"
+            )
+
+    def _step_base(
+        self,
+        blending: blends.Blending | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
         """Return to w and let a base optimizer that has no rule step by itself."""
         self.restore()
         # Only here the host has to wait: the base optimizer cannot be told to skip on the device.
         if found_inf is not None and found_inf.item() != 0:
             return
-        if grad_scale is not None:
-            self._facts.engine.blend(PLAIN, grad_scale)
+        if grad_scale is not None or blending is not None:
+            self._facts.engine.blend(blending, self.param_groups, grad_scale)
         # Without torch's wrapper, which would run the global step hooks a second time.
         step = type(self.base_optimizer).step
         step = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step

@@ -61,8 +61,12 @@ ADAPTIVE = Option("adaptive", False, _check_flag)
 ETA = Option("eta", 0.0, check_size)
 ASCENT = Option("ascent", "sam", _check_member)
 P = Option("p", 2.0, _check_p)
+BLEND = Option("blend", None, _check_member)
+BLEND_ALPHA = Option("blend_alpha", 0.0, check_size)
 
-OPTIONS: Mapping[str, Option] = {option.name: option for option in (RHO, ADAPTIVE, ETA, ASCENT, P)}
+OPTIONS: Mapping[str, Option] = {
+    option.name: option for option in (RHO, ADAPTIVE, ETA, ASCENT, P, BLEND, BLEND_ALPHA)
+}
 """What a group holds besides the base optimizer's options, by name."""
 
 
