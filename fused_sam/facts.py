@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .attached import Attached
 from .backends.capture import Captures
 from .engine import Engine
 from .memory import Layout
 from .record import Record
+from .scaler import ScalerFacts
 from .schedule import Decision
 
 
@@ -34,9 +37,15 @@ class Facts:
         norm: which norm that is: of ``total``, ().
         attached: the model, if it is known.
         record: the random states of the first pass.
+        owner: the optimizer, and no proxy of it.
+        finishing: whether ``step`` is to be the second half, whatever ``perturbed`` says.
+        scaler: what a GradScaler did.
     """
 
-    def __init__(self, attached: Attached | None = None) -> None:
+    def __init__(self, owner: Optimizer, attached: Attached | None = None) -> None:
+        self.owner = weakref.ref(owner)
+        self.finishing = False
+        self.scaler = ScalerFacts()
         self.attached = attached or Attached()
         self.attached.follow(self)
         self.record = Record()
@@ -74,3 +83,4 @@ class Facts:
         self.aside = []
         self.attached.thaw()
         self.record.clear()
+        self.scaler.forget()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -71,14 +71,14 @@ class Blending:
         a, b = self.blend.coefficients(*self.numbers.unbind(), *self.blend.numbers(group))
         return a, b
 
-    def sq_norm(self, unblended: Tensor, group: Group) -> Tensor:
+    def sq_norm(self, unblended: Tensor, groups: Iterable[Group]) -> Tensor:
         """The squared norm of all that the base optimizer sees, ().
 
         Args:
             unblended: (), that of the gradients at w + epsilon, of groups that do not climb too.
-            group: one that climbs.
+            groups: the parameter groups, of which some climb, all by the same coefficients.
         """
-        a, b = self.coefficients(group)
+        a, b = self.coefficients(next(group for group in groups if group["ascent"] is not None))
         mixed, second, first = self.numbers.unbind()
         # 0 * inf is NaN: what is not looked at does not count.
         other = torch.where(b == 0, 0.0, b * (2 * a * mixed + b * first))
