@@ -59,8 +59,7 @@ class ScalerFacts:
 
     def check_blend(self, blend: str) -> None:
         """Raise if the gradients at w + epsilon are unscaled and those that are kept may not be."""
-        told = "found_inf" in self.handed and self.handed.get("grad_scale") is None
-        if told or self._unscaled_away:
+        if self._unscaled_away:
             raise RuntimeError(
                 f"scaler.unscale_(optimizer) was called after first_step(), and blend={blend!r} "
                 f"needs the gradients of both passes at one scale: leave it out (to clip, pass "
