@@ -140,6 +140,11 @@ def check_ahead(
             )
         if group["adaptive"]:
             raise ValueError(f"ascent={MSAM()} is not defined with adaptive=True; leave it out")
+        if group["blend"] is not None:
+            raise ValueError(
+                f"ascent={MSAM()} has one gradient, so blend={group['blend']!r} has no second one "
+                f"to blend it with; leave it out"
+            )
         if not isinstance(when, Always):
             raise ValueError(
                 f"ascent={MSAM()} has one pass in every step, so when={when} has no meaning; "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .ascents import SQUARES, chosen
+from . import ascents, blends
+from .ascents import SQUARES
 from .caches import forget_copies
 from .checks import check_clipping
 from .gradients import pairs_of, put_aside
@@ -55,7 +56,7 @@ class Climb(Passes):
                 to_numbers_(group)
                 check_values(group)
             _ = self.max_grad_norm  # before anything moves
-            ascent = chosen(groups)
+            ascent, blend = ascents.chosen(groups), blends.chosen(groups)
             facts.scale = scale
             facts.scale_matters = self._when.needs_norm or ascent.scale_matters
             if ascent.scale_matters and scale is not None:
@@ -72,9 +73,9 @@ class Climb(Passes):
                 # From here on restore() is needed. Which weights are away the buckets know.
                 facts.number += 1
                 facts.leave()
-                facts.climbed(
-                    ascent, groups, facts.engine.climb(ascent, grads, groups, facts.number)
-                )
+                keep = blend is not None
+                total = facts.engine.climb(ascent, grads, groups, facts.number, keep)
+                facts.climbed(ascent, groups, total)
             except BaseException:
                 self.restore()
                 raise
@@ -85,7 +86,7 @@ class Climb(Passes):
 
     def _closure_scale(self) -> float | None:
         """The loss scale that ``scaler.step(optimizer, closure)`` tells, where it matters."""
-        matters = self._when.needs_norm or chosen(self.param_groups).scale_matters
+        matters = self._when.needs_norm or ascents.chosen(self.param_groups).scale_matters
         return float(self.grad_scale) if matters and self._is_scaled() else None
 
     def _is_scaled(self) -> bool:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from .ascents import SQUARES
 from .backends import Groups
-from .blends import PLAIN
+from .blends import Blending, chosen
 from .caches import forget_copies
 from .facts import Facts
 from .gradients import are_there, mark_used, put_back
@@ -56,10 +56,13 @@ class Descent(OnePass):
         if between:
             self._refuse_unknown_scale()
         ahead = self._follows()
+        blend = chosen(self.param_groups) if climbed and ahead is None else None
         if ahead is not None:
             self._check_ahead()
         elif climbed:
             facts.scaler.check_descent()
+            if blend is not None:
+                facts.scaler.check_blend(blend.key)
             if there:
                 facts.record.check_complete()
         if facts.aside and not there:
@@ -81,6 +84,7 @@ class Descent(OnePass):
                 for group in groups:
                     check_options(rule, group)
             rows: Groups = groups
+            blending = None if blend is None else engine.blending(blend, grads, groups)
             if check_finite or max_grad_norm is not None:
                 sq_norm = engine.number(engine.reduce(SQUARES, grads, groups))
                 if check_finite:
@@ -88,14 +92,16 @@ class Descent(OnePass):
                     first = sq_norm if total is None else engine.number(total.sum())
                     found_inf = found_nonfinite(first, sq_norm, found_inf)
                 if max_grad_norm is not None:
+                    if blending is not None:
+                        sq_norm = blending.sq_norm(sq_norm, groups)
                     grad_scale = clip_scale(sq_norm.sqrt(), max_grad_norm, grad_scale)
             if rule is not None:
                 if ahead is not None:
                     grads, rows = decay_ahead(engine.buckets, grads, groups, grad_scale)
-                engine.update(PLAIN, grads, rows, self.state, grad_scale, found_inf)
+                engine.update(blending, grads, rows, self.state, grad_scale, found_inf)
                 facts.perturbed = False
             else:
-                self._step_base(grad_scale, found_inf)
+                self._step_base(blending, grad_scale, found_inf)
         facts.arrive()
         if ahead is not None:
             with working():
@@ -123,14 +129,16 @@ class Descent(OnePass):
                 f"not told: call first_step(scaler=scaler)"
             )
 
-    def _step_base(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _step_base(
+        self, blending: Blending | None, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
         """Return to w and let a base optimizer that has no rule step by itself."""
         self.restore()
         # Only here the host has to wait: the base optimizer cannot be told to skip on the device.
         if found_inf is not None and found_inf.item() != 0:
             return
-        if grad_scale is not None:
-            self._facts.engine.blend(PLAIN, grad_scale)
+        if grad_scale is not None or blending is not None:
+            self._facts.engine.blend(blending, self.param_groups, grad_scale)
         # Without torch's wrapper, which would run the global step hooks a second time.
         step = type(self.base_optimizer).step
         step = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
