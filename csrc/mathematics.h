@@ -590,6 +590,39 @@ struct PNorm {
   }
 };
 
+// climbs by the numbers of SamNorm
+struct Usam {
+  static constexpr int kColumns = SamNorm::kColumns;
+  static constexpr int kNumbers = 1;  // reduced before it climbs
+  template <typename T>
+  using Columns = SamNorm::Columns<T>;
+  template <typename T>
+  struct Scalars {
+    T scale;
+    T adaptive;
+    T eta;
+  };
+
+  template <typename T>
+  static FUSED_SAM_INLINE Scalars<T> scalars(const Columns<T>& columns_,
+                                             [[maybe_unused]] const double* numbers_) {
+    [[maybe_unused]] T sq_norm = T(numbers_[0]);
+    [[maybe_unused]] T rho = columns_.rho;
+    [[maybe_unused]] T adaptive = columns_.adaptive;
+    [[maybe_unused]] T eta = columns_.eta;
+    return {words::where(words::is_finite(sq_norm), rho, T(0.0)), adaptive, eta};
+  }
+
+  template <typename T>
+  static FUSED_SAM_INLINE T move(T param, T grad, const Scalars<T>& scalars_) {
+    [[maybe_unused]] T scale = scalars_.scale;
+    [[maybe_unused]] T adaptive = scalars_.adaptive;
+    [[maybe_unused]] T eta = scalars_.eta;
+    auto t = words::where((adaptive != T(0)), (words::abs(param) + eta), T(1.0));
+    return (param + (scale * ((t * t) * grad)));
+  }
+};
+
 struct Coefficients {
   double a, b;
 };
@@ -621,7 +654,7 @@ struct Gsam {
 
 constexpr int kNumRules = 5;
 constexpr int kNumSums = 5;
-constexpr int kNumAscents = 2;
+constexpr int kNumAscents = 3;
 constexpr int kNumBlends = 1;
 
 }  // namespace fused_sam
@@ -630,8 +663,8 @@ constexpr int kNumBlends = 1;
 
 #define FUSED_SAM_SUMS(_) _(SamNorm) _(PNormMax) _(PNormSum) _(Squares) _(Gram)
 
-#define FUSED_SAM_ASCENTS(_) _(Sam) _(PNorm)
+#define FUSED_SAM_ASCENTS(_) _(Sam) _(PNorm) _(Usam)
 
 #define FUSED_SAM_BLENDS(_) _(Gsam)
 
-#define FUSED_SAM_MATHEMATICS "a4a74f1247da13bc"
+#define FUSED_SAM_MATHEMATICS "3008f17408a23633"

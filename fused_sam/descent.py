@@ -10,16 +10,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .ascents import SQUARES
+from .backends import Groups
 from .blends import Blending, chosen
 from .caches import forget_copies
-from .climb import Climb
 from .facts import Facts
 from .gradients import are_there, mark_used, put_back
 from .modes import working
+from .onepass import OnePass, decay_ahead
+from .rules import check_options
 from .scaling import clip_scale, found_nonfinite
 
 
-class Descent(Climb):
+class Descent(OnePass):
     """The part of ``FusedSAM`` that returns and updates."""
 
     # GradScaler then calls step() in every case and hands over grad_scale and found_inf: so that
@@ -54,7 +56,10 @@ class Descent(Climb):
         if between:
             self._refuse_unknown_scale()
         blend = chosen(self.param_groups) if climbed else None
-        if climbed:
+        ahead = self._follows()
+        if ahead is not None:
+            self._check_ahead()
+        elif climbed:
             facts.scaler.check_descent()
             if blend is not None:
                 facts.scaler.check_blend(blend.key)
@@ -75,6 +80,10 @@ class Descent(Climb):
         with working():
             grads = self._gradients()
             engine, groups = facts.engine, self.param_groups
+            if (rule := engine.layout.rule) is not None:
+                for group in groups:
+                    check_options(rule, group)
+            rows: Groups = groups
             blending = None if blend is None else engine.blending(blend, grads, groups)
             if check_finite or max_grad_norm is not None:
                 sq_norm = engine.number(engine.reduce(SQUARES, grads, groups))
@@ -86,12 +95,17 @@ class Descent(Climb):
                     if blending is not None:
                         sq_norm = blending.sq_norm(sq_norm, groups)
                     grad_scale = clip_scale(sq_norm.sqrt(), max_grad_norm, grad_scale)
-            if engine.layout.rule is not None:
-                engine.update(blending, grads, groups, self.state, grad_scale, found_inf)
+            if rule is not None:
+                if ahead is not None:
+                    grads, rows = decay_ahead(engine.buckets, grads, groups, grad_scale)
+                engine.update(blending, grads, rows, self.state, grad_scale, found_inf)
                 facts.perturbed = False
             else:
                 self._step_base(blending, grad_scale, found_inf)
         facts.arrive()
+        if ahead is not None:
+            with working():
+                self._go_ahead(ahead, [bucket_grads.present for bucket_grads in grads])
         forget_copies()
         for group in self.param_groups if between else ():
             group.update(memory)
@@ -106,11 +120,13 @@ class Descent(Climb):
             optimizer._opt_called = True  # type: ignore[union-attr]
 
     def _refuse_unknown_scale(self) -> None:
-        if self._when.needs_norm and self._is_scaled() and self._facts.scale is None:
+        facts = self._facts
+        if facts.scale_matters and self._is_scaled() and facts.scale is None:
             self.restore()
             raise RuntimeError(
-                f"{self._when} judges the size of the gradients at w, and their loss scale was not "
-                f"told: call first_step(scaler=scaler)"
+                f"the step depends on the size of the gradients at w (ascent="
+                f"{self.param_groups[0]['ascent']!r}, when={self._when}), and their loss scale was "
+                f"not told: call first_step(scaler=scaler)"
             )
 
     def _step_base(

@@ -75,6 +75,13 @@ class Engine:
         climbing = [_climbing(b, g, groups) for b, g in zip(self.buckets, grads, strict=True)]
         return Blending(blend, self.reduce(GRAM, climbing, groups))
 
+    def take_in(self, state: State, groups: Groups) -> None:
+        """Notice optimizer state that was replaced since the last step."""
+        states = self.layout.states
+        if not states.is_current(state):
+            check_states(self.layout.rule, groups, state)
+            states.adopt(state, groups)
+
     def update(
         self,
         blending: Blending | None,
@@ -87,9 +94,7 @@ class Engine:
         """Return to w and step by the rule, which there must be."""
         rule, states = self.layout.rule, self.layout.states
         assert rule is not None
-        if not states.is_current(state):
-            check_states(rule, groups, state)
-            states.adopt(state, groups)
+        self.take_in(state, groups)
         for backend, bucket, bucket_grads in self._each(grads):
             bucket.settle()
             away = bucket.perturbed

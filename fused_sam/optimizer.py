@@ -321,16 +321,19 @@ class FusedSAM(Descent):
                 no gradient, or comes after ``GradScaler.unscale_``.
         """
         facts = self._facts
+        one_pass = self._follows() is not None
         finishing = facts.between or facts.finishing
         if closure is None:
-            if finishing:
-                self._descend()
-            elif self._wants_only_state():
+            if not finishing and self._wants_only_state():
                 self._initialize_state()
+            elif finishing or one_pass:
+                self._descend()
             else:
                 raise RuntimeError(f"step() without first_step() before, nor a closure. {WAYS}")
             return None
         facts.scaler.check_closure()
+        if one_pass and not finishing:
+            return self._step_once(closure)
         scaled = hasattr(self, "found_inf")
         loss, found_inf, theirs = None, getattr(self, "found_inf", None), True
         attached = facts.attached.model is not None
@@ -351,15 +354,27 @@ class FusedSAM(Descent):
                     self._run(closure, self.second_pass() if twice and attached else None)
             self._descend(found_inf, check_finite=scaled)
         except BaseException:
-            self.restore()
-            if not theirs:
-                self.zero_grad()  # or half a gradient would be taken for that of w
-            # What a GradScaler has set it takes back only after a step that returns.
-            facts.scaler.handed.clear()
+            try:
+                self.restore()
+            finally:
+                if not theirs:
+                    self.zero_grad()  # or half a gradient would be taken for that of w
+                # What a GradScaler has set it takes back only after a step that returns.
+                facts.scaler.handed.clear()
             raise
         return loss
 
     step.hooked = True  # type: ignore[attr-defined]  # torch does not wrap it once more
+
+    def _step_once(self, closure: Closure) -> Any:
+        """A step of one pass: nothing moves before the closure has returned."""
+        try:
+            value = self._run(closure)
+            self._descend(check_finite=hasattr(self, "found_inf"))
+        except BaseException:
+            self._facts.scaler.handed.clear()
+            raise
+        return value
 
     def _run(self, closure: Closure, block: AbstractContextManager[Any] | None = None) -> Any:
         with torch.enable_grad(), block or nullcontext():

@@ -29,7 +29,11 @@ def check_size(name: str, value: Any) -> None:
     """Raise unless ``value`` is a finite number >= 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and value >= 0):
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite and >= 0, got an int beyond all floats") from None
+    if not (finite and value >= 0):
         raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
 
 

@@ -55,7 +55,17 @@ def real(tensor):
 
 
 def params_of(opt):
-    return [p for group in opt.param_groups for p in group["params"]]
+    return [p for group in groups_of(opt) for p in group["params"]]
+
+
+def groups_of(opt):
+    """The groups; a parameter that stands there several times belongs where it stands first."""
+    groups, seen = [], set()
+    for group in opt.param_groups:
+        params = list({id(p): p for p in group["params"] if id(p) not in seen}.values())
+        seen.update(map(id, params))
+        groups.append({**group, "params": params})
+    return groups
 
 
 def bits(tensor):
@@ -426,7 +436,7 @@ class Textbook:
         grads = {p: grads.get(p) for p in params}
         inject(grads)
         # A group added to the base optimizer takes the defaults.
-        groups = [{**{k: opt.defaults[k] for k in ASCENT}, **group} for group in opt.param_groups]
+        groups = [{**{k: opt.defaults[k] for k in ASCENT}, **group} for group in groups_of(opt)]
         expected, norm = climb(groups, {p: exact(self.weights[p]) for p in params}, grads)
         opt.first_step()
         assert opt.is_perturbed
@@ -447,7 +457,7 @@ class Textbook:
         grads = {p: grads.get(p) for p in params}
         expected, expected_state = descend(
             type(opt.base_optimizer),
-            opt.param_groups,
+            groups_of(opt),
             {p: exact(self.weights[p]) for p in params},
             {p: self.state[p] for p in params},
             blend(opt.param_groups, self.first, grads),

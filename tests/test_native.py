@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_sam import FusedSAM, info
+from fused_sam import FusedSAM, backends, info
 from fused_sam.ascents import ASCENTS
 from fused_sam.backends import native, resolve, tables
 from fused_sam.backends.native import library, operations, translate
@@ -409,6 +410,99 @@ def test_a_library_that_cannot_be_loaded_says_so(monkeypatch, tmp_path):
         assert f"cannot be loaded ({error.value})" in native.missing("cpu")
     finally:
         native.missing.cache_clear()
+
+
+@needs_native
+@pytest.mark.parametrize("left", [0, 63, 64, 0.5, -1])
+def test_a_library_that_is_cut_short_is_not_loaded(left, monkeypatch, tmp_path):
+    """The loader ended the process, by a bus error; and "auto" said nothing of an empty one."""
+    if sys.platform != "linux":
+        pytest.skip("loaders of other systems look for themselves")
+    whole = library._library("_native").read_bytes()
+    short = tmp_path / "_native.abi3.so"
+    short.write_bytes(whole[: int(left * len(whole)) if isinstance(left, float) else left])
+    native.missing.cache_clear()
+    monkeypatch.setattr(library, "_library", lambda name: short)
+    monkeypatch.setattr(library, "_is_registered", lambda device_type: False)
+    backends._say_once.cache_clear()
+    try:
+        assert "is cut short, or empty; build it again" in native.missing("cpu")
+        with pytest.warns(UserWarning, match=r"cut short.*the slower 'reference'"):
+            assert resolve("auto", torch.device("cpu")).name == "reference"
+        assert resolve("auto", torch.device("cpu")).name == "reference"  # it is said once
+    finally:
+        native.missing.cache_clear()
+        backends._say_once.cache_clear()
+
+
+def test_info_tells_of_a_bad_wish_for_kernels():
+    """It ended in a traceback."""
+    done = subprocess.run(
+        [sys.executable, "-m", "fused_sam.info"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "FUSED_SAM_CPU": "sse9"},
+    )
+    assert done.returncode == 0, done.stderr
+    if library._library("_native") is not None:
+        assert "missing: FUSED_SAM_CPU='sse9' names no kernels" in done.stdout
+
+
+FEATURES = {
+    "SSE3": "sse3",
+    "SSSE3": "ssse3",
+    "SSE4_1": "sse4.1",
+    "SSE4_2": "sse4.2",
+    "POPCNT": "popcnt",
+    "GCC_HAVE_SYNC_COMPARE_AND_SWAP_16": "has_cx16",
+    "LAHF_SAHF": "has_lahf",
+    "AVX": "avx",
+    "AVX2": "avx2",
+    "FMA": "fma",
+    "BMI": "bmi",
+    "BMI2": "bmi2",
+    "F16C": "has_f16c",
+    "LZCNT": "has_lzcnt",
+    "MOVBE": "has_movbe",
+    "AVX512F": "avx512f",
+    "AVX512BW": "avx512bw",
+    "AVX512CD": "avx512cd",
+    "AVX512DQ": "avx512dq",
+    "AVX512VL": "avx512vl",
+}
+"""What dispatch.cpp calls the features whose macros a compiler defines."""
+OTHERS = {"SSE", "SSE2", "SSE_MATH", "SSE2_MATH", "MMX", "FXSR", "k8"}  # every x86-64 has them
+NO_INSTRUCTIONS = {"XSAVE", "EVEX512", "CRC32"}
+"""What the system does, a length of vectors, and a part of SSE4.2."""
+
+
+@pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="csrc/ is not here")
+@pytest.mark.parametrize("level", ["v2", "v3", "v4"])
+def test_the_cpu_is_asked_for_all_that_the_compiler_was_allowed(level):
+    """LZCNT, MOVBE and F16C were not asked for: a CPU without them would stop at an instruction."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None or platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("needs a compiler for x86-64")
+
+    def macros(march):
+        told = subprocess.run(
+            [compiler, f"-march={march}", "-dM", "-E", "-x", "c++", os.devnull],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return set(re.findall(r"#define __(\w+?)(?:__)? 1$", told.stdout, re.MULTILINE))
+
+    before = {"v2": "x86-64", "v3": "x86-64-v2", "v4": "x86-64-v3"}[level]
+    new = macros(f"x86-64-{level}") - macros(before)
+    allowed = {macro for macro in new if not macro.startswith("FP_FAST")}
+    unknown = allowed - FEATURES.keys() - OTHERS - NO_INSTRUCTIONS
+    assert not unknown, f"a compiler may use {unknown}, of which this test does not know"
+    source = (ROOT / "csrc" / "cpu" / "dispatch.cpp").read_text()
+    body = source.split(f"static bool has_{level}() {{")[1].split("}")[0]
+    for feature in allowed & FEATURES.keys():
+        asked = FEATURES[feature]
+        assert f'"{asked}"' in body or re.search(rf"&& {asked}\b", body), feature
 
 
 @needs_native

@@ -169,7 +169,7 @@ void restore_(Tensor weights, std::vector<Tensor> pinned, Tensor climb, Tensor s
   set_climb(climb, saved, 0);
 }
 
-std::string cpu_kernels() { return kernels().name; }
+std::string cpu_kernels() { return run_here() ? kernels().name : "none"; }
 
 std::string mathematics() { return FUSED_SAM_MATHEMATICS; }
 

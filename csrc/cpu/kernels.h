@@ -58,4 +58,7 @@ struct Kernels {
 // The best set that this machine can run; FUSED_SAM_CPU names another one.
 const Kernels& kernels();
 
+// Whether this machine can run any of them.
+bool run_here();
+
 }  // namespace fused_sam

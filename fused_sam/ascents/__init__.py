@@ -8,18 +8,25 @@ from ..agreement import agreed
 from ..rules.base import Group
 from .base import Ascent, Choice, Sums
 from .gram import GRAM
+from .msam import ASCENT as _MSAM
+from .msam import MSAM
 from .pnorm import ASCENT as _PNORM
 from .pnorm import PNorm
 from .sam import ASCENT as _SAM
 from .sam import SAM
 from .squares import SQUARES
+from .usam import ASCENT as _USAM
+from .usam import USAM
 
 __all__ = [
     "ASCENTS",
     "GRAM",
+    "KERNELS",
+    "MSAM",
     "SAM",
     "SQUARES",
     "SUMS",
+    "USAM",
     "Ascent",
     "Choice",
     "PNorm",
@@ -27,13 +34,17 @@ __all__ = [
     "chosen",
 ]
 
-ASCENTS: Mapping[str, Ascent] = {ascent.key: ascent for ascent in (_SAM, _PNORM)}
+ASCENTS: Mapping[str, Ascent] = {ascent.key: ascent for ascent in (_SAM, _PNORM, _USAM, _MSAM)}
 """By what a group's ``ascent`` says."""
 
-SUMS: tuple[Sums, ...] = (
-    *[sums for ascent in ASCENTS.values() for sums in ascent.sums.chain],
-    SQUARES,
-    GRAM,
+KERNELS: tuple[Ascent, ...] = tuple({ascent.name: ascent for ascent in ASCENTS.values()}.values())
+"""Those that have mathematics of their own."""
+
+SUMS: tuple[Sums, ...] = tuple(
+    {
+        sums.name: sums
+        for sums in (*[sums for ascent in KERNELS for sums in ascent.sums.chain], SQUARES, GRAM)
+    }.values()
 )
 """All that is ever reduced."""
 

@@ -101,6 +101,9 @@ class Ascent:
         norm: the norm that it climbs by, (), of a climbing group's options and all the numbers.
         real: whether a group's options leave complex parameters undefined.
         shared: options on which all groups that climb must agree.
+        scale_matters: whether a loss scale changes the climb: then it has to be told.
+        along_momentum: whether the climb follows a step, against the momentum, and stays until the
+            next one; ``grad`` is then the momentum.
     """
 
     key: str
@@ -112,6 +115,8 @@ class Ascent:
     kernel: Callable[[Group], Kernel | None] = _no_kernel
     real: Callable[[Group], bool] = _never
     shared: tuple[str, ...] = ()
+    scale_matters: bool = False
+    along_momentum: bool = False
 
 
 Kernel = Callable[[list[Tensor], list[Tensor], Tensor], None]

@@ -156,7 +156,11 @@ class Backend:
         """
         # torch's kernels take a float32 grad_scale, and skip only if found_inf is exactly 1.
         kernel = rule.kernel if _has_fused(bucket) else None
-        if grad_scale is not None and bucket.dtype != torch.float32:
+        # They unscale in place, which is once too often where two parameters have one gradient.
+        known = [address for address in grads.addresses if address]
+        if grad_scale is not None and (
+            bucket.dtype != torch.float32 or len(set(known)) < len(known)
+        ):
             kernel = None
         if found_inf is not None:
             found_inf = (found_inf != 0).float()
@@ -213,9 +217,11 @@ class Backend:
             groups: the options of each row.
             grad_scale: (), compute dtype, on the bucket's device: gradients are divided by it.
         """
+        done = set()  # two parameters may have one gradient
         for slot, held, grad in zip(bucket.slots, bucket.held, grads, strict=True):
-            if grad is None:
+            if grad is None or (address := Tensor.data_ptr(grad)) in done:
                 continue
+            done.add(address)
             # In the compute dtype: float16 does not hold every scale.
             value = grad.to(torch.promote_types(grad.dtype, bucket.compute_dtype))
             group = groups[slot.row]

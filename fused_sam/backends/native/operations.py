@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...ascents import ASCENTS, SUMS, Ascent, Sums
+from ...ascents import KERNELS, SUMS, Ascent, Sums
 from ...blends import BLENDS, Blending
 from ...memory import Bucket, Gradients
 from ...rules import STEP, Rule
@@ -17,7 +17,7 @@ CHUNK = 4096
 """Elements that a block of threads takes at a time: ``kChunk`` in csrc/cuda/launch.h."""
 
 _SUMS = {sums.name: i for i, sums in enumerate(SUMS)}
-_ASCENTS = {ascent.name: i for i, ascent in enumerate(ASCENTS.values())}
+_ASCENTS = {ascent.name: i for i, ascent in enumerate(KERNELS)}
 _RULES = {rule.name: i for i, rule in enumerate(rules())}
 _BLENDS = {blend.name: i for i, blend in enumerate(BLENDS.values())}
 """The numbers of the values in csrc/mathematics.h."""

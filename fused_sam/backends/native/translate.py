@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from ... import text as words
-from ...ascents import ASCENTS, SUMS, Ascent, Sums
+from ...ascents import KERNELS, SUMS, Ascent, Sums
 from ...blends import BLENDS, Blend
 from ...rules import RULES, Rule
 from ...text import Text
@@ -325,18 +325,18 @@ def header() -> str:
         "}  // namespace words\n",
         *map(_rule, rules()),
         *map(_sums, SUMS),
-        *map(_ascent, ASCENTS.values()),
+        *map(_ascent, KERNELS),
         "struct Coefficients {\n  double a, b;\n};\n",
         *map(_blend, BLENDS.values()),
         _FOOT,
         f"constexpr int kNumRules = {len(rules())};",
         f"constexpr int kNumSums = {len(SUMS)};",
-        f"constexpr int kNumAscents = {len(ASCENTS)};",
+        f"constexpr int kNumAscents = {len(KERNELS)};",
         f"constexpr int kNumBlends = {len(BLENDS)};\n",
         "}  // namespace fused_sam\n",
         _list("FUSED_SAM_RULES", [rule.name for rule in rules()]),
         _list("FUSED_SAM_SUMS", [sums.name for sums in SUMS]),
-        _list("FUSED_SAM_ASCENTS", [ascent.name for ascent in ASCENTS.values()]),
+        _list("FUSED_SAM_ASCENTS", [ascent.name for ascent in KERNELS]),
         _list("FUSED_SAM_BLENDS", [blend.name for blend in BLENDS.values()]),
     ]
     return "\n".join(parts)
