@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .attached import Attached
 from .backends.capture import Captures
 from .engine import Engine
 from .memory import Layout
 from .record import Record
+from .scaler import ScalerFacts
 from .schedule import Decision
 
 
@@ -28,12 +33,19 @@ class Facts:
         aside: the gradients of a half-done step at w: its own, unless a second backward comes.
         scale: the loss scale of the gradients at w, as far as first_step was told; else None.
         number: of the last climb.
-        total: (1,) float64, what the last climb reduced: the squared norm; None before the first.
+        total: (k,) float64, what the last climb reduced; None before the first.
+        norm: which norm that is: of ``total``, ().
         attached: the model, if it is known.
         record: the random states of the first pass.
+        owner: the optimizer, and no proxy of it.
+        finishing: whether ``step`` is to be the second half, whatever ``perturbed`` says.
+        scaler: what a GradScaler did.
     """
 
-    def __init__(self, attached: Attached | None = None) -> None:
+    def __init__(self, owner: Optimizer, attached: Attached | None = None) -> None:
+        self.owner = weakref.ref(owner)
+        self.finishing = False
+        self.scaler = ScalerFacts()
         self.attached = attached or Attached()
         self.attached.follow(self)
         self.record = Record()
@@ -46,6 +58,7 @@ class Facts:
         self.scale: float | None = None
         self.number = 0
         self.total: Tensor | None = None
+        self.norm: Callable[[Tensor], Tensor] = torch.sum  # before the first climb nobody asks
 
     def devices(self) -> list[torch.device]:
         """Where random numbers may be drawn: the parameters' devices, and all GPUs in use."""
@@ -70,3 +83,4 @@ class Facts:
         self.aside = []
         self.attached.thaw()
         self.record.clear()
+        self.scaler.forget()

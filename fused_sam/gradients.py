@@ -38,7 +38,7 @@ def are_fresh(groups: Groups) -> bool:
 
 def are_there(groups: Groups) -> bool:
     """Whether some parameter has a gradient."""
-    return any([p.grad is not None for group in groups for p in group["params"]])
+    return any(p.grad is not None for group in groups for p in group["params"])
 
 
 def pairs_of(groups: Groups) -> list[tuple[Tensor, Tensor]]:
