@@ -54,16 +54,20 @@ class Checkpointing(Following):
         rates = [group.get("lr") for group in self.param_groups]
         names = (*OPTIONS, *self.when.memory)
         kept = [{name: group[name] for name in names} for group in self.param_groups]
-        base = self.base_optimizer
-        before = base.state, base.param_groups
+        base, rule = self.base_optimizer, RULES.get(type(self.base_optimizer))
+        before = {"state": base.state, "param_groups": base.param_groups}
         try:
             base.load_state_dict(state_dict)
-            for group, options in zip(self.param_groups, kept, strict=False):
+            for group, options in zip(base.param_groups, kept, strict=False):
                 for name, value in options.items():
                     group.setdefault(name, value)
-            self._check_loaded()
+            if rule is not None:
+                for group in base.param_groups:
+                    check_options(rule, group)
+            check_states(rule, base.param_groups, base.state)
         except BaseException as error:
-            base.state, base.param_groups = before
+            if rule is not None:
+                base.__dict__.update(before)
             if isinstance(error, KeyError):
                 raise ValueError(
                     f"the checkpoint is not one of {type(base).__name__}, it lacks {error}"
@@ -74,13 +78,6 @@ class Checkpointing(Following):
                 self._load_into_graphs(rates)
         for load_hook in self._optimizer_load_state_dict_post_hooks.values():
             load_hook(self)
-
-    def _check_loaded(self) -> None:
-        """Raise if what was loaded is not for this class, or these parameters."""
-        if (rule := RULES.get(type(self.base_optimizer))) is not None:
-            for group in self.param_groups:
-                check_options(rule, group)
-            check_states(rule, self.param_groups, self.state)
 
     def _load_into_graphs(self, rates: list[Any]) -> None:
         """Put what was loaded where captured graphs read it: a replay asks nobody.
@@ -119,7 +116,7 @@ class Checkpointing(Following):
         if self._facts.perturbed:
             raise RuntimeError(
                 f"{what} while the weights are perturbed would keep w + epsilon; "
-                f"call second_step() or restore() first"
+                f"call second_step() or restore() first; with ascent=MSAM() optimizer.eval()"
             )
 
 

@@ -16,7 +16,6 @@ from fused_sam import FusedSAM, backends, info
 from fused_sam.ascents import ASCENTS
 from fused_sam.backends import native, resolve, tables
 from fused_sam.backends.native import library, operations, translate
-from fused_sam.blends import PLAIN
 from fused_sam.memory import Bucket
 from fused_sam.memory.window import must_stay
 from fused_sam.rules import ADAM, SGD
@@ -65,14 +64,14 @@ def test_operations_do_what_their_schemas_say(pinned):
     )
     start = bucket.weights, own.pinned, bucket.saved
     ops = torch.ops.fused_sam
-    torch.library.opcheck(ops.reduce.default, (*start, None, *places, *ascent, 0))
+    torch.library.opcheck(ops.reduce.default, (*start, None, None, None, *places, *ascent, 0))
     total = torch.ones(1, dtype=torch.float64)
     torch.library.opcheck(
-        ops.ascend_.default, (*start, bucket.climb, *places, *ascent, total, 1, 0)
+        ops.ascend_.default, (*start, None, bucket.climb, *places, *ascent, total, 1, 0)
     )
     adam = dict(torch.optim.AdamW(params, amsgrad=True).param_groups[0])
     numbers, _ = tables.rule_rows(ADAM, [adam], [0])
-    flags = own.flags({0: tables.rule_bits(ADAM, adam)}, (True, True), grads)
+    flags = own.flags({0: tables.rule_bits(ADAM, adam, False)}, (True, True), grads)
     states = [torch.zeros_like(bucket.saved) for _ in ADAM.states]
     torch.library.opcheck(
         ops.update_.default,
@@ -85,9 +84,10 @@ def test_operations_do_what_their_schemas_say(pinned):
                 None,
                 bucket.climb,
                 bucket.saved,
+                None,
             ),
-            *(*places, flags, own.hyper("adam", 1, numbers)),
-            *(torch.tensor(2.0), torch.zeros(()), operations._RULES["Adam"]),
+            *(*places, flags, own.hyper("adam", 1, numbers), None, None),
+            *(torch.tensor(2.0), torch.zeros(()), operations._RULES["Adam"], -1),
         ),
     )
     torch.library.opcheck(
@@ -117,7 +117,7 @@ def test_operations_refuse_tables_that_do_not_fit():
     grads = bucket.gradients()
     addresses, flags = own.addresses(grads).table, own.flags({0: 0}, bucket.perturbed, grads)
     hyper = tables.sums_table(own, bucket, ASCENTS["sam"].sums, opt.param_groups)
-    good = [bucket.weights, [], bucket.saved, None, own.slots, addresses, flags, hyper]
+    good = [bucket.weights, [], bucket.saved, *[None] * 3, own.slots, addresses, flags, hyper]
     slots = own.slots.clone()
     slots[1] += bucket.size  # numel of the first slot
     overflowing = own.slots.clone()
@@ -128,15 +128,17 @@ def test_operations_refuse_tables_that_do_not_fit():
         (0, bucket.weights[:-64]),
         (0, bucket.weights.double()),
         (2, bucket.saved[:-64]),
-        (4, slots),
-        (4, overflowing),
-        (4, bad_row),
-        (4, own.slots[:-4]),
-        (5, addresses.int()),
-        (6, flags[1:]),
-        (6, flags.long()),
-        (7, hyper[:-1]),
-        (7, hyper.double()),
+        (3, bucket.saved[:-64]),  # what is kept
+        (4, torch.zeros(1, dtype=torch.float64)),  # numbers of which the sum needs none
+        (6, slots),
+        (6, overflowing),
+        (6, bad_row),
+        (6, own.slots[:-4]),
+        (7, addresses.int()),
+        (8, flags[1:]),
+        (8, flags.long()),
+        (9, hyper[:-1]),
+        (9, hyper.double()),
     ):
         with pytest.raises(RuntimeError, match="fused_sam"):
             torch.ops.fused_sam.reduce.default(*good[:i], wrong, *good[i + 1 :], 0)
@@ -149,8 +151,26 @@ def test_operations_refuse_tables_that_do_not_fit():
         with pytest.raises(RuntimeError, match="of which one is missing or unknown"):
             torch.ops.fused_sam.update_.default(
                 *(bucket.weights, [], None, None, None, None, None, bucket.climb, bucket.saved),
-                *(own.slots, addresses, kept, own.hyper("sgd", 1, sgd), None, None),
-                operations._RULES["Sgd"],
+                *(None, own.slots, addresses, kept, own.hyper("sgd", 1, sgd), *[None] * 4),
+                *(operations._RULES["Sgd"], -1),
+            )
+    flags = own.flags({0: 0}, bucket.perturbed, grads)
+    numbers = torch.zeros(3, dtype=torch.float64)
+    good = (bucket.saved.clone(), numbers, torch.zeros(1), 0)
+    for kept, three, hyper, blend in (
+        (None, *good[1:]),
+        (good[0][:-64], *good[1:]),
+        (good[0], None, *good[2:]),
+        (good[0], numbers[:2], *good[2:]),
+        (*good[:2], None, 0),
+        (*good[:2], torch.zeros(2), 0),
+        (*good[:3], len(operations._BLENDS)),
+    ):
+        with pytest.raises(RuntimeError, match=r"fused_sam: .*(blend|kept|numbers)"):
+            torch.ops.fused_sam.update_.default(
+                *(bucket.weights, [], None, None, None, None, None, bucket.climb, bucket.saved),
+                *(kept, own.slots, addresses, flags, own.hyper("sgd", 1, sgd), three, hyper),
+                *(None, None, operations._RULES["Sgd"], blend),
             )
 
 
@@ -167,8 +187,8 @@ def test_states_that_adam_always_keeps_must_be_there_and_in_the_flags():
         flags = own.flags({0: kept << tables.KEPT_SHIFT}, bucket.perturbed, grads)
         torch.ops.fused_sam.update_.default(
             *(bucket.weights, [], *states, torch.zeros(len(SIZES)), None, bucket.climb),
-            *(bucket.saved, own.slots, own.addresses(grads).table, flags),
-            *(own.hyper("adam", 1, numbers), None, None, operations._RULES["Adam"]),
+            *(bucket.saved, None, own.slots, own.addresses(grads).table, flags),
+            *(own.hyper("adam", 1, numbers), *[None] * 4, operations._RULES["Adam"], -1),
         )
 
     for states in ((state, None, None), (None, state, state)):
@@ -189,8 +209,8 @@ def test_the_climb_has_its_number_until_the_return():
     total = backend.reduce(bucket, ASCENTS["sam"].sums, grads, groups)
     for number, back in (
         (3, lambda: backend.restore_(bucket)),
-        (4, lambda: backend.update_(bucket, SGD, PLAIN, grads, groups)),
-        (5, lambda: backend.update_(bucket, SGD, PLAIN, grads, groups, found_inf=torch.ones(()))),
+        (4, lambda: backend.update_(bucket, SGD, None, grads, groups)),
+        (5, lambda: backend.update_(bucket, SGD, None, grads, groups, found_inf=torch.ones(()))),
     ):
         assert bucket.climb.item() == 0
         backend.ascend_(bucket, ASCENTS["sam"], grads, groups, total, number)
