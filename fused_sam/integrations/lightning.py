@@ -72,13 +72,12 @@ class SAMMixin(_Module):
         if not isinstance(sam, FusedSAM) or optimizer_closure is None:
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
             return
-        loss = optimizer_closure()  # the last micro-batch at w
+        optimizer_closure()  # the last micro-batch at w
         if not micro_batches:  # every training_step returned None
             return
         micro_batches.climb(sam)
-        super().optimizer_step(
-            epoch, batch_idx, optimizer, lambda: self._sam_second(sam, micro_batches, loss)
-        )
+        second = functools.partial(self._sam_second, sam, micro_batches)
+        super().optimizer_step(epoch, batch_idx, optimizer, second)
 
     def clip_gradients(
         self,
@@ -102,7 +101,7 @@ class SAMMixin(_Module):
 
     # ----------------------------------------------------------------------------- the second pass
 
-    def _sam_second(self, sam: FusedSAM, micro_batches: MicroBatches, result: Any) -> Any:
+    def _sam_second(self, sam: FusedSAM, micro_batches: MicroBatches) -> bool:
         """The closure of the second half: leaves the gradients of w + epsilon, unscaled."""
         no_sync = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
         self._sam_pass = 2
@@ -113,7 +112,7 @@ class SAMMixin(_Module):
             self._sam_pass = 0
         if (scaler := self._sam_scaler()) is not None:
             scaler.unscale_(sam)
-        return result
+        return True  # None would say that there was no backward
 
     def _sam_repeat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What Lightning's automatic optimization does with a micro-batch."""
@@ -133,7 +132,7 @@ class SAMMixin(_Module):
         with torch.enable_grad():
             result = micro_batches.first(sam, closure)
         micro_batches.climb(sam)
-        step(lambda: self._sam_second(sam, micro_batches, result), **kwargs)
+        step(functools.partial(self._sam_second, sam, micro_batches), **kwargs)
         return result
 
     def _sam_prepare(self) -> None:

@@ -219,8 +219,7 @@ def test_a_resumed_run_has_the_bits_of_one_without_a_stop():
                 enable_model_summary=False, enable_checkpointing=False, accumulate_grad_batches=3,
             )  # fmt: skip
             torch.manual_seed(epochs)  # Lightning keeps no random states
-            for epoch in range(epochs):
-                module.net.drop.p = 0.0
+            module.net.drop.p = 0.0
             trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None), ckpt_path=path)
             trainer.save_checkpoint(path := "last.ckpt")
             state = trainer.optimizers[0].state_dict()
