@@ -180,7 +180,9 @@ def test_a_language_model_with_accumulation_counts_tokens_as_the_trainer_does():
     model.register_forward_pre_hook(lambda *_: states.append(torch.get_rng_state()))
     train(trainer)
 
-    pairs = [{k: torch.stack([row[k] for row in pair]) for k in pair[0]} for pair in grouped(rows, 2)]
+    pairs = [
+        {k: torch.stack([row[k] for row in pair]) for k in pair[0]} for pair in grouped(rows, 2)
+    ]
     groups = grouped(pairs, 2)
     tokens = {
         id(batch): sum((b["labels"][:, 1:] != -100).sum() for b in group)
