@@ -73,8 +73,8 @@ class SAM:
         accelerator = self._accelerator
         if not (args or kwargs) and accelerator.gradient_accumulation_steps > 1:
             raise TypeError(
-                "backward(loss_of) with accumulation runs loss_of() again when the loop's variables "
-                "hold another batch; pass the batch: backward(loss_of, batch)"
+                "backward(loss_of) with accumulation runs loss_of() again when the loop's "
+                "variables hold another batch; pass the batch: backward(loss_of, batch)"
             )
 
         def forward_backward() -> Tensor:

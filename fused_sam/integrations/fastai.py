@@ -47,7 +47,7 @@ class SAMCallback(Callback):
 
     def __init__(self, rho: float = 0.05, adaptive: bool = False, eta: float = 0.0) -> None:
         super().__init__()
-        self._ascent = {"rho": rho, "adaptive": adaptive, "eta": eta}
+        self._ascent: dict[str, Any] = {"rho": rho, "adaptive": adaptive, "eta": eta}
         self._micro_batches = MicroBatches()
         self._first_pass = ExitStack()
         self._repeating = False

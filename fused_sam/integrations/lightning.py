@@ -55,7 +55,7 @@ class SAMMixin(_Module):
 
     @property
     def _sam_micro_batches(self) -> MicroBatches:
-        kept: MicroBatches = vars(self).setdefault("_sam_kept", MicroBatches())
+        kept: MicroBatches = self.__dict__.setdefault("_sam_kept", MicroBatches())
         return kept
 
     # --------------------------------------------------------------------------- Lightning's hooks

@@ -36,12 +36,11 @@ class SAMNetMixin(_Net):
         RuntimeError: there are several optimizers, or skorch's AccelerateMixin holds this one.
     """
 
-    def initialize_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As the net's; attaches the module."""
-        super().initialize_optimizer(*args, **kwargs)
+    def on_train_begin(self, net: Any, *args: Any, **kwargs: Any) -> None:
+        """As the net's; attaches the module, which may be new or unpickled."""
+        super().on_train_begin(net, *args, **kwargs)
         if isinstance(self.optimizer_, FusedSAM):
             self.optimizer_.attach(self.module_)
-        return self
 
     def train_step(self, batch: Any, **fit_params: Any) -> Any:
         """As the net's, with two passes."""

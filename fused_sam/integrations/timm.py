@@ -75,7 +75,8 @@ class SAMScaler(NativeScaler):
         if not callable(loss):
             raise TypeError(
                 f"SAMScaler runs the forward twice and needs the function that computes the loss, "
-                f"got {type(loss).__name__}: loss_scaler(loss_of, optimizer, inputs=(input, target))"
+                f"got {type(loss).__name__}; call it with "
+                f"loss_scaler(loss_of, optimizer, inputs=(input, target), ...)"
             )
         if create_graph:
             raise ValueError("create_graph=True is for second-order optimizers; leave it out")

@@ -55,7 +55,11 @@ class SAMTrainerMixin(_Trainer):
         sam_eta: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        self._sam_ascent = {"rho": sam_rho, "adaptive": sam_adaptive, "eta": sam_eta}
+        self._sam_ascent: dict[str, Any] = {
+            "rho": sam_rho,
+            "adaptive": sam_adaptive,
+            "eta": sam_eta,
+        }
         self._sam_micro_batches = MicroBatches()
         self._sam_model: torch.nn.Module | None = None
         super().__init__(*args, **kwargs)
