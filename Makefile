@@ -39,7 +39,7 @@ demo: $(VENV)/.demo ## train with SGD and with SAM on real data, print a table, 
 	$(BIN)/python -m fused_sam.demo $(ARGS)
 
 test: $(VENV)/.dev ## run the tests; fails under 95 % coverage by lines and branches
-	$(BIN)/python -m pytest --cov $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --cov $(ARGS)
 
 test-frameworks: $(FRAMEWORKS_VENV)/.ready ## test the adapters with the real Lightning, transformers, ...; CPU
 	PYTHONPATH=. $(FRAMEWORKS_VENV)/bin/python -m pytest -c tests/frameworks/pytest.ini \

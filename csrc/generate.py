@@ -1,4 +1,4 @@
-"""Writes mathematics.h, which is beside this file, from the texts of rules and ascents.
+"""Writes mathematics.h, which is next to this file, from the texts of rules and ascents.
 
 python csrc/generate.py
 """

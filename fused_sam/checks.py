@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,14 +13,18 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from .memory.window import is_dense, is_shared
+from .ascents import chosen
+from .choice import plain
+from .memory.window import is_dense, is_shared, trains
 from .options import OPTIONS, check_values
 
 
 def check_ascent(group: Mapping[str, Any]) -> None:
     """Raise unless a group's ascent options can be used with its parameters."""
     check_values(group)
-    if group["adaptive"] and any(p.is_complex() for p in _tensors(group["params"])):
+    if group["ascent"] is None:
+        return
+    if group["adaptive"] and any(p.is_complex() and trains(p) for p in _tensors(group["params"])):
         raise TypeError(
             "adaptive=True is not defined for complex parameters; put them into a group of their "
             "own with adaptive=False"
@@ -43,6 +48,20 @@ def check_base(cls: Any) -> None:
             f"{cls.__name__} evaluates a closure several times per step, which has no meaning "
             f"inside SAM; choose a first-order base optimizer such as SGD or AdamW"
         )
+
+
+def check_caller() -> None:
+    """Raise if ZeroRedundancyOptimizer is making this optimizer, for one rank's parameters."""
+    zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = inspect.currentframe()
+    while zero is not None and frame is not None:
+        if isinstance(frame.f_locals.get("self"), zero.ZeroRedundancyOptimizer):
+            raise TypeError(
+                "inside ZeroRedundancyOptimizer FusedSAM would see one rank's parameters, and "
+                "climb by their norm alone; put it around: FusedSAM(params, "
+                "ZeroRedundancyOptimizer, optimizer_class=torch.optim.SGD, ...)"
+            )
+        frame = frame.f_back
 
 
 def check_defaults(base: Optimizer) -> None:
@@ -71,7 +90,9 @@ def check_keywords(cls: type[Optimizer], options: Mapping[str, Any], ours: Itera
 
 
 def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise unless every parameter of every group can be optimized, and none overlap.
+    """Raise unless every parameter that trains can be optimized, and none of them overlap.
+
+    What does not train may be anything: frozen integers, the quantized weights under an adapter.
 
     Args:
         groups: parameter groups with all of their options.
@@ -82,10 +103,14 @@ def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
         )
     params = {id(p): p for group in groups for p in _tensors(group["params"])}
     for param in params.values():
+        _check_tensor(param)
+    training = [param for param in params.values() if trains(param)]
+    for param in training:
         _check_param(param)
-    _check_overlap([p for p in params.values() if p.numel()])
+    _check_overlap([param for param in training if param.numel()])
     for group in groups:
         check_ascent(group)
+    chosen(groups)
 
 
 def as_groups(params: Any) -> list[dict[str, Any]]:
@@ -107,6 +132,7 @@ def as_groups(params: Any) -> list[dict[str, Any]]:
         _refuse_set(group["params"])
         if not isinstance(group["params"], Tensor):
             group["params"] = list(group["params"])
+        group.update(plain(group))
     return items
 
 
@@ -121,18 +147,21 @@ def _tensors(params: Any) -> list[Tensor]:
     return [item[1] if isinstance(item, tuple) else item for item in items]
 
 
-def _check_param(param: Any) -> None:
+def _check_tensor(param: Any) -> None:
     if not isinstance(param, Tensor):
         raise TypeError(f"a parameter must be a torch.Tensor, got {type(param).__name__}")
     if is_lazy(param):
         raise ValueError(
             "a parameter is not initialized yet; run the lazy module once, then make the optimizer"
         )
+
+
+def _check_param(param: Tensor) -> None:
     what = f"a parameter of shape {tuple(param.shape)}"
     if not (param.is_floating_point() or param.is_complex()):
         raise TypeError(
             f"{what} has dtype {param.dtype}; only floating-point and complex parameters have "
-            f"gradients: leave it out of params"
+            f"gradients: leave it out of params, or freeze it (requires_grad=False, grad=None)"
         )
     if param.is_floating_point() and param.dtype.itemsize < 2:
         raise TypeError(
@@ -145,6 +174,11 @@ def _check_param(param: Any) -> None:
         raise TypeError(
             f"{what} is a {type(param).__name__}, whose memory FusedSAM cannot reach; use plain "
             f"tensors (replicated by DistributedDataParallel rather than sharded)"
+        )
+    if getattr(param, "_fsdp_flattened", False):
+        raise TypeError(
+            f"{what} is a shard of FullyShardedDataParallel: each rank would climb by the norm of "
+            f"its own shards; train replicas instead (DistributedDataParallel)"
         )
     if param.is_inference():
         raise ValueError(f"{what} was made in inference mode; .clone() it outside of that")

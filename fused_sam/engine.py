@@ -48,7 +48,11 @@ class Engine:
     def climb(
         self, ascent: Ascent, grads: Sequence[Gradients], groups: Groups, number: int
     ) -> Tensor:
-        """Save w and climb, under a number; returns what was reduced, (1,) float64."""
+        """Save w and climb, under a number; returns what was reduced, (1,) float64.
+
+        Groups whose ``ascent`` is None take no part.
+        """
+        grads = [_climbing(b, g, groups) for b, g in zip(self.buckets, grads, strict=True)]
         total = self.reduce(ascent.sums, grads, groups)
         for backend, bucket, bucket_grads in self._each(grads):
             here = moved(total, bucket.device, total.dtype)
@@ -72,7 +76,7 @@ class Engine:
         rule, states = self.layout.rule, self.layout.states
         assert rule is not None
         if not states.is_current(state):
-            states.adopt(state)
+            states.adopt(state, groups)
         for backend, bucket, bucket_grads in self._each(grads):
             bucket.settle()
             bucket.begin_return()
@@ -113,6 +117,18 @@ class Engine:
 
     def _each(self, grads: Sequence[Gradients]) -> list[tuple[Backend, Bucket, Gradients]]:
         return list(zip(self.backends, self.buckets, grads, strict=True))
+
+
+def _climbing(bucket: Bucket, grads: Gradients, groups: Groups) -> Gradients:
+    """The gradients of the groups that climb; the others count as missing."""
+    if all([groups[row]["ascent"] is not None for row in bucket.rows]):
+        return grads
+    tensors = [
+        None if groups[slot.row]["ascent"] is None else grad
+        for slot, grad in zip(bucket.slots, grads.tensors, strict=True)
+    ]
+    present = tuple([grad is not None for grad in tensors])
+    return Gradients(tensors, present, all(present))
 
 
 def _on(bucket: Bucket, value: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -12,8 +12,10 @@ from .checks import check_groups
 from .engine import Engine
 from .facts import Facts
 from .memory import Gradients, Layout, Stale
+from .memory.layout import members_of
 from .options import OPTIONS
 from .rules import RULES
+from .schedule import Always, When
 
 
 class Following(Optimizer):
@@ -23,8 +25,14 @@ class Following(Optimizer):
     """
 
     base_optimizer: Optimizer
+    _when: When = Always()
     _backend_name: str
     _facts: Facts
+
+    @property
+    def when(self) -> When:
+        """Which steps climb."""
+        return self._when
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -48,6 +56,8 @@ class Following(Optimizer):
         for group in self.param_groups:
             for name in OPTIONS:
                 group.setdefault(name, self.defaults[name])
+            for name, value in self.when.memory.items():
+                group.setdefault(name, self.param_groups[0].get(name, value))
 
     def _gradients(self) -> list[Gradients]:
         """The gradients of every bucket; raises, before any change, if one cannot be used.
@@ -78,17 +88,17 @@ class Following(Optimizer):
     def _build(self) -> None:
         groups = self.param_groups
         check_groups([{**self.defaults, **group} for group in groups])
-        devices = {p.device for group in groups for p in group["params"]}
+        old = self._facts.engine.layout
+        devices = {param.device for param, _ in members_of(groups, old)}
         for device in devices:
             capture.refuse_to_prepare(device, "the parameters have yet to move into flat buffers")
         by_device = {device: backends.resolve(self._backend_name, device) for device in devices}
         self._fill_groups()
         rule = RULES.get(type(self.base_optimizer))
-        old = self._facts.engine.layout
         if self._facts.captures.have_seen(old):
             self._facts.captures.outdate(
-                "parameters were added, removed, moved or restrided: a replay reads and writes the "
-                "old memory, which is kept, and does not train them"
+                "parameters were added, removed, thawed, moved or restrided: a replay reads and "
+                "writes the old memory, which is kept, and does not train them"
             )
         layout = Layout(groups, rule, self.state, old)
         self._facts.engine = Engine(layout, [by_device[b.device] for b in layout.buckets])

@@ -61,6 +61,8 @@ BAD_ARGUMENTS = {
     "eta str": (dict(eta="x"), TypeError, "eta .*number.*'x'"),
     "adaptive number": (dict(adaptive=1), TypeError, "adaptive .*True or False.*1"),
     "adaptive str": (dict(adaptive="no"), TypeError, "adaptive .*True or False.*'no'"),
+    "ascent unknown": (dict(ascent="up"), ValueError, r"ascent='up' .*\['sam'.*\], or None"),
+    "ascent number": (dict(ascent=1), TypeError, "ascent .*name.*None.*1"),
     "unknown keyword": (dict(momentun=0.9), TypeError, "'momentun'.*SGD.*rho.*momentum"),
     "keyword of another": (dict(betas=(0.9, 0.9)), TypeError, "'betas'.*SGD"),
     "unknown backend": (dict(backend="cuda"), ValueError, "'cuda'.*'auto'.*'reference'"),
@@ -113,11 +115,6 @@ BAD_PARAMS = {
     "group without params": (lambda: [{"lr": 1}], ValueError, "'params'.*'lr'"),
     "group among tensors": (lambda: [*weights(), {"params": weights()}], TypeError, "dict"),
     "tensor among groups": (lambda: [{"params": weights()}, weights()[0]], ValueError, "dict"),
-    "integer": (
-        lambda: [*weights(), torch.arange(3)],
-        TypeError,
-        r"shape \(3,\).*torch\.int64.*leave it out",
-    ),
     "not a leaf": (lambda: [weights()[0] * 2], ValueError, "non-leaf"),
     "sparse": (
         lambda: [nn.Parameter(torch.eye(3).to_sparse())],
@@ -197,7 +194,6 @@ def test_gaps_in_memory_that_is_shared():
 BAD_GROUPS = {
     "rho negative": (lambda old: {"params": weights(), "rho": -1.0}, ValueError, r"rho.*-1\.0"),
     "adaptive str": (lambda old: {"params": weights(), "adaptive": "1"}, TypeError, "adaptive"),
-    "integer": (lambda old: {"params": [torch.arange(3)]}, TypeError, "int64"),
     "not a dict": (lambda old: weights(), (TypeError, ValueError), "dict"),
     "no params": (lambda old: {"lr": 0.1}, ValueError, "'params'"),
     "known already": (lambda old: {"params": old[:1]}, ValueError, "more than one parameter group"),
@@ -243,7 +239,7 @@ def test_bad_group_added(case, perturbed, backend):
 # --------------------------------------------------------------------------------------- gradients
 
 
-@pytest.mark.parametrize("rule", [SGD, torch.optim.Adagrad])
+@pytest.mark.parametrize("rule", [SGD, torch.optim.Adamax])
 def test_sparse_gradient_in_the_first_pass(rule, backend):
     embedding = nn.Embedding(5, 3, sparse=True)
     opt = FusedSAM(embedding.parameters(), rule, backend=backend, lr=0.1)
@@ -259,7 +255,7 @@ def test_sparse_gradient_in_the_first_pass(rule, backend):
     opt.second_step()
 
 
-@pytest.mark.parametrize("rule", [SGD, torch.optim.Adagrad])
+@pytest.mark.parametrize("rule", [SGD, torch.optim.Adamax])
 def test_sparse_gradient_in_the_second_pass(rule, backend):
     """Still perturbed, so that the user may choose; restore() goes back, a dense one goes on."""
     embedding = nn.Embedding(5, 3, sparse=True)
@@ -380,6 +376,6 @@ def test_backend_is_named():
 def test_inference_parameters_are_refused():
     """They have no version counter to bump: first_step would fail after it has climbed."""
     with torch.inference_mode():
-        p = torch.nn.Parameter(torch.randn(5), requires_grad=False)
+        p = torch.nn.Parameter(torch.randn(5))
     with pytest.raises(ValueError, match="inference mode"):
         FusedSAM([p], lr=0.1)

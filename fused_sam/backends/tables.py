@@ -82,6 +82,7 @@ class Tables:
         self.dtype = bucket.compute_dtype
         self.rows = [slot.row for slot in bucket.slots]
         weights = [bucket.memory(slot).data_ptr() if slot.numel else 0 for slot in bucket.slots]
+        self._chunked = chunk > 0
         self._weights_aligned = tuple([address % _ACCESS == 0 for address in weights])
         table = [
             number
@@ -120,7 +121,8 @@ class Tables:
         return found
 
     def _addresses(self, addresses: tuple[int, ...]) -> Addresses:
-        if not functools.reduce(operator.or_, addresses, 0) % _ACCESS:  # all of them are
+        # Kernels that need no chunks leave wide accesses to their compiler: nobody asks.
+        if not self._chunked or not functools.reduce(operator.or_, addresses, 0) % _ACCESS:
             aligned = self._weights_aligned
         else:
             pairs = zip(self._weights_aligned, addresses, strict=True)

@@ -13,7 +13,7 @@ import torch
 from .config import EPOCHS, NOISE, RHO, SEEDS, Config
 
 PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
-"""What the demo needs beside PyTorch: each module's name and its package's."""
+"""What the demo needs besides PyTorch: each module's name and its package's."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

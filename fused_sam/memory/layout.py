@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,19 +12,45 @@ from torch import Tensor
 from ..rules import Rule
 from .bucket import Bucket
 from .state import State, StateView
-from .window import must_stay
+from .window import must_stay, trains
 
 _PARAMS = operator.itemgetter("params")
+_REQUIRES_GRAD, _GRAD = map(operator.attrgetter, ("requires_grad", "grad"))
+
+
+def members_of(
+    groups: Sequence[Mapping[str, Any]], old: Layout | None = None
+) -> list[tuple[Tensor, int]]:
+    """The parameters that a layout takes in, each with the index of its group.
+
+    Those that train. What an old layout took in and was frozen since stays, with its state, as long
+    as it is still in the memory that this layout gave it.
+    """
+    known = {} if old is None else dict(zip(old.params, old.addresses, strict=True))
+    return [
+        (param, row)
+        for row, group in enumerate(groups)
+        for param in group["params"]
+        if trains(param) or (param in known and param.data_ptr() == known[param])
+    ]
 
 
 class Layout:
     """All buckets of an optimizer, for its parameter groups as they are now.
 
+    Only what trains is taken in: the others keep their memory, and nothing is kept for them.
+
     Args:
-        groups: the parameter groups; their parameters move into flat buffers.
+        groups: the parameter groups; those of their parameters that train move into flat buffers.
         rule: whose state the buckets hold, or None if the base optimizer keeps its own.
         state: the optimizer's state; what the rule knows of it moves into flat buffers too.
         old: the layout that this one replaces; saved weights of perturbed parameters pass over.
+
+    Attributes:
+        buckets: of the parameters that were taken in.
+        params: those, group by group.
+        addresses: where their memory begins.
+        states: the rule's state, as the buckets hold it and as the optimizer shows it.
     """
 
     def __init__(
@@ -33,7 +60,7 @@ class Layout:
         state: State | None = None,
         old: Layout | None = None,
     ) -> None:
-        members = [(p, row) for row, group in enumerate(groups) for p in group["params"]]
+        members = members_of(groups, old)
         carried = old.release() if old is not None else {}
         pinned = {p for p, _ in members if must_stay(p)}
         by_kind: dict[Any, list[tuple[Tensor, int]]] = {}
@@ -47,22 +74,34 @@ class Layout:
         for param, saved in carried.items():
             param.data.copy_(saved)  # it left the groups while it was perturbed
         self._groups = [list(group["params"]) for group in groups]
-        self._params = [param for param, _ in members]
-        self._addresses = list(map(Tensor.data_ptr, self._params))
-        self._strides = list(map(Tensor.stride, self._params))
-        self.states = StateView(rule, self.buckets, {} if state is None else state)
+        self.params = [param for param, _ in members]
+        taken = set(self.params)
+        self._frozen = [p for group in groups for p in group["params"] if p not in taken]
+        self.addresses = list(map(Tensor.data_ptr, self.params))
+        self._strides = list(map(Tensor.stride, self.params))
+        self.states = StateView(rule, self.buckets, {} if state is None else state, groups)
+
+    @property
+    def begins_with_state(self) -> bool:
+        """Whether a new parameter has state before its first step."""
+        return self.rule is not None and self.rule.from_construction
 
     def is_current(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether every parameter is still the object and at the address that the layout knows."""
+        """Whether every parameter is still the object and at the address that the layout knows.
+
+        And whether those that were frozen still are.
+        """
         return (
             len(groups) == len(self._groups)
             and all(map(_are_the_same, map(_PARAMS, groups), self._groups))
-            and list(map(Tensor.data_ptr, self._params)) == self._addresses
+            and list(map(Tensor.data_ptr, self.params)) == self.addresses
+            and not any(map(_REQUIRES_GRAD, self._frozen))
+            and all(map(operator.is_, map(_GRAD, self._frozen), itertools.repeat(None)))
         )
 
     def has_strides(self) -> bool:
         """Whether every parameter of a current layout has the strides that the layout knows."""
-        return list(map(Tensor.stride, self._params)) == self._strides
+        return list(map(Tensor.stride, self.params)) == self._strides
 
     def release(self) -> dict[Tensor, Tensor]:
         """Let go of the parameters' memory; return the saved weights of the perturbed ones."""

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ..rules import STEP, Rule
 from .gradients import Gradients
-from .window import has_windows, make_window
+from .window import as_real, has_windows, make_window
 
 if TYPE_CHECKING:
     from .bucket import Bucket
 
 State = MutableMapping[Tensor, dict[str, Any]]
+Groups = Sequence[Mapping[str, Any]]
 
 
 class StateBuffer:
@@ -71,15 +72,21 @@ class StateView:
         rule: whose state it is; None if the base optimizer keeps its own.
         buckets: whose buffers hold it.
         state: the optimizer's; what the rule knows of it moves into the buffers.
+        groups: the parameter groups.
     """
 
-    def __init__(self, rule: Rule | None, buckets: Sequence[Bucket], state: State) -> None:
+    def __init__(
+        self, rule: Rule | None, buckets: Sequence[Bucket], state: State, groups: Groups
+    ) -> None:
         self._rule = rule
         self._buckets = buckets
-        self.adopt(state)
+        self.adopt(state, groups)
 
-    def adopt(self, state: State) -> None:
-        """Bring the rule's state into the flat buffers; ``state[p]`` then shows windows of them."""
+    def adopt(self, state: State, groups: Groups) -> None:
+        """Bring the rule's state into the flat buffers; ``state[p]`` then shows windows of them.
+
+        Where the rule has its state from construction on, what is missing begins.
+        """
         for bucket in self._buckets if self._rule else ():
             assert self._rule is not None
             names = {
@@ -95,7 +102,21 @@ class StateView:
                 for slot, value, window in zip(bucket.slots, values, buffer.windows, strict=True):
                     if value is not None:
                         state[slot.param][name] = window
+            if self._rule.from_construction:
+                self._begin(bucket, state, groups)
         self._record(state)
+
+    def _begin(self, bucket: Bucket, state: State, groups: Groups) -> None:
+        """Make the state that a parameter should have from construction on, and has not."""
+        assert self._rule is not None
+        for i, slot in enumerate(bucket.slots):
+            group = groups[slot.row]
+            for name in self._rule.kept(group):
+                buffer = bucket.state(name)
+                if not buffer.present[i]:
+                    buffer.present[i] = True
+                    window = state.setdefault(slot.param, {})[name] = buffer.windows[i]
+                    as_real(window).fill_(self._rule.initial(name, group))
 
     def is_current(self, state: State) -> bool:
         """Whether ``state`` still shows the windows (load_state_dict and users replace tensors)."""
@@ -110,7 +131,7 @@ class StateView:
         self,
         bucket: Bucket,
         grads: Gradients,
-        groups: Sequence[Mapping[str, Any]],
+        groups: Groups,
         state: State,
         found_inf: Tensor | None,
     ) -> None:

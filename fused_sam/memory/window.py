@@ -11,6 +11,11 @@ from torch.utils.dlpack import from_dlpack
 from ..devices import on
 
 
+def trains(param: Tensor) -> bool:
+    """Whether a base optimizer would step it, or may have to in the next step."""
+    return param.requires_grad or param.grad is not None
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one block of memory, in any order of dimensions, once each."""
     if tensor.numel() == 0:
