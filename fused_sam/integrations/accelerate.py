@@ -84,7 +84,7 @@ class SAM:
 
         loss = self._micro_batches.first(self._optimizer, forward_backward)
         if accelerator.sync_gradients:
-            self._micro_batches.climb(self._optimizer)
+            self._micro_batches.climb(self._optimizer, accelerator.scaler)
             no_sync = functools.partial(accelerator.no_sync, self._model)
             self._micro_batches.second(self._optimizer, no_sync)
         return loss

@@ -95,7 +95,7 @@ class SAMCallback(Callback):
         """Climb, and the second pass."""
         learn, sam = self.learn, self._sam
         kept = learn.xb, learn.yb, learn.pred, learn.loss, learn.loss_grad
-        self._micro_batches.climb(sam)
+        self._micro_batches.climb(sam, getattr(learn, "scaler", None))
         self._repeating = True
         try:
             self._micro_batches.second(sam, no_sync_of(learn.model))

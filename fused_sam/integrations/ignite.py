@@ -81,7 +81,7 @@ def sam_training_step(
 
         y_pred, loss = micro_batches.first(sam, forward_backward)
         if engine.state.iteration % steps == 0:
-            micro_batches.climb(sam)
+            micro_batches.climb(sam, scaler)
             micro_batches.second(sam, no_sync_of(model))
             if scaler is None:
                 sam.step()

@@ -75,7 +75,7 @@ class SAMMixin(_Module):
         optimizer_closure()  # the last micro-batch at w
         if not micro_batches:  # every training_step returned None
             return
-        micro_batches.climb(sam)
+        micro_batches.climb(sam, self._sam_scaler())
         second = functools.partial(self._sam_second, sam, micro_batches)
         super().optimizer_step(epoch, batch_idx, optimizer, second)
 
@@ -131,7 +131,7 @@ class SAMMixin(_Module):
         sam.zero_grad()
         with torch.enable_grad():
             result = micro_batches.first(sam, closure)
-        micro_batches.climb(sam)
+        micro_batches.climb(sam, self._sam_scaler())
         step(functools.partial(self._sam_second, sam, micro_batches), **kwargs)
         return result
 

@@ -43,9 +43,21 @@ class MicroBatches:
         self._again.clear()
         optimizer.restore()
 
-    def climb(self, optimizer: FusedSAM) -> None:
-        """Climb with the sum of the gradients; they are None afterwards."""
-        optimizer.first_step(zero_grad=True)
+    def climb(self, optimizer: FusedSAM, scaler: Any = None) -> None:
+        """Climb with the sum of the gradients.
+
+        In a step that does not climb they stay, and there is no second pass.
+
+        Args:
+            optimizer: holds the weights at w.
+            scaler: the GradScaler whose scale the gradients have.
+        """
+        # Asking a scaler for its scale waits for the device.
+        told = {"scaler": scaler} if scaler is not None and optimizer.when.needs_norm else {}
+        if optimizer.first_step(**told):
+            optimizer.zero_grad()
+        else:
+            self._again.clear()
 
     def second(self, optimizer: FusedSAM, no_sync: NoSync = nullcontext) -> None:
         """Run all micro-batches again, at w + epsilon, and forget them.

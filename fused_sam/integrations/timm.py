@@ -92,7 +92,7 @@ class SAMScaler(NativeScaler):
 
         result = self._micro_batches.first(sam, forward_backward)
         if need_update:
-            self._micro_batches.climb(sam)
+            self._micro_batches.climb(sam, scaler)
             self._micro_batches.second(sam, no_sync_of(self._model))
             if clip_grad is not None:
                 scaler.unscale_(sam)

@@ -91,7 +91,7 @@ class SAMTrainerMixin(_Trainer):
         # A copy: compute_loss may take labels out of the inputs.
         loss = micro_batches.first(sam, lambda: step(model, copy.copy(inputs), *args, **kwargs))
         if self.accelerator.sync_gradients:
-            micro_batches.climb(sam)
+            micro_batches.climb(sam, self.accelerator.scaler)
             micro_batches.second(sam, functools.partial(self.accelerator.no_sync, model))
         return loss
 
