@@ -3,6 +3,7 @@
 import copy
 import functools
 
+import fastai.callback.progress  # noqa: F401  (gives Learner its no_bar)
 import pytest
 import torch
 from fastai.basics import Learner
