@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import sys
@@ -15,8 +16,8 @@ from torch.optim import Optimizer
 
 from .ascents import chosen
 from .choice import plain
-from .memory.window import is_dense, is_shared, trains
-from .options import OPTIONS, check_values
+from .memory.window import extent, has_memory, is_dense, is_shared, trains
+from .options import MAX_GRAD_NORM, OPTIONS, check_values
 
 
 def check_ascent(group: Mapping[str, Any]) -> None:
@@ -67,12 +68,35 @@ def check_caller() -> None:
 def check_defaults(base: Optimizer) -> None:
     """Raise if an option of the base optimizer has the name of an ascent option."""
     for name in OPTIONS:
-        if name in base.defaults:
+        if name in base.defaults and name != MAX_GRAD_NORM.name:
             raise ValueError(
                 f"{type(base).__name__} has an option {name!r} of its own, which a parameter group "
                 f"cannot hold besides SAM's; choose another base optimizer, or subclass this one "
                 f"and rename the option"
             )
+
+
+def check_clipping(base: Optimizer, max_grad_norm: float | None) -> None:
+    """Raise if both FusedSAM and the base optimizer are to clip."""
+    if max_grad_norm is not None and MAX_GRAD_NORM.name in base.defaults:
+        raise ValueError(
+            f"{type(base).__name__} has an option max_grad_norm of its own: make that optimizer "
+            f"with it, and put it into FusedSAM.wrap(...) without"
+        )
+
+
+def unfolded(base: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A base optimizer that may be a ``functools.partial``, as its class and all its keywords."""
+    merged = dict(options)
+    while isinstance(base, functools.partial):
+        if base.args:
+            raise TypeError(
+                f"base_optimizer is a partial with {len(base.args)} positional arguments; it may have "
+                f"keywords only: the parameters are FusedSAM's first argument"
+            )
+        merged = {**base.keywords, **merged}
+        base = base.func
+    return base, merged
 
 
 def check_keywords(cls: type[Optimizer], options: Mapping[str, Any], ours: Iterable[str]) -> None:
@@ -81,6 +105,12 @@ def check_keywords(cls: type[Optimizer], options: Mapping[str, Any], ours: Itera
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):
         return
     for name in options:
+        if name == "rng" and name not in accepted:
+            raise TypeError(
+                "rng is no option: the optimizer cannot see by itself where a forward begins. For "
+                "the same random numbers in both passes, pass model=model, or use first_pass() and "
+                "second_pass()"
+            )
         if name not in accepted:
             known = [*ours, *list(accepted)[2:]]
             raise TypeError(
@@ -115,6 +145,16 @@ def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
 
 def as_groups(params: Any) -> list[dict[str, Any]]:
     """``params``, in any form that torch.optim takes, as a list of groups; generators run once."""
+    if isinstance(params, Optimizer):
+        raise TypeError(
+            f"params must be parameters or groups, got an optimizer; to put SAM around it, use "
+            f"FusedSAM.wrap(optimizer, rho=...): it was a {type(params).__name__}"
+        )
+    if isinstance(params, torch.nn.Module):
+        raise TypeError(
+            f"params must be parameters or groups, got a {type(params).__name__}; pass its "
+            f".parameters()"
+        )
     if isinstance(params, Tensor):
         raise TypeError("params must be an iterable of parameters or groups, got one Tensor: [it]")
     _refuse_set(params)
@@ -134,6 +174,24 @@ def as_groups(params: Any) -> list[dict[str, Any]]:
             group["params"] = list(group["params"])
         group.update(plain(group))
     return items
+
+
+def keep_each_once(groups: Iterable[dict[str, Any]]) -> None:
+    """Let each parameter stand in the groups once, where it stands first.
+
+    Tied weights come twice from ``[*encoder.parameters(), *decoder.parameters()]``: torch.optim
+    warns, and steps twice.
+    """
+    seen: set[int] = set()
+    for group in groups:
+        if isinstance(group["params"], Tensor):
+            continue
+        ids = list(map(id, _tensors(group["params"])))
+        if len(set(ids)) < len(ids) or not seen.isdisjoint(ids):
+            first = {who: i for i, who in reversed(list(enumerate(ids))) if who not in seen}
+            lists = [key for key in ("params", "param_names") if key in group]
+            group.update({key: [group[key][i] for i in sorted(first.values())] for key in lists})
+        seen.update(ids)
 
 
 def _refuse_set(params: Any) -> None:
@@ -186,6 +244,11 @@ def _check_param(param: Tensor) -> None:
         raise ValueError(
             f"{what} is on the meta device; materialise it first (model.to_empty(...))"
         )
+    if not has_memory(param):
+        raise ValueError(
+            f"{what} has a storage of {param.untyped_storage().nbytes()} bytes, which is too small "
+            f"for it (FSDP frees storages so); allocate it before, untyped_storage().resize_(...)"
+        )
     if not is_dense(param) and is_shared(param):
         raise ValueError(
             f"{what} with strides {param.stride()} does not fill its memory, which it shares with "
@@ -195,7 +258,7 @@ def _check_param(param: Tensor) -> None:
 
 def _check_overlap(params: list[Tensor]) -> None:
     spans = sorted(
-        ((str(p.device), p.data_ptr(), p.data_ptr() + _extent(p), p) for p in params),
+        ((str(p.device), Tensor.data_ptr(p), Tensor.data_ptr(p) + extent(p), p) for p in params),
         key=lambda span: span[:3],
     )
     for before, after in itertools.pairwise(spans):
@@ -205,9 +268,3 @@ def _check_overlap(params: list[Tensor]) -> None:
                 f"overlap in memory and would overwrite each other's updates; use one Parameter "
                 f"object in both places (tied weights), or clone one"
             )
-
-
-def _extent(param: Tensor) -> int:
-    """Bytes from the parameter's first element to the end of its last."""
-    reach = sum((n - 1) * abs(s) for n, s in zip(param.shape, param.stride(), strict=True))
-    return (reach + 1) * param.element_size()

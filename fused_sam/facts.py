@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .attached import Attached
 from .backends.capture import Captures
 from .engine import Engine
 from .memory import Layout
 from .record import Record
+from .scaler import ScalerFacts
 from .schedule import Decision
 
 
@@ -31,9 +35,15 @@ class Facts:
         total: (1,) float64, what the last climb reduced: the squared norm; None before the first.
         attached: the model, if it is known.
         record: the random states of the first pass.
+        owner: the optimizer, and no proxy of it.
+        finishing: whether ``step`` is to be the second half, whatever ``perturbed`` says.
+        scaler: what a GradScaler did.
     """
 
-    def __init__(self, attached: Attached | None = None) -> None:
+    def __init__(self, owner: Optimizer, attached: Attached | None = None) -> None:
+        self.owner = weakref.ref(owner)
+        self.finishing = False
+        self.scaler = ScalerFacts()
         self.attached = attached or Attached()
         self.attached.follow(self)
         self.record = Record()
@@ -70,3 +80,4 @@ class Facts:
         self.aside = []
         self.attached.thaw()
         self.record.clear()
+        self.scaler.forget()

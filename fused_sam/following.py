@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from . import backends
 from .backends import capture
-from .checks import check_groups
+from .checks import check_groups, keep_each_once
 from .engine import Engine
 from .facts import Facts
 from .memory import Gradients, Layout, Stale
 from .memory.layout import members_of
-from .options import OPTIONS
+from .modes import working
+from .options import OPTIONS, to_numbers_
 from .rules import RULES
 from .schedule import Always, When
 
@@ -37,6 +40,8 @@ class Following(Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's groups; each has ``rho``, ``adaptive`` and ``eta`` too."""
+        if not torch.compiler.is_compiling():
+            self._facts.scaler.note(sys._getframe(1), self._facts.perturbed)
         return self.base_optimizer.param_groups
 
     @param_groups.setter
@@ -80,14 +85,19 @@ class Following(Optimizer):
     def _refresh(self) -> None:
         """Notice what has changed under the optimizer: parameters, groups."""
         layout, groups = self._facts.engine.layout, self.param_groups
-        # Between the two steps the strides are left unlooked at: that they change there, and the
-        # address does not, would take a transposition in place of weights that are not the user's.
-        if not (layout.is_current(groups) and (self._facts.perturbed or layout.has_strides())):
+        if not (layout.is_current(groups) and layout.has_its_looks()):
             self._build()
 
     def _build(self) -> None:
+        with working():
+            self._lay_out()
+
+    def _lay_out(self) -> None:
         groups = self.param_groups
+        for group in groups:
+            to_numbers_(group)
         check_groups([{**self.defaults, **group} for group in groups])
+        keep_each_once(groups)
         old = self._facts.engine.layout
         devices = {param.device for param, _ in members_of(groups, old)}
         for device in devices:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..rules import STEP, Rule
 from .gradients import Gradients
-from .window import as_real, has_windows, make_window
+from .window import as_real, has_memory, has_windows, make_window
 
 if TYPE_CHECKING:
     from .bucket import Bucket
@@ -37,21 +37,25 @@ class StateBuffer:
         else:
             self.flat = torch.zeros(bucket.size, dtype=bucket.dtype, device=device)
             pieces = [slot.of(self.flat) for slot in slots]
-        if has_windows(device):
+        self._slots, self._pieces, self._counts = slots, pieces, name == STEP
+        self.present = [False] * len(slots)
+        self._make_windows()
+
+    def _make_windows(self) -> None:
+        pieces = self._pieces
+        if has_windows(self.flat.device):
             pieces = [make_window(piece) if piece.numel() else piece for piece in pieces]
         self.windows = [
-            piece.view(()) if name == STEP else slot.shaped(piece)
-            for slot, piece in zip(slots, pieces, strict=True)
+            piece.view(()) if self._counts else slot.shaped(piece)
+            for slot, piece in zip(self._slots, pieces, strict=True)
         ]
-        self.present = [False] * len(slots)
+        self._addresses = addresses(self.windows)
 
     def adopt(self, values: Sequence[Any]) -> None:
-        """Copy in a value for each slot; None clears it. A value may be another slot's window."""
-        ours = {id(window): i for i, window in enumerate(self.windows)}
-        values = [
-            value.clone() if ours.get(id(value), i) != i else value
-            for i, value in enumerate(values)
-        ]
+        """Copy in a value for each slot; None clears it."""
+        if addresses(self.windows) != self._addresses:
+            # Some window was given other memory (``.data =``, ``set_``): that is what counts now.
+            self._make_windows()
         self.present = [value is not None for value in values]
         for window, value in zip(self.windows, values, strict=True):
             if value is None:
@@ -60,9 +64,42 @@ class StateBuffer:
                 window.copy_(_tensor(value))
 
 
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Where tensors begin in memory."""
+    return list(map(Tensor.data_ptr, tensors))
+
+
 def _tensor(value: Any) -> Tensor:
     """A state as a tensor: checkpoints of old keep ``step`` as a number."""
     return value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+
+
+def check_states(rule: Rule | None, groups: Sequence[Mapping[str, Any]], state: State) -> None:
+    """Raise unless all that the rule knows of ``state`` fits its parameters.
+
+    Raises:
+        ValueError: one has another shape, which would be broadcast, or no memory.
+    """
+    for row, group in enumerate(groups if rule else ()):
+        for i, param in enumerate(group["params"]):
+            for name, value in state.get(param, {}).items():
+                assert rule is not None
+                if name in rule.state_names and value is not None:
+                    _check_state(name, value, param, f"parameter {i} of group {row}")
+
+
+def _check_state(name: str, value: Any, param: Tensor, whose: str) -> None:
+    whose = f"the state {name!r} of {whose}, which has shape {tuple(param.shape)},"
+    if not isinstance(value, (Tensor, int, float)):
+        raise ValueError(f"{whose} is a {type(value).__name__}, not a tensor")
+    value = _tensor(value)
+    if not (value.numel() == 1 if name == STEP else value.shape == param.shape):
+        raise ValueError(f"{whose} has shape {tuple(value.shape)}; replace it, or remove it")
+    if value.is_complex() and not param.is_complex():
+        raise ValueError(f"{whose} is complex, and the parameter is real; replace it, or remove it")
+    plain = type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
+    if not plain or value.layout is not torch.strided or value.is_meta or not has_memory(value):
+        raise ValueError(f"{whose} has no memory that can be read; replace it, or remove it")
 
 
 class StateView:
@@ -97,6 +134,12 @@ class StateView:
             }
             for name in names | bucket.states.keys():
                 buffer = bucket.state(name)
+                ours = {id(window): i for i, window in enumerate(buffer.windows)}
+                for i, slot in enumerate(bucket.slots):
+                    # Another slot's window is about to be written to.
+                    value = state.get(slot.param, {}).get(name)
+                    if value is not None and ours.get(id(value), i) != i:
+                        state[slot.param][name] = value.clone()
                 values = [state.get(slot.param, {}).get(name) for slot in bucket.slots]
                 buffer.adopt(values)
                 for slot, value, window in zip(bucket.slots, values, buffer.windows, strict=True):
@@ -119,12 +162,16 @@ class StateView:
                     as_real(window).fill_(self._rule.initial(name, group))
 
     def is_current(self, state: State) -> bool:
-        """Whether ``state`` still shows the windows (load_state_dict and users replace tensors)."""
+        """Whether ``state`` still shows the windows, and these our memory.
+
+        load_state_dict and users replace the tensors, or their memory.
+        """
         return (
             state is self._state
             and len(state) == len(self._entries)
             and all(map(operator.is_, state.values(), self._entries))
             and all(map(operator.is_, map(dict.get, *self._shown), self._windows))
+            and addresses(self._windows) == self._addresses
         )
 
     def expose(
@@ -157,8 +204,8 @@ class StateView:
         if found_inf is not None and dampened and found_inf.item():
             return
         for slot, i, name in new:
-            bucket.states[name].present[i] = True
             state[slot.param][name] = bucket.states[name].windows[i]
+            bucket.states[name].present[i] = True
         self._record(state)
 
     def _record(self, state: State) -> None:
@@ -175,3 +222,4 @@ class StateView:
         ]
         self._shown = [entry for entry, _, _ in shown], [name for _, name, _ in shown]
         self._windows = [window for _, _, window in shown]
+        self._addresses = addresses(self._windows)
