@@ -20,7 +20,7 @@ from ..optimizer import FusedSAM
 from .passes import MicroBatches, fused_sam_in, unwrapped
 
 if TYPE_CHECKING:
-    _Trainer = Trainer
+    from transformers import Trainer as _Trainer
 else:
     _Trainer = object
 
@@ -89,7 +89,9 @@ class SAMTrainerMixin(_Trainer):
             self._sam_model = model
         step = super().training_step
         # A copy: compute_loss may take labels out of the inputs.
-        loss = micro_batches.first(sam, lambda: step(model, copy.copy(inputs), *args, **kwargs))
+        loss: torch.Tensor = micro_batches.first(
+            sam, lambda: step(model, copy.copy(inputs), *args, **kwargs)
+        )
         if self.accelerator.sync_gradients:
             micro_batches.climb(sam, self.accelerator.scaler)
             micro_batches.second(sam, functools.partial(self.accelerator.no_sync, model))

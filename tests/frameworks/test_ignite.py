@@ -46,7 +46,7 @@ def test_the_trainer_is_the_textbook(accumulate):
 def test_sixteen_bit_with_a_scaler_is_the_textbook():
     data, model = batches(6, dtype=torch.float32), Net(torch.float32)
     expected = copy.deepcopy(model)
-    _, trainer, _ = run(
+    run(
         model,
         data,
         amp_mode="amp",
