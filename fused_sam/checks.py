@@ -25,10 +25,13 @@ def check_ascent(group: Mapping[str, Any]) -> None:
     check_values(group)
     if group["ascent"] is None:
         return
-    if group["adaptive"] and any(p.is_complex() and trains(p) for p in _tensors(group["params"])):
+    ascent = chosen([group])
+    complex_there = any(p.is_complex() and trains(p) for p in _tensors(group["params"]))
+    if ascent.real(group) and complex_there:
+        what = "adaptive=True" if group["adaptive"] else f"ascent={ascent.key!r}"
         raise TypeError(
-            "adaptive=True is not defined for complex parameters; put them into a group of their "
-            "own with adaptive=False"
+            f"{what} is not defined for complex parameters; put them into a group of their own "
+            f"with adaptive=False and ascent='sam' or None"
         )
 
 
@@ -91,8 +94,8 @@ def unfolded(base: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]
     while isinstance(base, functools.partial):
         if base.args:
             raise TypeError(
-                f"base_optimizer is a partial with {len(base.args)} positional arguments; it may have "
-                f"keywords only: the parameters are FusedSAM's first argument"
+                f"base_optimizer is a partial with {len(base.args)} positional arguments; it may "
+                f"have keywords only: the parameters are FusedSAM's first argument"
             )
         merged = {**base.keywords, **merged}
         base = base.func

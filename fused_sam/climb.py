@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from .ascents import SQUARES, chosen
@@ -55,6 +56,7 @@ class Climb(Passes):
                 check_values(group)
             _ = self.max_grad_norm  # before anything moves
             ascent = chosen(groups)
+            climbing = next((g for g in groups if g["ascent"] is not None), {})
             facts.scale = scale
             facts.decision = self._when.decide(groups[0], lambda: self._sq_norm(grads))
             if not facts.decision.climbs:
@@ -66,6 +68,7 @@ class Climb(Passes):
                 facts.number += 1
                 facts.leave()
                 facts.total = facts.engine.climb(ascent, grads, groups, facts.number)
+                facts.norm = functools.partial(ascent.norm, climbing)
             except BaseException:
                 self.restore()
                 raise

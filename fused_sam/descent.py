@@ -76,7 +76,7 @@ class Descent(Climb):
                 sq_norm = engine.number(engine.reduce(SQUARES, grads, groups))
                 if check_finite:
                     total = facts.total if climbed else None
-                    first = sq_norm if total is None else engine.number(total)
+                    first = sq_norm if total is None else engine.number(total.sum())
                     found_inf = found_nonfinite(first, sq_norm, found_inf)
                 if max_grad_norm is not None:
                     grad_scale = clip_scale(sq_norm.sqrt(), max_grad_norm, grad_scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ class Facts:
         aside: the gradients of a half-done step at w: its own, unless a second backward comes.
         scale: the loss scale of the gradients at w, as far as first_step was told; else None.
         number: of the last climb.
-        total: (1,) float64, what the last climb reduced: the squared norm; None before the first.
+        total: (k,) float64, what the last climb reduced; None before the first.
+        norm: which norm that is: of ``total``, ().
         attached: the model, if it is known.
         record: the random states of the first pass.
         owner: the optimizer, and no proxy of it.
@@ -56,6 +58,7 @@ class Facts:
         self.scale: float | None = None
         self.number = 0
         self.total: Tensor | None = None
+        self.norm: Callable[[Tensor], Tensor] = torch.sum  # before the first climb nobody asks
 
     def devices(self) -> list[torch.device]:
         """Where random numbers may be drawn: the parameters' devices, and all GPUs in use."""

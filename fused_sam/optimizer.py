@@ -217,7 +217,7 @@ class FusedSAM(Descent):
         facts = self._facts
         if facts.total is None:
             raise RuntimeError("grad_norm is known after the first first_step() or step(closure)")
-        return facts.engine.number(facts.total).sqrt()
+        return facts.engine.number(facts.norm(facts.total))
 
     @property
     def backend(self) -> str:

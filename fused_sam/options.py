@@ -45,6 +45,13 @@ def _check_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
+def _check_p(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not value >= 1.1:
+        raise ValueError(f"{name} must be >= 1.1 (math.inf is one too), got {value!r}")
+
+
 def _check_member(name: str, value: Any) -> None:
     if value is not None and not isinstance(value, str):
         raise TypeError(f"{name} must be the name of one, or None, got {value!r}")
@@ -55,9 +62,10 @@ ADAPTIVE = Option("adaptive", False, _check_flag)
 ETA = Option("eta", 0.0, check_size)
 ASCENT = Option("ascent", "sam", _check_member)
 MAX_GRAD_NORM = Option("max_grad_norm", None, _check_clip)
+P = Option("p", 2.0, _check_p)
 
 OPTIONS: Mapping[str, Option] = {
-    option.name: option for option in (RHO, ADAPTIVE, ETA, ASCENT, MAX_GRAD_NORM)
+    option.name: option for option in (RHO, ADAPTIVE, ETA, ASCENT, P, MAX_GRAD_NORM)
 }
 """What a group holds besides the base optimizer's options, by name."""
 

@@ -44,7 +44,14 @@ class NativeBackend(Backend):
 
     name = "native"
 
-    def reduce(self, bucket: Bucket, sums: Sums, grads: Gradients, groups: Groups) -> Tensor:
+    def reduce(
+        self,
+        bucket: Bucket,
+        sums: Sums,
+        grads: Gradients,
+        groups: Groups,
+        earlier: Tensor | None = None,
+    ) -> Tensor:
         """As ``Backend.reduce``, in one launch."""
         tables = _tables(bucket)
         bits = {row: READS_PARAM * sums.reads_param(groups[row]) for row in bucket.rows}
@@ -52,6 +59,7 @@ class NativeBackend(Backend):
             bucket.weights,
             tables.pinned,
             bucket.saved,
+            earlier,
             tables.ticket,
             tables.slots,
             tables.addresses(grads).table,

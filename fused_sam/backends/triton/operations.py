@@ -117,19 +117,30 @@ class TritonBackend(Backend):
 
     name = "triton"
 
-    def reduce(self, bucket: Bucket, sums: Sums, grads: Gradients, groups: Groups) -> Tensor:
+    def reduce(
+        self,
+        bucket: Bucket,
+        sums: Sums,
+        grads: Gradients,
+        groups: Groups,
+        earlier: Tensor | None = None,
+    ) -> Tensor:
         """As ``Backend.reduce``, in one launch."""
         launcher = _launcher(bucket)
         with on(bucket.device):
             reads = any([sums.reads_param(groups[row]) for row in bucket.rows])
             total = launcher.total(sums.name)
             args = (
-                *(total, launcher.partials, launcher.ticket, bucket.saved, launcher.slots),
+                *(total, launcher.partials, launcher.ticket, bucket.saved, earlier),
+                launcher.slots,
                 launcher.addresses(grads).table,
                 launcher.flags(dict.fromkeys(bucket.rows, 0), bucket.perturbed, grads),
                 sums_table(launcher, bucket, sums, groups),
             )
-            constants = (compiled(sums.terms), _width(sums), reads)
+            constants = (
+                *(compiled(sums.terms), sums.how == "max"),
+                *(sums.earlier, _width(sums), reads),
+            )
             launcher.launch(kernels.reduce_kernel, args, constants)
         return total
 
@@ -152,7 +163,10 @@ class TritonBackend(Backend):
                 sums_table(launcher, bucket, ascent.sums, groups),
                 number,
             )
-            constants = (compiled(ascent.scalars), compiled(ascent.move), _width(ascent.sums))
+            constants = (
+                *(compiled(ascent.scalars), compiled(ascent.move)),
+                *(len(ascent.sums.chain), _width(ascent.sums)),
+            )
             launcher.launch(kernels.ascend_kernel, args, constants)
 
     def update_(
