@@ -31,7 +31,7 @@ from .gradients import are_fresh, are_there, mark_used
 from .modes import working
 from .options import ADAPTIVE, ASCENT, ETA, MAX_GRAD_NORM, RHO, agreed_max_grad_norm, numbers
 from .schedule import Always, When, check_when
-from .ways import WAYS
+from .ways import WAYS, refuse_framework
 
 Closure = Callable[[], Any]
 
@@ -315,6 +315,7 @@ class FusedSAM(Descent):
                 self._run(closure)
             else:
                 twice = not are_fresh(self.param_groups)
+                refuse_framework(fresh=not twice)
                 if twice:
                     theirs = False
                     self.zero_grad()

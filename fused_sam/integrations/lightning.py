@@ -41,7 +41,7 @@ class SAMMixin(_Module):
     ``opt.first_step(); ...; opt.step()`` its two halves.
 
     Raises:
-        RuntimeError: DeepSpeed, or an ``optimizer_step`` of the user's that leaves this one out.
+        RuntimeError: DeepSpeed takes the steps; manual optimization with one pass.
     """
 
     _sam_pass = 0  # 1 in a training_step that is remembered, 2 in the second pass
@@ -125,8 +125,15 @@ class SAMMixin(_Module):
         self, step: Callable[..., Any], sam: FusedSAM, closure: Any = None, **kwargs: Any
     ) -> Any:
         """``LightningOptimizer.step``, with a closure that Lightning may run only once."""
-        if closure is None or sam.is_perturbed:
+        if sam._facts.between:  # the second half
             return step(closure, **kwargs)
+        if closure is None:
+            raise RuntimeError(
+                "opt.step() in manual optimization has seen one pass, and a SAM step needs two: "
+                "opt.step(closure) with a closure that does zero_grad, forward and "
+                "manual_backward; or opt.first_step(zero_grad=True), a second forward and "
+                "manual_backward, opt.step()"
+            )
         micro_batches = MicroBatches()
         sam.zero_grad()
         with torch.enable_grad():
@@ -173,12 +180,6 @@ def _remembering(training_step: Callable[..., Any]) -> Callable[..., Any]:
         sam = unwrapped(trainer.optimizers[0]) if trainer.optimizers else None
         if not (isinstance(sam, FusedSAM) and self.automatic_optimization):
             return training_step(self, *args, **kwargs)
-        if sam.is_perturbed:
-            raise RuntimeError(
-                "training_step() ran a second time within optimizer.step(): call "
-                "super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure) in your "
-                "optimizer_step(), which leads to SAMMixin's"
-            )
         micro_batches = self._sam_micro_batches
         if micro_batches and trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches == 0:
             micro_batches.forget(sam)  # a step that was begun and never taken

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from fused_sam import FusedSAM
 from fused_sam.integrations.lightning import SAMMixin
+from fused_sam.schedule import AESAM, Every
 
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
 
@@ -107,6 +108,29 @@ def test_automatic_optimization_is_the_textbooks(accumulate, clip):
     assert 0 <= epoch["accuracy"].item() <= 1
     # Not a batch was counted twice.
     assert module.accuracy._update_count in (0, 7)
+
+
+def test_steps_that_do_not_climb_have_one_pass_and_are_clipped():
+    class Sometimes(Sam):
+        def configure_optimizers(self):
+            when = Every(2)
+            return FusedSAM(self.parameters(), torch.optim.SGD, rho=RHO, when=when, **SGD)
+
+    data, module = batches(8), Sometimes()
+    expected = copy.deepcopy(module.net)
+    fit(module, data, accumulate_grad_batches=2, gradient_clip_val=0.02)
+    drawn = module.net.drawn  # 0, 1 and again; 2, 3; 4, 5 and again; 6, 7
+    assert len(drawn) == 12
+    textbook(
+        expected,
+        torch.optim.SGD(expected.parameters(), **SGD),
+        grouped(data, 2),
+        loss_of,
+        drawn[:2] + drawn[4:8] + drawn[10:],
+        rho=[RHO, 0.0, RHO, 0.0],
+        clip_norm=0.02,
+    )
+    assert_same_model(module.net, expected)
 
 
 HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -204,6 +228,35 @@ def test_manual_optimization_is_the_textbooks(style, precision):
     assert_same_model(module.net, expected, atol=5e-4 if half else 1e-12)
     assert module.logged == pytest.approx(losses, abs=5e-3 if half else 1e-12)
     assert trainer.global_step == 5
+
+
+def test_one_backward_in_manual_optimization_is_an_error():
+    class One(Manual):
+        def training_step(self, batch, batch_idx):
+            opt = self.optimizers()
+            opt.zero_grad()
+            self.manual_backward(loss_of(self, batch))
+            opt.step()
+
+    with pytest.raises(RuntimeError, match=r"opt\.step\(closure\) with a closure"):
+        fit(One("closure"), batches(1))
+
+
+def test_what_judges_the_size_of_gradients_is_told_their_scale():
+    class Judging(Sam):
+        def configure_optimizers(self):
+            when = AESAM(total_steps=4)
+            return FusedSAM(self.parameters(), torch.optim.SGD, rho=RHO, when=when, **SGD)
+
+    norms = []
+    for scale in (1.0, 1024.0):
+        torch.manual_seed(0)
+        module = Judging(torch.float32)
+        data = batches(4, dtype=torch.float32)
+        trainer = fit(module, data, plugins=[mixed("16-mixed", init_scale=scale)])
+        group = trainer.optimizers[0].param_groups[0]
+        norms.append([group[key] for key in trainer.optimizers[0].when.memory])
+    assert norms[0] == pytest.approx(norms[1], rel=0.05)
 
 
 def test_a_resumed_run_has_the_bits_of_one_without_a_stop():

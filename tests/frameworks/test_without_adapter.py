@@ -75,6 +75,10 @@ def lightning_manual():
     fit_lightning(Manual())
 
 
+def lightning_automatic():
+    fit_lightning(Module())
+
+
 def lightning_accumulating():
     fit_lightning(Module(), accumulate_grad_batches=2)
 
@@ -147,14 +151,30 @@ def timms_scaler():
 @pytest.mark.parametrize(
     "train",
     [
-        lightning_manual, lightning_accumulating, lightning_sixteen_bit, the_hugging_face_trainer,
-        the_accelerate_loop, accelerate_accumulating_closures, a_fastai_learner, ignites_trainer,
-        timms_scaler,
+        lightning_manual, lightning_automatic, lightning_accumulating, lightning_sixteen_bit,
+        the_hugging_face_trainer, the_accelerate_loop, accelerate_accumulating_closures,
+        a_fastai_learner, ignites_trainer, timms_scaler,
     ],
 )  # fmt: skip
 def test_the_error_names_the_adapter(train):
     with pytest.raises(RuntimeError, match=r"fused_sam\.integrations"):
         train()
+
+
+def test_accelerate_with_closures_that_do_all_is_the_textbook():
+    accelerator = Accelerator(cpu=True)
+    net = Net()
+    expected = copy.deepcopy(net)
+    model, opt = accelerator.prepare(net, a_sam(net))
+    opt.optimizer.attach(model)
+    data = batches(3)
+    for batch in data:
+        opt.step(functools.partial(_closure, accelerator, model, batch))
+        opt.zero_grad()
+    base = torch.optim.SGD(expected.parameters(), **SGD)
+    groups = grouped(data, 1)
+    textbook(expected, base, groups, loss_fn, once_in_two(net.drawn, groups))
+    assert_same_model(net, expected)
 
 
 @pytest.mark.parametrize("finish", ["step", "second_step"])

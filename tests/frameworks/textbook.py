@@ -84,10 +84,12 @@ def textbook(
     Args:
         groups: for each step its micro-batches.
         states: the random state of each micro-batch's forward.
+        rho: of all steps, or a list with that of each.
         divide_by: what each loss is divided by; the size of the group if None.
         scale: the loss scale.
     """
     losses, states = [], iter(states)
+    rhos = iter(rho if isinstance(rho, list) else [rho] * len(groups))
     params = list(model.parameters())
     model.train()
     for group in groups:
@@ -107,12 +109,13 @@ def textbook(
             return values
 
         losses += backward()
+        radius = next(rhos)
         w = [p.detach().clone() for p in params]
         buffers = copy.deepcopy(dict(model.named_buffers()))
         norm = torch.stack([p.grad.norm() for p in params]).norm()
         with torch.no_grad():
             for p in params:
-                p.add_(p.grad * (rho / norm))
+                p.add_(p.grad * (radius / norm))
         backward()
         with torch.no_grad():
             for p, before in zip(params, w, strict=True):
