@@ -7,10 +7,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torchmetrics
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from textbook import RHO, Net, assert_same_model, batches, grouped, once_in_two, textbook
 from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fused_sam import FusedSAM
 from fused_sam.integrations.lightning import SAMMixin
@@ -287,14 +288,22 @@ def test_a_resumed_run_has_the_bits_of_one_without_a_stop():
 
 def test_weights_that_are_averaged_are_those_at_w():
     """A callback that copies the module, hooks and all, and averages after each step."""
-    module = Sam()
-    fit(
-        module,
-        batches(6),
-        max_epochs=3,
-        callbacks=[StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1, device=None)],
-    )
-    assert not any(p.isnan().any() for p in module.parameters())
+    data, module = batches(4), Sam()
+    expected = copy.deepcopy(module.net)
+    fit(module, data, callbacks=[EMAWeightAveraging(decay=0.5)])
+    ema = get_ema_multi_avg_fn(0.5)
+    average = AveragedModel(expected, multi_avg_fn=ema, use_buffers=True)
+    groups = grouped(data, 1)
+    opt = torch.optim.SGD(expected.parameters(), **SGD)
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 1, 0.7)
+
+    def after_step():
+        scheduler.step()
+        average.update_parameters(expected)
+
+    states = once_in_two(module.net.drawn, groups)
+    textbook(expected, opt, groups, loss_of, states, after_step=after_step)
+    assert_same_model(module.net, average.module)
 
 
 class Looking(Callback):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from peft import LoraConfig, get_peft_model
 from textbook import RHO, Net, assert_same_model, batches, grouped, once_in_two, textbook
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -200,6 +201,50 @@ def test_a_language_model_with_accumulation_counts_tokens_as_the_trainer_does():
     textbook(expected, opt, groups, loss_fn, once_in_two(states, groups), divide_by=1)
     # Its loss is computed in float32, whatever the model is in.
     assert_same_model(model, expected, atol=1e-5)
+
+
+def test_lora_moves_and_keeps_the_adapters_weights_alone():
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=1, n_head=2, n_embd=8, vocab_size=17, n_positions=16, bos_token_id=0, eos_token_id=0
+    )
+    base = GPT2LMHeadModel(config).double()
+    lora = LoraConfig(r=2, lora_dropout=0.2, target_modules=["c_attn"], fan_in_fan_out=True)
+    model = get_peft_model(base, lora, autocast_adapter_dtype=False)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)  # from zero, lora_A would have no gradient
+    expected = copy.deepcopy(model)
+    rows = []
+    for ids in torch.randint(1, 17, (6, 12)):
+        # The Trainer counts the first label, which no logit predicts, as an item.
+        rows.append({"input_ids": ids, "labels": torch.cat([torch.tensor([-100]), ids[1:]])})
+    trainer = SAMTrainer(
+        model=model,
+        args=arguments(per_device_train_batch_size=2, lr_scheduler_type="constant"),
+        train_dataset=rows,
+        sam_rho=RHO,
+    )
+    states = []
+    model.register_forward_pre_hook(lambda *_: states.append(torch.get_rng_state()))
+    train(trainer)
+
+    groups = grouped([torch.stack([r["input_ids"] for r in pair]) for pair in grouped(rows, 2)], 1)
+
+    def loss_fn(model, ids):
+        logits = model(input_ids=ids).logits[:, :-1]
+        return cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+    trained = [p for p in expected.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(trained, **ADAMW)
+    textbook(expected, opt, groups, loss_fn, once_in_two(states, groups))
+    assert_same_model(model, expected, atol=1e-5)  # its loss is computed in float32
+    engine = trainer.optimizer.optimizer._facts.engine
+    taken = [slot.param for bucket in engine.buckets for slot in bucket.slots]
+    assert {id(p) for p in taken} <= {id(p) for p in model.parameters() if p.requires_grad}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            assert torch.equal(p, expected.get_parameter(name)), name
 
 
 def test_sixteen_bit_with_a_scaler_is_the_textbook(monkeypatch):

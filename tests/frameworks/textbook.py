@@ -90,7 +90,7 @@ def textbook(
     """
     losses, states = [], iter(states)
     rhos = iter(rho if isinstance(rho, list) else [rho] * len(groups))
-    params = list(model.parameters())
+    params = [p for p in model.parameters() if p.requires_grad]
     model.train()
     for group in groups:
         share = divide_by or len(group)
