@@ -1,5 +1,8 @@
 """Frameworks whose closures are not the whole step are told so."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.amp import GradScaler
@@ -76,3 +79,14 @@ def test_a_scaler_between_is_looked_through():
     closure()
     with pytest.raises(RuntimeError, match="several batches"):
         scope["call"](opt, closure)
+
+
+def test_nothing_of_a_framework_is_imported_unless_it_is_used():
+    code = (
+        "import sys, fused_sam\n"
+        "assert not [m for m in sys.modules if m.startswith('fused_sam.integrations')]\n"
+        "import fused_sam.integrations, fused_sam.integrations.lightning\n"
+        "names = ('lightning', 'pytorch_lightning', 'transformers', 'accelerate', 'timm')\n"
+        "assert not [m for m in sys.modules if m.split('.')[0] in names]\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -85,13 +85,17 @@ class SAMMixin(_Module):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """As LightningModule's, in mixed precision, too: the gradients have been unscaled."""
+        """As LightningModule's, in mixed precision, too, of unscaled gradients."""
         sam = unwrapped(optimizer)
         with ExitStack() as undo:
             if isinstance(sam, FusedSAM):
+                scaler = self._sam_scaler()
+                if scaler is not None and not self.automatic_optimization:
+                    scaler.unscale_(sam)  # else _sam_second has done it
                 # Lightning takes True for a sign that the gradients are still scaled.
                 sam._step_supports_amp_scaling = False
                 undo.callback(delattr, sam, "_step_supports_amp_scaling")
+                optimizer = sam
             super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def log(self, *args: Any, **kwargs: Any) -> None:

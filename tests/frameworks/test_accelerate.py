@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
 from textbook import RHO, Net, assert_same_model, batches, grouped, once_in_two, textbook
 from torch.nn.functional import cross_entropy
 
@@ -124,4 +125,11 @@ def test_another_optimizer_is_refused():
     accelerator, net, *_ = prepared()
     model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1))
     with pytest.raises(TypeError, match=r"FusedSAM\.wrap"):
+        SAM(accelerator, model, optimizer)
+
+
+def test_deepspeed_is_refused():
+    accelerator, _, model, optimizer, _ = prepared()
+    AcceleratorState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+    with pytest.raises(RuntimeError, match="DEEPSPEED takes steps by itself"):
         SAM(accelerator, model, optimizer)

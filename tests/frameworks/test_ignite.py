@@ -120,6 +120,24 @@ def test_a_run_that_was_stopped_within_a_group_begins_a_new_one():
     assert_same_model(model, before)
 
 
+def test_a_second_pass_that_raises_leaves_the_weights():
+    model = Net()
+    opt = FusedSAM(model.parameters(), torch.optim.SGD, rho=RHO, **SGD)
+
+    def failing(y_pred, y):
+        if opt.is_perturbed:
+            raise KeyboardInterrupt
+        return cross_entropy(y_pred, y)
+
+    trainer = create_sam_trainer(model, opt, failing)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(batches(1))
+    assert not opt.is_perturbed
+    for actual, expected in zip(model.parameters(), before, strict=True):
+        assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -9,6 +9,7 @@ import torch
 import torchmetrics
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from textbook import RHO, Net, assert_same_model, batches, grouped, once_in_two, textbook
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -186,8 +187,9 @@ def test_an_overflow_in_16_mixed_skips_the_step_and_halves_the_scale():
 class Manual(SAMMixin, Plain):
     """Manual optimization: the style is ``"halves"`` or ``"closure"``."""
 
-    def __init__(self, style, dtype=torch.float64):
+    def __init__(self, style, dtype=torch.float64, clip=False):
         super().__init__(dtype)
+        self.clip = clip
         self.automatic_optimization = False
         self.style = style
 
@@ -206,17 +208,20 @@ class Manual(SAMMixin, Plain):
             loss = closure()
             opt.first_step(zero_grad=True)
             self.manual_backward(loss_of(self, batch))
+            if self.clip:
+                self.clip_gradients(opt, 0.02, "norm")
             opt.step()
         self.lr_schedulers().step()
         return loss
 
 
 @pytest.mark.parametrize("precision", ["64-true", "16-mixed"])
-@pytest.mark.parametrize("style", ["halves", "closure"])
+@pytest.mark.parametrize("style", ["halves", "clipped halves", "closure"])
 def test_manual_optimization_is_the_textbooks(style, precision):
+    clip = style.startswith("clipped")
     half = precision == "16-mixed"
     dtype = torch.float32 if half else torch.float64
-    data, module = batches(5, dtype=dtype), Manual(style, dtype)
+    data, module = batches(5, dtype=dtype), Manual(style, dtype, clip)
     expected = copy.deepcopy(module.net)
     options = {"plugins": [mixed(precision, init_scale=1024.0)]} if half else {}
     trainer = fit(module, data, **options)
@@ -224,7 +229,11 @@ def test_manual_optimization_is_the_textbooks(style, precision):
     groups = grouped(data, 1)
     autocast = {"autocast": lambda: torch.autocast("cpu", torch.float16), "scale": 1024.0}
     losses, _ = reference(
-        expected, groups, once_in_two(module.net.drawn, groups), **(autocast if half else {})
+        expected,
+        groups,
+        once_in_two(module.net.drawn, groups),
+        **(autocast if half else {}),
+        clip_norm=0.02 if clip else None,
     )
     assert_same_model(module.net, expected, atol=5e-4 if half else 1e-12)
     assert module.logged == pytest.approx(losses, abs=5e-3 if half else 1e-12)
@@ -368,6 +377,33 @@ def test_a_batch_that_training_step_skips_has_no_part():
         torch.testing.assert_close(actual, value, rtol=0, atol=1e-12)
     assert torch.equal(drawn[2], drawn[0]) and torch.equal(drawn[5], drawn[3])
     assert not trainer.optimizers[0].is_perturbed
+
+
+def test_a_step_that_was_begun_in_another_fit_is_forgotten():
+    class Failing(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if batch_idx == 1:
+                raise KeyError("in the middle of a step")
+
+    data, module = batches(4), Sam()
+    module.net.norm.momentum = 0.0
+    expected = copy.deepcopy(module.net)
+    with pytest.raises(KeyError):
+        fit(module, data, accumulate_grad_batches=2, callbacks=[Failing()])
+    drawn = module.net.drawn = []
+    fit(module, data, accumulate_grad_batches=2)
+    groups = grouped(data, 2)
+    reference(expected, groups, once_in_two(drawn, groups))
+    for actual, value in zip(module.net.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(actual, value, rtol=0, atol=1e-12)
+
+
+def test_a_strategy_that_takes_the_steps_itself_is_refused():
+    class LikeDeepSpeed(SingleDeviceStrategy):
+        handles_gradient_accumulation = True
+
+    with pytest.raises(RuntimeError, match="LikeDeepSpeed accumulates and steps by itself"):
+        fit(Sam(), batches(1), strategy=LikeDeepSpeed("cpu"))
 
 
 def test_another_optimizer_is_left_alone():

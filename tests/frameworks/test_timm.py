@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from contextlib import contextmanager
 
 import pytest
 import timm
@@ -82,6 +83,27 @@ def test_sixteen_bit_is_the_textbook(clip):
     options = {"clip_norm": 0.05} if clip else {}
     textbook(expected, base, groups, loss_fn, states, autocast=half, scale=1024.0, **options)
     assert_same_model(model, expected, atol=5e-4)
+
+
+def test_the_second_pass_synchronises_with_its_last_micro_batch_alone():
+    class Distributed(Net):
+        synced, entered = True, ()
+
+        @contextmanager
+        def no_sync(self):
+            self.synced = False
+            yield
+            self.synced = True
+
+        def forward(self, x):
+            self.entered += (self.synced,)
+            return super().forward(x)
+
+    model = Distributed()
+    opt = FusedSAM(model.parameters(), torch.optim.SGD, rho=RHO, **SGD)
+    scaler = SAMScaler(model, device="cpu", enabled=False)
+    train_one_epoch(model, opt, scaler, batches(3), 3)
+    assert model.entered == (True, True, True, False, False, True)  # the first pass is the loop's
 
 
 def test_an_overflow_skips_the_step_and_is_told_to_the_scaler():

@@ -326,3 +326,15 @@ def test_training_again_goes_on():
     train(trainer)
     assert not trainer.optimizer.optimizer.is_perturbed
     assert len(trainer.model.net.drawn) == 2 * 2 * 4
+
+
+def test_deepspeed_is_refused(monkeypatch):
+    postprocess = Trainer.create_accelerator_and_postprocess
+
+    def with_deepspeed(self):
+        postprocess(self)
+        self.is_deepspeed_enabled = True
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", with_deepspeed)
+    with pytest.raises(RuntimeError, match="DeepSpeed takes steps by itself"):
+        SAMTrainer(model=Classifier(), args=arguments(), train_dataset=rows(batches(1)))
