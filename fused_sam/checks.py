@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from .ascents import chosen
+from .ascents import ASCENTS, MSAM, chosen
 from .choice import plain
 from .memory.window import extent, has_memory, is_dense, is_shared, trains
 from .options import MAX_GRAD_NORM, OPTIONS, check_values
+from .rules import Rule
+from .schedule import Always, When
 
 
 def check_ascent(group: Mapping[str, Any]) -> None:
@@ -119,6 +121,34 @@ def check_keywords(cls: type[Optimizer], options: Mapping[str, Any], ours: Itera
             raise TypeError(
                 f"unknown keyword {name!r}: neither FusedSAM nor {cls.__name__} takes it; "
                 f"known are {', '.join(known)}"
+            )
+
+
+def check_ahead(
+    rule: Rule | None, groups: Sequence[Mapping[str, Any]], base: Optimizer, when: When
+) -> None:
+    """Raise if the groups ask for an ascent along the momentum, and it has no meaning here."""
+    for group in groups:
+        ascent = ASCENTS.get(group["ascent"] or "")
+        if ascent is None or not ascent.along_momentum:
+            continue
+        momentum = rule.momentum if rule is not None else None
+        if rule is None or momentum not in rule.kept(group):
+            raise ValueError(
+                f"ascent={MSAM()} climbs along the momentum, and {type(base).__name__} has none "
+                f"here; use SGD with momentum > 0, Adam or AdamW of torch.optim"
+            )
+        if group["adaptive"]:
+            raise ValueError(f"ascent={MSAM()} is not defined with adaptive=True; leave it out")
+        if group["blend"] is not None:
+            raise ValueError(
+                f"ascent={MSAM()} has one gradient, so blend={group['blend']!r} has no second one "
+                f"to blend it with; leave it out"
+            )
+        if not isinstance(when, Always):
+            raise ValueError(
+                f"ascent={MSAM()} has one pass in every step, so when={when} has no meaning; "
+                f"leave it out"
             )
 
 

@@ -21,7 +21,10 @@ CPU_SOURCES = [
     for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
     if path.name != "bindings.cpp"  # which needs torch
 ]
-ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+ADDRESS = [
+    "-fsanitize=address,undefined,float-cast-overflow",
+    "-fno-sanitize-recover=undefined,float-cast-overflow",
+]
 THREAD = ["-fsanitize=thread", "-DFLOAT_ONLY"]
 ARCHITECTURES = (80, 90, 100, 120)
 
