@@ -94,18 +94,22 @@ class Member:
 
     def epsilon(self, d):
         """rho * T**2 d / ||T d||, over the parameters that take part."""
-        t = [
-            self.weights[i].detach().abs() + self.row[i].get("eta", 0.0)
-            if self.row[i].get("adaptive")
-            else torch.ones_like(w)
-            for i, w in enumerate(self.weights)
-        ]
+        t = self.transform()
         length = norm(each(torch.mul, d, t))
         if not 0 < length < math.inf:
             return [None if x is None else torch.zeros_like(x) for x in d]
         return [
             None if x is None else self.row[i]["rho"] / length * t[i] ** 2 * x
             for i, x in enumerate(d)
+        ]
+
+    def transform(self):
+        """ASAM's T: |w| + eta in groups that are adaptive, else 1."""
+        return [
+            self.weights[i].detach().abs() + self.row[i].get("eta", 0.0)
+            if self.row[i].get("adaptive")
+            else torch.ones_like(w)
+            for i, w in enumerate(self.weights)
         ]
 
     def blend(self, g, g2):
@@ -157,12 +161,7 @@ class PNorm(Member):
     p = 2.0
 
     def epsilon(self, d):
-        t = [
-            self.weights[i].detach().abs() + self.row[i].get("eta", 0.0)
-            if self.row[i].get("adaptive")
-            else torch.ones_like(w)
-            for i, w in enumerate(self.weights)
-        ]
+        t = self.transform()
         scaled = each(torch.mul, d, t)
         if self.p == math.inf:
             shape = each(torch.sign, scaled)
@@ -223,11 +222,15 @@ class USAM(Member):
     def epsilon(self, d):
         if not math.isfinite(norm(d)):
             return [None if x is None else torch.zeros_like(x) for x in d]
-        return [None if x is None else self.row[i]["rho"] * x for i, x in enumerate(d)]
+        t = self.transform()
+        return [None if x is None else self.row[i]["rho"] * t[i] ** 2 * x for i, x in enumerate(d)]
 
 
 class GSAM(Member):
-    """Zhuang et al. 2022: g loses its part along ĝ, and alpha of the rest is taken from ĝ."""
+    """Zhuang et al. 2022: g loses its part along ĝ, and alpha of the rest is taken from ĝ.
+
+    A gradient that is missing at w is zero there.
+    """
 
     alpha = 0.3
 
@@ -235,7 +238,7 @@ class GSAM(Member):
         square = dot(g2, g2)
         c = dot(g, g2) / square if square > 0 else 0.0
         return [
-            x if x is None or y is None else x - self.alpha * (y - c * x)
+            None if x is None else x - self.alpha * ((0 if y is None else y) - c * x)
             for x, y in zip(g2, g, strict=True)
         ]
 
