@@ -93,6 +93,48 @@ FUSED_SAM_INLINE Float16 round_to<Float16>(float x) {
 #endif
 }
 
+// Rounding at random, to one of the two neighbours: fused_sam/backends/rounding.py, bit for bit.
+FUSED_SAM_INLINE uint32_t hash(uint32_t x) {
+  x ^= x >> 16;
+  x *= 0x7feb352du;
+  x ^= x >> 15;
+  x *= 0x846ca68bu;
+  return x ^ x >> 16;
+}
+
+// 32 random bits of an element. at: its offset in the flat buffers. seed: the hash of the climb's
+// number.
+FUSED_SAM_INLINE uint32_t noise_of(int64_t at, uint32_t seed) { return hash(uint32_t(at) ^ seed); }
+
+// float32 and float64 are stored as they are.
+template <typename S, typename T>
+FUSED_SAM_INLINE S round_stochastically(T x, uint32_t) {
+  return x;
+}
+
+template <>
+FUSED_SAM_INLINE BFloat16 round_stochastically<BFloat16, float>(float x, uint32_t noise) {
+  const uint32_t bits = to_bits(x);
+  const BFloat16 rounded = BFloat16(uint16_t((bits + (noise >> 16)) >> 16));
+  return (bits & 0x7fffffffu) < 0x7f7f0000u ? rounded : round_to<BFloat16>(x);
+}
+
+template <>
+FUSED_SAM_INLINE Float16 round_stochastically<Float16, float>(float x, uint32_t noise) {
+  const uint32_t bits = to_bits(x);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude - ((127u - 15u) << 23) + (noise >> 19)) >> 13;
+  // Below the smallest normal number the neighbours are integers times 2**-24. Where the number is
+  // larger, the conversion to an integer must be defined all the same.
+  const bool small = magnitude < (113u << 23);
+  const float units = small ? from_bits(magnitude) * 0x1p24f : 0.0f;
+  const int32_t whole = int32_t(units);
+  const bool up = units - float(whole) > float(int32_t(2 * (noise >> 9) + 1)) * 0x1p-24f;
+  const uint32_t half = small ? uint32_t(whole) + (up ? 1u : 0u) : normal;
+  const Float16 rounded = Float16(uint16_t(half | (bits >> 16 & 0x8000u)));
+  return magnitude < 0x477fe000u ? rounded : round_to<Float16>(x);
+}
+
 template <typename S>
 struct Compute {
   using Type = float;

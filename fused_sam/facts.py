@@ -19,7 +19,6 @@ class Facts:
         engine: the buckets and their backends.
         captures: what CUDA graphs have seen of them.
         perturbed: whether some weights may be away from w.
-        number: of the last climb.
         total: (1,) float64, what the last climb reduced: the squared norm; None before the first.
     """
 
@@ -27,5 +26,4 @@ class Facts:
         self.engine = Engine(Layout(), [])
         self.captures = Captures()
         self.perturbed = False
-        self.number = 0
         self.total: Tensor | None = None

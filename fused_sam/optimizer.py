@@ -21,7 +21,7 @@ from .checks import (
     check_groups,
     check_keywords,
 )
-from .options import ADAPTIVE, ETA, RHO, check_max_grad_norm, check_values
+from .options import ADAPTIVE, CLIMBS, ETA, RHO, check_max_grad_norm, check_values
 from .scaling import clip_scale, found_nonfinite
 
 Closure = Callable[[], Any]
@@ -208,9 +208,10 @@ class FusedSAM(Checkpointing):
             for group in self.param_groups:
                 check_values(group)
             # From here on restore() is needed. Which weights are away it learns from the buckets.
-            facts.perturbed, facts.number = True, facts.number + 1
+            facts.perturbed = True
+            number = self._count_climb()
             try:
-                facts.total = facts.engine.climb(SAM, grads, self.param_groups, facts.number)
+                facts.total = facts.engine.climb(SAM, grads, self.param_groups, number)
             except BaseException:
                 self.restore()
                 raise
@@ -307,6 +308,13 @@ class FusedSAM(Checkpointing):
             self._mark_consumed()  # zeros are no fresh gradients
 
     # ----------------------------------------------------------------------------------- internals
+
+    def _count_climb(self) -> int:
+        """The number of the climb that begins; the first group keeps it, as a checkpoint must."""
+        first = self.param_groups[0]
+        first[CLIMBS] = first.get(CLIMBS, 0) + 1
+        number: int = first[CLIMBS]
+        return number
 
     def _descend(
         self,

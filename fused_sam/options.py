@@ -51,6 +51,9 @@ ETA = Option("eta", 0.0, check_size)
 OPTIONS: Mapping[str, Option] = {option.name: option for option in (RHO, ADAPTIVE, ETA)}
 """What a group holds besides the base optimizer's options, by name."""
 
+CLIMBS = "climbs"
+"""Key in the first group: how many climbs there were. No option: the optimizer counts."""
+
 
 def check_values(group: Mapping[str, Any]) -> None:
     """Raise unless every one of these options can be used as it stands in a group."""

@@ -35,8 +35,8 @@ inline int64_t num_spans(int64_t size) { return (size + kSpan - 1) / kSpan; }
 
 // partials: T (num_spans,). Writes those of the spans [begin, end).
 using Reduce = void (*)(const Problem&, void* partials, int64_t begin, int64_t end);
-// total: the reduced number over all buckets.
-using Ascend = void (*)(const Problem&, double total, int64_t begin, int64_t end);
+// total: the reduced number over all buckets. number: the climb's.
+using Ascend = void (*)(const Problem&, double total, int64_t number, int64_t begin, int64_t end);
 // skip: restore only. `step` counts the running step already.
 using Update = void (*)(const Problem&, double grad_scale, bool skip, int64_t begin, int64_t end);
 using Restore = void (*)(const Problem&, int64_t begin, int64_t end);

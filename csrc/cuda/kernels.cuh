@@ -225,8 +225,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
 template <typename Ascent, typename S>
 __device__ __forceinline__ void climb(
-    S* saved, const Piece<S>& piece,
-    const typename Ascent::template Scalars<ComputeOf<S>>& scalars) {
+    S* saved, const Piece<S>& piece, const typename Ascent::template Scalars<ComputeOf<S>>& scalars,
+    uint32_t seed) {
   const bool stays = scalars.scale == ComputeOf<S>(0);
   for_packs<S, 2>(piece.numel, piece.has(kAligned), [&](auto width, auto unroll, int i) {
     constexpr int kWidth = decltype(width)::value, kUnroll = decltype(unroll)::value;
@@ -243,7 +243,9 @@ __device__ __forceinline__ void climb(
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
         const S old = weights[u].at[k];
-        const S moved = round_to<S>(Ascent::move(load(old), load(grad[u].at[k]), scalars));
+        const S moved =
+            round_stochastically<S>(Ascent::move(load(old), load(grad[u].at[k]), scalars),
+                                    noise_of(piece.at + i + u * kStride + k, seed));
         // 0 * inf is NaN, and a scale of 0 must move nothing.
         weights[u].at[k] = stays ? old : moved;
       }
@@ -272,12 +274,13 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   using T = ComputeOf<S>;
   if (blockIdx.x == 0 && threadIdx.x == 0) *climbed = number;
   const T sum = T(*total);
+  const uint32_t seed = hash(uint32_t(number));
   for (int chunk = blockIdx.x; chunk < p.num_chunks; chunk += gridDim.x) {
     const Piece<S> piece = piece_of<S>(p, chunk);
     if (piece.has(kMissing)) continue;
     const auto scalars = Ascent::scalars(columns_of<Ascent, T>(p, piece.slot), sum);
     S* saved = static_cast<S*>(p.saved) + piece.at;
-    climb<Ascent>(saved, piece, scalars);
+    climb<Ascent>(saved, piece, scalars, seed);
   }
 }
 

@@ -19,6 +19,7 @@ from ..ascents import Ascent, Sums
 from ..blends import Blend
 from ..memory import Bucket, Gradients
 from ..rules import STEP, Group, Rule
+from .rounding import HALVES, round_stochastically, seed_of
 from .runs import CHUNK_ELEMENTS, Run, present, runs
 
 Groups = Sequence[dict[str, Any]]
@@ -70,7 +71,8 @@ class Backend:
         """Save w, write the climb's number, then climb.
 
         If ``total`` allows no climb nothing moves; w is saved all the same. A group with
-        ``maximize`` moves against its gradient.
+        ``maximize`` moves against its gradient. Weights of half precision are rounded at random:
+        see ``rounding``.
 
         Args:
             bucket: ``saved`` and ``climb`` are written, and the weights in place.
@@ -99,7 +101,11 @@ class Backend:
                 weights = run.weights[chunk].to(dtype)
                 moved = ascent.move(weights, grad[chunk], *scalars)
                 # 0 * inf is NaN, and a scale of 0 must move nothing.
-                run.weights[chunk] = torch.where(scale == 0, weights, moved)
+                moved = torch.where(scale == 0, weights, moved)
+                if bucket.dtype in HALVES:
+                    offset = run.start + chunk.start
+                    moved = round_stochastically(moved, bucket.dtype, offset, seed_of(number))
+                run.weights[chunk] = moved
 
     def update_(
         self,

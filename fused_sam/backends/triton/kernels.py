@@ -90,6 +90,46 @@ def _store(ptr, value, mask):
 
 
 @triton.jit
+def _hash(x):
+    """``rounding.py`` says which; of uint32."""
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _store_stochastically(ptr, value, at, seed, mask):
+    """Store float32 as one of its two neighbours in half precision, others as they are.
+
+    The same as ``rounding.py``, bit for bit; ``at`` are the offsets in the flat buffers.
+    """
+    dtype: tl.constexpr = ptr.dtype.element_ty
+    if dtype.primitive_bitwidth == 16:
+        noise = _hash(at.to(tl.uint32) ^ seed)
+        bits = value.to(tl.uint32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
+        if dtype == tl.bfloat16:
+            half = (bits + (noise >> 16)) >> 16
+            limit: tl.constexpr = 0x7F7F0000
+        else:
+            normal = (magnitude - 0x38000000 + (noise >> 19)) >> 13
+            # Below the smallest normal number the neighbours are integers times 2**-24.
+            small = magnitude < 0x38800000
+            units = tl.where(small, tl.abs(value) * 16777216.0, 0.0)
+            whole = units.to(tl.int32)
+            chance = (2 * (noise >> 9) + 1).to(tl.float32) * 5.9604644775390625e-08
+            up = units - whole.to(tl.float32) > chance
+            half = tl.where(small, whole.to(tl.uint32) + up.to(tl.uint32), normal)
+            half |= (bits >> 16) & 0x8000
+            limit: tl.constexpr = 0x477FE000
+        rounded = half.to(tl.uint16).to(dtype, bitcast=True)
+        value = tl.where(magnitude < limit, rounded, value.to(dtype))
+    _store(ptr, value, mask)
+
+
+@triton.jit
 def _is_last(ticket_ptr):
     """Whether this is the last program that comes here: all have done what they do before.
 
@@ -173,14 +213,14 @@ def reduce_kernel(
 
 
 @triton.jit
-def _ascend_tile(weights, saved, grad, offs, mask, scalars, MOVE: tl.constexpr):
+def _ascend_tile(weights, saved, grad, at, offs, mask, seed, scalars, MOVE: tl.constexpr):
     scale = scalars[0]
     w = _load(weights + offs, mask, scale.dtype)
     g = _load(grad + offs, mask, scale.dtype)
     # 0 * inf is NaN, and a scale of 0 must move nothing.
     moved = tl.where(scale == 0, w, MOVE(w, g, *scalars))
     _store(saved + offs, w, mask)
-    _store(weights + offs, moved, mask)
+    _store_stochastically(weights + offs, moved, at + offs, seed, mask)
 
 
 @triton.jit(
@@ -210,6 +250,7 @@ def ascend_kernel(
     if tl.program_id(0) == 0:
         tl.store(climb_ptr, number)
     total = tl.load(total_ptr).to(dtype)
+    seed = _hash(tl.full([], number, tl.uint32))
     # Backwards: what reduce read last is what may still be in the cache.
     for i in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
         slot, weights, start, begin, count, wide, row, flags = _locate(
@@ -223,14 +264,16 @@ def ascend_kernel(
                 s = saved_ptr + _aligned(start, begin, 64)
                 g = _aligned(grad, begin, 16)
                 for tile in range(TILES):
-                    _ascend_tile(w, s, g, tile * BLOCK + lanes, None, scalars, MOVE)
+                    offs = tile * BLOCK + lanes
+                    _ascend_tile(w, s, g, start + begin, offs, None, seed, scalars, MOVE)
             else:
                 w = weights + begin
                 s = saved_ptr + start + begin
                 g = grad + begin
                 for tile in range(tl.cdiv(count, BLOCK).to(tl.int32)):
                     offs = tile * BLOCK + lanes
-                    _ascend_tile(w, s, g, offs, offs < count, scalars, MOVE)
+                    mask = offs < count
+                    _ascend_tile(w, s, g, start + begin, offs, mask, seed, scalars, MOVE)
 
 
 # --------------------------------------------------------------------------------------- restore_
