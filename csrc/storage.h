@@ -124,15 +124,16 @@ FUSED_SAM_INLINE Float16 round_stochastically<Float16, float>(float x, uint32_t 
   const uint32_t bits = to_bits(x);
   const uint32_t magnitude = bits & 0x7fffffffu;
   const uint32_t normal = (magnitude - ((127u - 15u) << 23) + (noise >> 19)) >> 13;
-  // Below the smallest normal number the neighbours are integers times 2**-24. Where the number is
-  // larger, the conversion to an integer must be defined all the same.
-  const bool small = magnitude < (113u << 23);
-  const float units = small ? from_bits(magnitude) * 0x1p24f : 0.0f;
-  const int32_t whole = int32_t(units);
-  const bool up = units - float(whole) > float(int32_t(2 * (noise >> 9) + 1)) * 0x1p-24f;
-  const uint32_t half = small ? uint32_t(whole) + (up ? 1u : 0u) : normal;
-  const Float16 rounded = Float16(uint16_t(half | (bits >> 16 & 0x8000u)));
-  return magnitude < 0x477fe000u ? rounded : round_to<Float16>(x);
+  // Below it the neighbours are integers times 2**-24: in units of 2**-45. By masks, because what
+  // chooses by the same condition twice is not vectorised.
+  const uint32_t small = 0u - uint32_t(magnitude < (113u << 23));
+  const uint32_t units = uint32_t(int32_t(from_bits(magnitude & small) * 0x1p45f));
+  uint32_t half = ((units + (noise >> 11)) >> 21 & small) | (normal & ~small);
+  // From 65504 on to nearest: 65520 and above are infinite.
+  half = magnitude >= 0x477fe000u ? 0x7bffu : half;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  return Float16(uint16_t(half | (bits >> 16 & 0x8000u)));
 }
 
 template <typename S>

@@ -38,7 +38,7 @@ def rounded(values, dtype, offset, number):
     if dtype == torch.bfloat16:
         up = rest + (noise >> 16) / 2**16 >= 1
     else:
-        below = rest > (2 * (noise >> 9).astype(np.float64) + 1) / 2**24
+        below = np.floor(rest * 2**21) + (noise >> 11) >= 2**21
         up = np.where(exact < smallest, below, rest + (noise >> 19) / 2**13 >= 1)
     return np.copysign((whole + up) * unit, values)
 

@@ -54,11 +54,10 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, offset: int, seed: 
         half, limit = bits + (noise >> 16 & 0xFFFF) >> 16, 0x7F7F0000
     else:
         normal = magnitude - (_SMALLEST_NORMAL - (1 << 23)) + (noise >> 19 & 0x1FFF) >> 13
-        # Below the smallest normal number the neighbours are integers times 2**-24.
-        units = values.abs() * 2.0**24
-        whole = units.to(torch.int32)
-        up = units - whole > (2 * (noise >> 9 & 0x7FFFFF) + 1) * 2.0**-24
-        half = torch.where(magnitude < _SMALLEST_NORMAL, whole + up, normal)
+        # Below it the neighbours are integers times 2**-24: in units of 2**-45.
+        units = (values.abs() * 2.0**45).to(torch.int32)
+        small = (units + (noise >> 11 & 0x1FFFFF)) >> 21 & 0x7FF
+        half = torch.where(magnitude < _SMALLEST_NORMAL, small, normal)
         half, limit = half | (bits >> 16 & -0x8000), _LARGEST
     rounded = half.to(torch.int16).view(dtype)
     return torch.where(magnitude < limit, rounded, values.to(dtype))

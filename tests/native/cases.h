@@ -368,7 +368,7 @@ bool is_chosen(S now, double want, double bound, int64_t at) {
   const bool small = !wide && std::fabs(want) < 0x1p-14;
   const double unit = small ? 0x1p-24 : std::ldexp(2 * kRound<S>, std::ilogb(want));
   const double chance = wide    ? (noise >> 16) * 0x1p-16
-                        : small ? 1 - (2 * (noise >> 9) + 1) * 0x1p-24
+                        : small ? (noise >> 11) * 0x1p-21
                                 : (noise >> 19) * 0x1p-13;
   const double whole = std::floor(std::fabs(want) / unit);
   const double rest = std::fabs(want) / unit - whole + chance - 1;

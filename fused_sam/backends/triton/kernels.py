@@ -115,13 +115,11 @@ def _store_stochastically(ptr, value, at, seed, mask):
             limit: tl.constexpr = 0x7F7F0000
         else:
             normal = (magnitude - 0x38000000 + (noise >> 19)) >> 13
-            # Below the smallest normal number the neighbours are integers times 2**-24.
+            # Below it the neighbours are integers times 2**-24: in units of 2**-45.
             small = magnitude < 0x38800000
-            units = tl.where(small, tl.abs(value) * 16777216.0, 0.0)
-            whole = units.to(tl.int32)
-            chance = (2 * (noise >> 9) + 1).to(tl.float32) * 5.9604644775390625e-08
-            up = units - whole.to(tl.float32) > chance
-            half = tl.where(small, whole.to(tl.uint32) + up.to(tl.uint32), normal)
+            units = tl.where(small, tl.abs(value) * 35184372088832.0, 0.0).to(tl.int32)
+            subnormal = (units.to(tl.uint32, bitcast=True) + (noise >> 11)) >> 21
+            half = tl.where(small, subnormal, normal)
             half |= (bits >> 16) & 0x8000
             limit: tl.constexpr = 0x477FE000
         rounded = half.to(tl.uint16).to(dtype, bitcast=True)
