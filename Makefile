@@ -34,7 +34,7 @@ demo: $(VENV)/.demo ## train with SGD and with SAM on real data, print a table, 
 	$(BIN)/python -m fused_sam.demo $(ARGS)
 
 test: $(VENV)/.dev ## run the tests; fails under 95 % coverage by lines and branches
-	$(BIN)/python -m pytest --cov $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --cov $(ARGS)
 
 bench: $(VENV)/.bench ## measure against the peers, under 15 minutes; writes docs/benchmarks.md
 	$(BIN)/python -m bench --keep $(ARGS)

@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_sam.ascents import SAM, SQUARES
+from fused_sam.ascents import ASCENTS, SQUARES
 from fused_sam.backends.triton import kernels
 from fused_sam.backends.triton import operations as backend
 from fused_sam.backends.triton.words import compiled as text
@@ -47,8 +47,8 @@ UPDATES = {
 }
 """Rule and the state buffers that it keeps."""
 REDUCES = {
-    "reduce": (SAM.sums, False),
-    "reduce-asam": (SAM.sums, True),
+    "reduce": (ASCENTS["sam"].sums, False),
+    "reduce-asam": (ASCENTS["sam"].sums, True),
     "squares": (SQUARES, False),
 }
 """The sum, and whether it reads the weights."""
@@ -81,8 +81,8 @@ def build(name, dtype, target):
         constants |= {"TERMS": text(sums.terms), "COLUMNS": len(sums.column_names), "READS": reads}
         function = kernels.reduce_kernel
     elif name == "ascend":
-        constants |= {"SCALARS": text(SAM.scalars), "MOVE": text(SAM.move)}
-        constants["COLUMNS"] = len(SAM.sums.column_names)
+        constants |= {"SCALARS": text(ASCENTS["sam"].scalars), "MOVE": text(ASCENTS["sam"].move)}
+        constants["COLUMNS"] = len(ASCENTS["sam"].sums.column_names)
         function = kernels.ascend_kernel
     else:
         function = kernels.restore_kernel

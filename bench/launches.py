@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 
 from fused_sam import FusedSAM, backends
-from fused_sam.ascents import SAM
+from fused_sam.ascents import ASCENTS
 from fused_sam.backends import capture
 from fused_sam.backends.triton import operations as triton
 from fused_sam.blends import PLAIN
@@ -82,10 +82,10 @@ def _launches_of(optimizer: Any, base: str) -> dict[str, Work]:
         return {f"update_ {base}": update}
 
     def reduce() -> torch.Tensor:
-        return backend.reduce(bucket, SAM.sums, grads, groups)
+        return backend.reduce(bucket, ASCENTS["sam"].sums, grads, groups)
 
     def ascend_(total: torch.Tensor) -> None:
-        backend.ascend_(bucket, SAM, grads, groups, total, 1)
+        backend.ascend_(bucket, ASCENTS["sam"], grads, groups, total, 1)
 
     return {
         "reduce": reduce,

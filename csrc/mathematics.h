@@ -237,6 +237,95 @@ struct RmsProp {
   }
 };
 
+// states: sum
+struct Adagrad {
+  static constexpr int kColumns = 4;
+  static constexpr int kStates = 1;
+  static constexpr unsigned kAlways = 1;  // states that every group keeps
+  static constexpr bool kCounts = true;
+  template <typename T>
+  struct Columns {
+    T lr;
+    T lr_decay;
+    T weight_decay;
+    T eps;
+  };
+  template <typename T>
+  struct Scalars {
+    T step_size;
+    T weight_decay;
+    T eps;
+  };
+
+  template <typename T>
+  static FUSED_SAM_INLINE Scalars<T> scalars(const Columns<T>& columns_, [[maybe_unused]] T step,
+                                             [[maybe_unused]] bool fresh) {
+    [[maybe_unused]] T lr = columns_.lr;
+    [[maybe_unused]] T lr_decay = columns_.lr_decay;
+    [[maybe_unused]] T weight_decay = columns_.weight_decay;
+    [[maybe_unused]] T eps = columns_.eps;
+    return {words::divide(lr, (T(1) + ((step - T(1)) * lr_decay))), weight_decay, eps};
+  }
+
+  template <unsigned kKept, typename T>
+  static FUSED_SAM_INLINE T update(T param, T grad, T (&state_)[kMaxStates],
+                                   const Scalars<T>& scalars_) {
+    T sum = state_[0];
+    [[maybe_unused]] T step_size = scalars_.step_size;
+    [[maybe_unused]] T weight_decay = scalars_.weight_decay;
+    [[maybe_unused]] T eps = scalars_.eps;
+    grad = words::where((weight_decay != T(0)), (grad + (weight_decay * param)), grad);
+    sum = (sum + (grad * grad));
+    state_[0] = sum;
+    return (param - (step_size * (grad / (words::sqrt(sum) + eps))));
+  }
+};
+
+// states: exp_avg
+struct Lion {
+  static constexpr int kColumns = 4;
+  static constexpr int kStates = 1;
+  static constexpr unsigned kAlways = 1;  // states that every group keeps
+  static constexpr bool kCounts = false;
+  template <typename T>
+  struct Columns {
+    T lr;
+    T weight_decay;
+    T rest1;
+    T rest2;
+  };
+  template <typename T>
+  struct Scalars {
+    T lr;
+    T decay;
+    T rest1;
+    T rest2;
+  };
+
+  template <typename T>
+  static FUSED_SAM_INLINE Scalars<T> scalars(const Columns<T>& columns_, [[maybe_unused]] T step,
+                                             [[maybe_unused]] bool fresh) {
+    [[maybe_unused]] T lr = columns_.lr;
+    [[maybe_unused]] T weight_decay = columns_.weight_decay;
+    [[maybe_unused]] T rest1 = columns_.rest1;
+    [[maybe_unused]] T rest2 = columns_.rest2;
+    return {lr, (T(1) - (lr * weight_decay)), rest1, rest2};
+  }
+
+  template <unsigned kKept, typename T>
+  static FUSED_SAM_INLINE T update(T param, T grad, T (&state_)[kMaxStates],
+                                   const Scalars<T>& scalars_) {
+    T exp_avg = state_[0];
+    [[maybe_unused]] T lr = scalars_.lr;
+    [[maybe_unused]] T decay = scalars_.decay;
+    [[maybe_unused]] T rest1 = scalars_.rest1;
+    [[maybe_unused]] T rest2 = scalars_.rest2;
+    auto direction = words::sign(words::lerp(exp_avg, grad, rest1));
+    state_[0] = words::lerp(exp_avg, grad, rest2);
+    return ((decay * param) - (lr * direction));
+  }
+};
+
 // summed over all elements
 struct SamNorm {
   static constexpr int kColumns = 3;
@@ -308,16 +397,16 @@ struct Sam {
 
 }  // namespace FUSED_SAM_ISA
 
-constexpr int kNumRules = 3;
+constexpr int kNumRules = 5;
 constexpr int kNumSums = 2;
 constexpr int kNumAscents = 1;
 
 }  // namespace fused_sam
 
-#define FUSED_SAM_RULES(_) _(Sgd) _(Adam) _(RmsProp)
+#define FUSED_SAM_RULES(_) _(Sgd) _(Adam) _(RmsProp) _(Adagrad) _(Lion)
 
 #define FUSED_SAM_SUMS(_) _(SamNorm) _(Squares)
 
 #define FUSED_SAM_ASCENTS(_) _(Sam)
 
-#define FUSED_SAM_MATHEMATICS "b7f2f1a75ddbd4ca"
+#define FUSED_SAM_MATHEMATICS "26af893397675b3c"

@@ -50,6 +50,12 @@ FUSED_SAM_INLINE T abs(T x) {
   return x < T(0) ? -x : x;
 }
 
+// 0 for NaN.
+template <typename T>
+FUSED_SAM_INLINE T sign(T x) {
+  return x > T(0) ? T(1) : x < T(0) ? T(-1) : T(0);
+}
+
 // NaN if either is NaN, as torch.maximum.
 template <typename T>
 FUSED_SAM_INLINE T maximum(T x, T y) {

@@ -14,8 +14,10 @@ ICLR 2021) keep the statistics of the first pass only; so does::
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +34,8 @@ def frozen_running_stats(model: nn.Module) -> Iterator[None]:
     When the block ends, by an exception too, every ``running_mean``, ``running_var`` and
     ``num_batches_tracked`` is the tensor that it was, bit for bit, whatever the activations were
     (infinite and NaN ones included). Outputs and gradients are those of training mode. Blocks
-    nest, and a model may be wrapped (DistributedDataParallel, FSDP, ``torch.compile``).
+    may lie within each other and overlap, and a model may be wrapped (DistributedDataParallel,
+    FSDP, ``torch.compile``).
 
     It covers every BatchNorm, SyncBatchNorm and InstanceNorm under ``model`` that tracks running
     statistics, their lazy forms, their subclasses (timm's, for instance), and what TorchScript made
@@ -71,16 +74,50 @@ def _freeze(module: nn.Module, undo: ExitStack) -> None:
         # It makes its buffers in its first forward, in a hook that runs before this one.
         hook = module.register_forward_pre_hook(lambda module, _: _freeze(module, undo))
         undo.callback(hook.remove)
-    elif isinstance(module, _BatchNorm) and type(module).forward is _BatchNorm.forward:
-        # Momentum 0 would not do: 0 * inf is NaN, and None stands for a cumulative average.
-        undo.callback(setattr, module, "track_running_stats", module.track_running_stats)
-        module.track_running_stats = False
     else:
-        # InstanceNorm passes its buffers on whether it tracks or not; SyncBatchNorm without them
-        # fails on half-precision input; a subclass may do anything. They get buffers to throw away.
-        buffers = dict(module._buffers.items())
-        undo.callback(_set_buffers, module, buffers)
-        _set_buffers(module, {k: b if b is None else b.clone() for k, b in buffers.items()})
+        block = _BLOCKS.get(module)
+        if block is None:
+            block = _BLOCKS[module] = _Block(_switch_off(module))
+        block.depth += 1
+        undo.callback(_leave, module)
+
+
+@dataclass
+class _Block:
+    """The blocks that a layer is in, which may end in any order: the last one switches it on."""
+
+    before: bool | dict[str, Tensor | None]
+    depth: int = 0
+
+
+_BLOCKS: MutableMapping[nn.Module, _Block] = WeakKeyDictionary()
+
+
+def _switch_off(module: nn.Module) -> bool | dict[str, Tensor | None]:
+    """Leave the running statistics alone from now on; returns what ``_leave`` needs."""
+    if isinstance(module, _BatchNorm) and type(module).forward is _BatchNorm.forward:
+        # Momentum 0 would not do: 0 * inf is NaN, and None stands for a cumulative average.
+        tracks = bool(module.track_running_stats)
+        module.track_running_stats = False
+        return tracks
+    # InstanceNorm passes its buffers on whether it tracks or not; SyncBatchNorm without them
+    # fails on half-precision input; a subclass may do anything. They get buffers to throw away.
+    buffers = dict(module._buffers.items())
+    _set_buffers(module, {k: b if b is None else b.clone() for k, b in buffers.items()})
+    return buffers
+
+
+def _leave(module: nn.Module) -> None:
+    block = _BLOCKS.get(module)
+    if block is None:
+        return  # the layer is garbage, and so is the block, which was never left
+    block.depth -= 1
+    if block.depth == 0:
+        del _BLOCKS[module]
+        if isinstance(block.before, bool):
+            module.track_running_stats = block.before  # type: ignore[assignment]
+        else:
+            _set_buffers(module, block.before)
 
 
 def _set_buffers(module: nn.Module, buffers: dict[str, Tensor | None]) -> None:

@@ -37,13 +37,14 @@ class Checkpointing(Following):
         self._refuse_perturbed("load_state_dict()")
         groups = list(state_dict["param_groups"])
         for i, (new, current) in enumerate(zip(groups, self.param_groups, strict=False)):
-            groups[i] = {**{key: current[key] for key in OPTIONS}, **new}
+            groups[i] = {**{key: current[key] for key in (*OPTIONS, *self.when.memory)}, **new}
         state = {
             # davda54/sam keeps the saved weights in its state, and nothing else.
             key: {k: v for k, v in entry.items() if k != "old_p"}
             if isinstance(entry, dict) and "old_p" in entry
             else entry
             for key, entry in state_dict["state"].items()
+            if not (isinstance(entry, dict) and entry.keys() == {"old_p"})
         }
         rates = [group.get("lr") for group in self.param_groups]
         super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
@@ -65,7 +66,7 @@ class Checkpointing(Following):
         engine = self._facts.engine
         buffers = [buffer for b in engine.buckets for buffer in b.states.values()]
         had = [(buffer, i) for buffer in buffers for i, has in enumerate(buffer.present) if has]
-        engine.layout.states.adopt(self.state)
+        engine.layout.states.adopt(self.state, self.param_groups)
         if not all([buffer.present[i] for buffer, i in had]):
             self._facts.captures.outdate(
                 "load_state_dict() took away state that a replay goes on with"
@@ -74,16 +75,18 @@ class Checkpointing(Following):
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and deepcopy keep; the layout is built anew from it."""
         self._refuse_perturbed("pickling or copying")
-        keys = ("base_optimizer", "defaults", "max_grad_norm", "_backend_name")
-        return {key: self.__dict__[key] for key in keys}
+        keys = ("base_optimizer", "defaults", "max_grad_norm", "_when", "_backend_name")
+        # A deepcopy of the model in the same call finds its way to the copy of this one.
+        return {**{key: getattr(self, key) for key in keys}, "_attached": self._facts.attached}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Used by construction and unpickling; ``load_state_dict`` sets groups and state alone."""
         if "base_optimizer" not in state:
             self.base_optimizer.__setstate__(state)
             return
+        attached = state.pop("_attached", None)
         super().__setstate__(state)
-        self._facts = Facts()
+        self._facts = Facts(attached)
 
     def _refuse_perturbed(self, what: str) -> None:
         if self._facts.perturbed:

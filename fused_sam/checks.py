@@ -13,13 +13,17 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from .memory.window import is_dense, is_shared, trains
+from .ascents import chosen
+from .choice import plain
+from .memory.window import extent, has_memory, is_dense, is_shared, trains
 from .options import OPTIONS, check_values
 
 
 def check_ascent(group: Mapping[str, Any]) -> None:
     """Raise unless a group's ascent options can be used with its parameters."""
     check_values(group)
+    if group["ascent"] is None:
+        return
     if group["adaptive"] and any(p.is_complex() and trains(p) for p in _tensors(group["params"])):
         raise TypeError(
             "adaptive=True is not defined for complex parameters; put them into a group of their "
@@ -106,6 +110,7 @@ def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
     _check_overlap([param for param in training if param.numel()])
     for group in groups:
         check_ascent(group)
+    chosen(groups)
 
 
 def as_groups(params: Any) -> list[dict[str, Any]]:
@@ -127,7 +132,26 @@ def as_groups(params: Any) -> list[dict[str, Any]]:
         _refuse_set(group["params"])
         if not isinstance(group["params"], Tensor):
             group["params"] = list(group["params"])
+        group.update(plain(group))
     return items
+
+
+def keep_each_once(groups: Iterable[dict[str, Any]]) -> None:
+    """Let each parameter stand in the groups once, where it stands first.
+
+    Tied weights come twice from ``[*encoder.parameters(), *decoder.parameters()]``: torch.optim
+    warns, and steps twice.
+    """
+    seen: set[int] = set()
+    for group in groups:
+        if isinstance(group["params"], Tensor):
+            continue
+        ids = list(map(id, _tensors(group["params"])))
+        if len(set(ids)) < len(ids) or not seen.isdisjoint(ids):
+            first = {who: i for i, who in reversed(list(enumerate(ids))) if who not in seen}
+            lists = [key for key in ("params", "param_names") if key in group]
+            group.update({key: [group[key][i] for i in sorted(first.values())] for key in lists})
+        seen.update(ids)
 
 
 def _refuse_set(params: Any) -> None:
@@ -180,6 +204,11 @@ def _check_param(param: Tensor) -> None:
         raise ValueError(
             f"{what} is on the meta device; materialise it first (model.to_empty(...))"
         )
+    if not has_memory(param):
+        raise ValueError(
+            f"{what} has a storage of {param.untyped_storage().nbytes()} bytes, which is too small "
+            f"for it (FSDP frees storages so); allocate it before, untyped_storage().resize_(...)"
+        )
     if not is_dense(param) and is_shared(param):
         raise ValueError(
             f"{what} with strides {param.stride()} does not fill its memory, which it shares with "
@@ -189,7 +218,7 @@ def _check_param(param: Tensor) -> None:
 
 def _check_overlap(params: list[Tensor]) -> None:
     spans = sorted(
-        ((str(p.device), p.data_ptr(), p.data_ptr() + _extent(p), p) for p in params),
+        ((str(p.device), Tensor.data_ptr(p), Tensor.data_ptr(p) + extent(p), p) for p in params),
         key=lambda span: span[:3],
     )
     for before, after in itertools.pairwise(spans):
@@ -199,9 +228,3 @@ def _check_overlap(params: list[Tensor]) -> None:
                 f"overlap in memory and would overwrite each other's updates; use one Parameter "
                 f"object in both places (tied weights), or clone one"
             )
-
-
-def _extent(param: Tensor) -> int:
-    """Bytes from the parameter's first element to the end of its last."""
-    reach = sum((n - 1) * abs(s) for n, s in zip(param.shape, param.stride(), strict=True))
-    return (reach + 1) * param.element_size()

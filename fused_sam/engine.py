@@ -12,7 +12,7 @@ from .backends import Backend, Groups, combine
 from .blends import Blend
 from .devices import moved
 from .memory import Bucket, Gradients, Layout
-from .memory.state import State
+from .memory.state import State, check_states
 
 
 class Engine:
@@ -48,7 +48,11 @@ class Engine:
     def climb(
         self, ascent: Ascent, grads: Sequence[Gradients], groups: Groups, number: int
     ) -> Tensor:
-        """Save w and climb, under a number; returns what was reduced, (1,) float64."""
+        """Save w and climb, under a number; returns what was reduced, (1,) float64.
+
+        Groups whose ``ascent`` is None take no part.
+        """
+        grads = [_climbing(b, g, groups) for b, g in zip(self.buckets, grads, strict=True)]
         total = self.reduce(ascent.sums, grads, groups)
         for backend, bucket, bucket_grads in self._each(grads):
             here = moved(total, bucket.device, total.dtype)
@@ -72,22 +76,32 @@ class Engine:
         rule, states = self.layout.rule, self.layout.states
         assert rule is not None
         if not states.is_current(state):
-            states.adopt(state)
+            check_states(rule, groups, state)
+            states.adopt(state, groups)
         for backend, bucket, bucket_grads in self._each(grads):
             bucket.settle()
-            bucket.begin_return()
-            backend.update_(
-                bucket,
-                rule,
-                blend,
-                bucket_grads,
-                groups,
-                grad_scale=_on(bucket, grad_scale, bucket.compute_dtype),
-                found_inf=_on(bucket, found_inf, torch.float32),
-            )
-            bucket.bump_versions(bucket_grads)
-            bucket.end_return()
-            states.expose(bucket, bucket_grads, groups, state, found_inf)
+            away = bucket.perturbed
+            try:
+                bucket.begin_return()
+                backend.update_(
+                    bucket,
+                    rule,
+                    blend,
+                    bucket_grads,
+                    groups,
+                    grad_scale=_on(bucket, grad_scale, bucket.compute_dtype),
+                    found_inf=_on(bucket, found_inf, torch.float32),
+                )
+                bucket.bump_versions(bucket_grads)
+                bucket.end_return()
+                states.expose(bucket, bucket_grads, groups, state, found_inf)
+            except BaseException:
+                bucket.settle()
+                if any(away) and bucket.perturbed == away:
+                    bucket.clear_unshown()
+                else:
+                    states.expose(bucket, bucket_grads, groups, state, found_inf)
+                raise
 
     def blend(self, blend: Blend, grad_scale: Tensor) -> None:
         """Give a base optimizer without a rule the gradients that it is to see."""
@@ -95,24 +109,44 @@ class Engine:
             grads = [slot.param.grad for slot in bucket.slots]
             backend.blend_(bucket, blend, grads, _on(bucket, grad_scale, bucket.compute_dtype))
 
-    def restore(self) -> None:
-        """Return to w, without any check; each bucket whatever becomes of the others."""
+    def restore(self) -> list[str]:
+        """Return to w, without any check; each bucket whatever becomes of the others.
+
+        Returns:
+            What to say of each parameter that cannot hold its w any more.
+        """
         error: Exception | None = None
+        lost: list[str] = []
         for backend, bucket in zip(self.backends, self.buckets, strict=True):
             try:
                 bucket.settle()
                 if any(bucket.perturbed):
-                    bucket.begin_return()
-                    backend.restore_(bucket)
-                    bucket.bump_versions()
+                    if bucket.is_in_place():
+                        bucket.begin_return()
+                        backend.restore_(bucket)
+                        bucket.bump_versions()
+                    else:
+                        lost += bucket.restore_each()
                     bucket.end_return()
             except Exception as failed:
                 error = failed
         if error is not None:
             raise error
+        return lost
 
     def _each(self, grads: Sequence[Gradients]) -> list[tuple[Backend, Bucket, Gradients]]:
         return list(zip(self.backends, self.buckets, grads, strict=True))
+
+
+def _climbing(bucket: Bucket, grads: Gradients, groups: Groups) -> Gradients:
+    """The gradients of the groups that climb; the others count as missing."""
+    if all([groups[row]["ascent"] is not None for row in bucket.rows]):
+        return grads
+    takes_part = [groups[slot.row]["ascent"] is not None for slot in bucket.slots]
+    tensors = [g if part else None for g, part in zip(grads.tensors, takes_part, strict=True)]
+    present = tuple([grad is not None for grad in tensors])
+    places = tuple([a if part else 0 for a, part in zip(grads.addresses, takes_part, strict=True)])
+    return Gradients(tensors, present, all(present), places)
 
 
 def _on(bucket: Bucket, value: Tensor | None, dtype: torch.dtype) -> Tensor | None:

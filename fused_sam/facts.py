@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from .attached import Attached
 from .backends.capture import Captures
 from .engine import Engine
 from .memory import Layout
+from .record import Record
+from .schedule import Decision
 
 
 class Facts:
@@ -18,12 +22,49 @@ class Facts:
     Attributes:
         engine: the buckets and their backends.
         captures: what CUDA graphs have seen of them.
-        perturbed: whether some weights may be away from w.
+        between: whether a step is half done: after first_step, before second_step.
+        perturbed: whether some weights may be away from w. A step may be half done at w.
+        decision: what the schedule said of the last step that began.
+        aside: the gradients of a half-done step at w: its own, unless a second backward comes.
+        scale: the loss scale of the gradients at w, as far as first_step was told; else None.
         total: (1,) float64, what the last climb reduced: the squared norm; None before the first.
+        attached: the model, if it is known.
+        record: the random states of the first pass.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, attached: Attached | None = None) -> None:
+        self.attached = attached or Attached()
+        self.attached.follow(self)
+        self.record = Record()
         self.engine = Engine(Layout(), [])
         self.captures = Captures()
+        self.between = False
         self.perturbed = False
+        self.decision = Decision(True, {})
+        self.aside: list[tuple[Tensor, Tensor]] = []
+        self.scale: float | None = None
         self.total: Tensor | None = None
+
+    def devices(self) -> list[torch.device]:
+        """Where random numbers may be drawn: the parameters' devices, and all GPUs in use."""
+        devices = [bucket.device for bucket in self.engine.buckets]
+        if torch.cuda.is_initialized():
+            devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+        return devices
+
+    def leave(self) -> None:
+        """The weights are at w + epsilon: the second pass begins."""
+        self.perturbed = True
+        self.begin_second()
+
+    def begin_second(self) -> None:
+        """The second pass begins."""
+        self.between = True
+        self.attached.freeze()
+
+    def arrive(self) -> None:
+        """The weights are at w: the step is over, or given up."""
+        self.between = self.perturbed = False
+        self.aside = []
+        self.attached.thaw()
+        self.record.clear()

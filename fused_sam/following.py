@@ -8,13 +8,15 @@ from torch.optim import Optimizer
 
 from . import backends
 from .backends import capture
-from .checks import check_groups
+from .checks import check_groups, keep_each_once
 from .engine import Engine
 from .facts import Facts
 from .memory import Gradients, Layout, Stale
 from .memory.layout import members_of
+from .modes import working
 from .options import OPTIONS
 from .rules import RULES
+from .schedule import Always, When
 
 
 class Following(Optimizer):
@@ -24,8 +26,14 @@ class Following(Optimizer):
     """
 
     base_optimizer: Optimizer
+    _when: When = Always()
     _backend_name: str
     _facts: Facts
+
+    @property
+    def when(self) -> When:
+        """Which steps climb."""
+        return self._when
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -49,6 +57,8 @@ class Following(Optimizer):
         for group in self.param_groups:
             for name in OPTIONS:
                 group.setdefault(name, self.defaults[name])
+            for name, value in self.when.memory.items():
+                group.setdefault(name, self.param_groups[0].get(name, value))
 
     def _gradients(self) -> list[Gradients]:
         """The gradients of every bucket; raises, before any change, if one cannot be used.
@@ -71,14 +81,17 @@ class Following(Optimizer):
     def _refresh(self) -> None:
         """Notice what has changed under the optimizer: parameters, groups."""
         layout, groups = self._facts.engine.layout, self.param_groups
-        # Between the two steps the strides are left unlooked at: that they change there, and the
-        # address does not, would take a transposition in place of weights that are not the user's.
-        if not (layout.is_current(groups) and (self._facts.perturbed or layout.has_strides())):
+        if not (layout.is_current(groups) and layout.has_its_looks()):
             self._build()
 
     def _build(self) -> None:
+        with working():
+            self._lay_out()
+
+    def _lay_out(self) -> None:
         groups = self.param_groups
         check_groups([{**self.defaults, **group} for group in groups])
+        keep_each_once(groups)
         old = self._facts.engine.layout
         devices = {param.device for param, _ in members_of(groups, old)}
         for device in devices:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .ascents import SAM, SQUARES
+from .ascents import SQUARES, Choice, chosen
 from .blends import PLAIN
-from .checkpoint import Checkpointing
 from .checks import (
     as_groups,
     check_base,
@@ -20,14 +20,22 @@ from .checks import (
     check_defaults,
     check_groups,
     check_keywords,
+    keep_each_once,
 )
-from .options import ADAPTIVE, CLIMBS, ETA, RHO, check_max_grad_norm, check_values
+from .choice import with_defaults
+from .compiling import prepare
+from .gradients import are_fresh, are_there, mark_used, pairs_of, put_aside, put_back
+from .memory import Gradients
+from .modes import working
+from .options import ADAPTIVE, ASCENT, CLIMBS, ETA, RHO, check_max_grad_norm, check_values
+from .passes import Passes
 from .scaling import clip_scale, found_nonfinite
+from .schedule import Always, When, check_when
 
 Closure = Callable[[], Any]
 
 
-class FusedSAM(Checkpointing):
+class FusedSAM(Passes):
     """Sharpness-Aware Minimization (Foret et al., ICLR 2021) with everything around it fused.
 
     One step: with the gradient g at the weights w, climb to ``w + rho * g / ||g||`` (one norm over
@@ -52,15 +60,21 @@ class FusedSAM(Checkpointing):
 
     Args:
         params: parameters or parameter groups, as for any ``torch.optim`` optimizer. A group may
-            set ``rho``, ``adaptive`` and ``eta`` for itself.
-        base_optimizer: the class that steps. SGD, Adam, AdamW and RMSprop of ``torch.optim`` are
-            fused; any other class steps by itself, between a fused climb and a fused return.
+            set ``rho``, ``adaptive``, ``eta`` and ``ascent`` for itself.
+        base_optimizer: the class that steps. Those of ``fused_sam.rules.RULES`` are fused; any
+            other class steps by itself, between a fused climb and a fused return.
         rho: radius of the neighbourhood, finite and >= 0, in the units of the weights' L2 norm.
         adaptive: ASAM instead of SAM.
         eta: ASAM's offset, finite and >= 0.
+        ascent: which climb, a member of ``fused_sam.ascents``. None: these parameters take no part
+            in the climb, neither in the norm, and step all the same. That is for some of the
+            groups: SAM-ON (Mueller et al. 2023) leaves it to the layers that normalise.
         max_grad_norm: clip the second gradient to this L2 norm, as
             ``torch.nn.utils.clip_grad_norm_`` does.
         backend: ``"auto"`` or the name of one; ``optimizer.backend`` tells which runs.
+        model: the module that training calls; see ``attach``.
+        when: which steps climb, of ``fused_sam.schedule``; the others are the base optimizer's own,
+            with one pass if the loop asks what ``first_step`` returned.
         **base_kwargs: options of the base optimizer (lr, momentum, weight_decay, ...).
 
     Raises:
@@ -86,18 +100,24 @@ class FusedSAM(Checkpointing):
         adaptive: bool = ADAPTIVE.default,
         *,
         eta: float = ETA.default,
+        ascent: Choice | str | None = ASCENT.default,
         max_grad_norm: float | None = None,
         backend: str = "auto",
+        model: nn.Module | None = None,
+        when: When = Always(),  # noqa: B008
         **base_kwargs: Any,
     ) -> None:
-        ascent = {"rho": rho, "adaptive": adaptive, "eta": eta}
+        options = with_defaults(rho=rho, adaptive=adaptive, eta=eta, ascent=ascent)
         check_caller()
         check_base(base_optimizer)
         keywords = list(inspect.signature(FusedSAM).parameters)[:-1]  # the last is base_kwargs
         check_keywords(base_optimizer, base_kwargs, keywords)
         groups = as_groups(params)
-        check_groups([{**ascent, **base_kwargs, **group} for group in groups])
-        self._init(base_optimizer(groups, **base_kwargs), ascent, max_grad_norm, backend)
+        check_groups([{**options, **base_kwargs, **group} for group in groups])
+        for group in groups:
+            keep_each_once([group])  # in two groups it is an error of torch's
+        base = base_optimizer(groups, **base_kwargs)
+        self._init(base, options, max_grad_norm, backend, model, when)
 
     @classmethod
     def wrap(
@@ -107,8 +127,11 @@ class FusedSAM(Checkpointing):
         adaptive: bool = ADAPTIVE.default,
         *,
         eta: float = ETA.default,
+        ascent: Choice | str | None = ASCENT.default,
         max_grad_norm: float | None = None,
         backend: str = "auto",
+        model: nn.Module | None = None,
+        when: When = Always(),  # noqa: B008
     ) -> FusedSAM:
         """Put SAM around an optimizer that exists already (from timm, Hugging Face, ...).
 
@@ -119,33 +142,40 @@ class FusedSAM(Checkpointing):
                 f"FusedSAM.wrap takes a torch.optim.Optimizer that is not a FusedSAM, "
                 f"got {type(optimizer).__name__}"
             )
-        ascent = {"rho": rho, "adaptive": adaptive, "eta": eta}
+        options = with_defaults(rho=rho, adaptive=adaptive, eta=eta, ascent=ascent)
         check_base(type(optimizer))
-        check_groups([{**ascent, **group} for group in optimizer.param_groups])
+        check_groups([{**options, **group} for group in optimizer.param_groups])
         self = cls.__new__(cls)
-        self._init(optimizer, ascent, max_grad_norm, backend)
+        self._init(optimizer, options, max_grad_norm, backend, model, when)
         return self
 
     def _init(
         self,
         base: Optimizer,
-        ascent: dict[str, Any],
+        options: dict[str, Any],
         max_grad_norm: float | None,
         backend: str,
+        model: nn.Module | None,
+        when: When,
     ) -> None:
         check_max_grad_norm(max_grad_norm)
+        check_when(when)
         check_defaults(base)
         # Groups and state live in the base optimizer. Of Optimizer.__init__ only the hooks are
         # left to set up, which is what unpickling one does.
         self.__setstate__(
             {
                 "base_optimizer": base,
-                "defaults": {**base.defaults, **ascent},
+                "defaults": {**base.defaults, **options},
                 "max_grad_norm": max_grad_norm,
+                "_when": when,
                 "_backend_name": backend,
             }
         )
         self._build()
+        prepare()
+        if model is not None:
+            self.attach(model)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as for any optimizer; it may set rho, adaptive and eta for itself.
@@ -157,8 +187,11 @@ class FusedSAM(Checkpointing):
             raise TypeError(f"param_group must be a dict with 'params', got {param_group!r}")
         (param_group,) = as_groups([param_group])
         check_groups([{**self.defaults, **group} for group in (*self.param_groups, param_group)])
+        keep_each_once([param_group])
         self.base_optimizer.add_param_group(param_group)
         self._fill_groups()
+        if self._facts.engine.layout.begins_with_state:
+            self._refresh()  # which makes it
 
     # ------------------------------------------------------------------------------ the two steps
 
@@ -187,36 +220,73 @@ class FusedSAM(Checkpointing):
         names = [backend.name for backend in self._facts.engine.backends]
         return "+".join(dict.fromkeys(names))
 
-    def first_step(self, zero_grad: bool = False) -> None:
+    def first_step(self, zero_grad: bool = False, *, scaler: Any = None) -> bool:
         """Save the weights w and climb to ``w + epsilon`` with the gradients that are there.
+
+        Unless ``when`` says that this step does not climb. Then the weights stay at w, and the
+        gradients are kept for second_step(), which takes them if no others have come: a loop may
+        leave out its second pass, or do it at w.
 
         Args:
             zero_grad: set the gradients to None afterwards.
+            scaler: the GradScaler whose scale the gradients have; needed where their size matters,
+                with ``when=AESAM(...)``.
+
+        Returns:
+            Whether the weights were perturbed.
 
         Raises:
-            RuntimeError: the weights are perturbed already; a gradient is sparse.
+            RuntimeError: the step is half done already; a gradient is sparse.
             TypeError, ValueError: a group's rho, adaptive or eta cannot be used.
         """
-        if self._facts.perturbed:
+        return self._begin(zero_grad, None if scaler is None else scaler.get_scale())
+
+    def _begin(self, zero_grad: bool, scale: float | None) -> bool:
+        """The first half of a step; ``scale`` is the gradients' loss scale, None if it is 1."""
+        if self._facts.between:
             raise RuntimeError(
                 "first_step() was called twice; call second_step() after the second backward, "
                 "or restore() to go back to w without an update"
             )
         facts = self._facts
-        with torch.no_grad():
+        with working():
             grads = self._gradients()
-            for group in self.param_groups:
+            groups = self.param_groups
+            for group in groups:
                 check_values(group)
-            # From here on restore() is needed. Which weights are away it learns from the buckets.
-            facts.perturbed = True
-            number = self._count_climb()
+            ascent = chosen(groups)
+            facts.scale = scale
+            facts.decision = self._when.decide(groups[0], lambda: self._sq_norm(grads))
+            if not facts.decision.climbs:
+                facts.begin_second()
+                facts.aside = put_aside(groups) if zero_grad else pairs_of(groups)
+                return False
             try:
-                facts.total = facts.engine.climb(SAM, grads, self.param_groups, number)
+                # From here on restore() is needed. Which weights are away the buckets know.
+                facts.leave()
+                number = self._count_climb()
+                facts.total = facts.engine.climb(ascent, grads, groups, number)
             except BaseException:
                 self.restore()
                 raise
         if zero_grad:
             self.zero_grad()
+        return True
+
+    def _closure_scale(self) -> float | None:
+        """The loss scale that ``scaler.step(optimizer, closure)`` tells, where it is asked for."""
+        if not (self._when.needs_norm and self._is_scaled()):
+            return None
+        return float(self.__dict__["grad_scale"])
+
+    def _is_scaled(self) -> bool:
+        """Whether a GradScaler has said that the gradients are scaled."""
+        return getattr(self, "grad_scale", None) is not None
+
+    def _sq_norm(self, grads: Sequence[Gradients]) -> float:
+        """The squared norm of the gradients at w, unscaled as far as is known."""
+        total = self._facts.engine.reduce(SQUARES, grads, self.param_groups)
+        return total.item() / (self._facts.scale or 1.0) ** 2
 
     @Optimizer.profile_hook_step
     def second_step(self, zero_grad: bool = False) -> None:
@@ -249,14 +319,14 @@ class FusedSAM(Checkpointing):
                 between the two steps, or after ``GradScaler.unscale_``.
         """
         if closure is None:
-            if not self._facts.perturbed:
+            if not self._facts.between:
                 raise RuntimeError(
                     "step() without a closure is the second half of a SAM step and no first_step() "
                     "came before it: call first_step() and do a second backward, or pass a closure"
                 )
             self._descend()
             return None
-        if self._facts.perturbed:
+        if self._facts.between:
             raise RuntimeError(
                 "step(closure) was called between first_step() and second_step(): finish with "
                 "second_step(), or go back with restore()"
@@ -268,19 +338,28 @@ class FusedSAM(Checkpointing):
                 "gradients would still be scaled, by a factor unknown to the optimizer; leave it "
                 "out (to clip, pass max_grad_norm=... to FusedSAM)"
             )
-        loss, found_inf = None, getattr(self, "found_inf", None)
+        loss, found_inf, theirs = None, getattr(self, "found_inf", None), True
         try:
-            if not self._has_fresh_gradients():
+            attached = self._facts.attached.model is not None
+            twice = not are_fresh(self.param_groups)
+            if twice:
+                theirs = False
                 self.zero_grad()
-                with torch.enable_grad():
+                with torch.enable_grad(), self.first_pass() if attached else nullcontext():
                     loss = closure()
                 found_inf = None  # the scaler looked at gradients that are gone now
-            self.first_step(zero_grad=True)
-            with torch.enable_grad():
-                closure()
+            climbs = self._begin(zero_grad=False, scale=self._closure_scale())
+            theirs = False
+            if climbs:
+                self.zero_grad()
+                both = twice and attached
+                with torch.enable_grad(), self.second_pass() if both else nullcontext():
+                    closure()
             self._descend(found_inf, check_finite=scaled)
         except BaseException:
             self.restore()
+            if not theirs:
+                self.zero_grad()  # or half a gradient would be taken for that of w
             # What a GradScaler has set it takes back only after a step that returns.
             for name in ("grad_scale", "found_inf"):
                 self.__dict__.pop(name, None)
@@ -288,14 +367,28 @@ class FusedSAM(Checkpointing):
         return loss
 
     def restore(self) -> None:
-        """Return the parameters to w without an update; does nothing if they are there."""
-        if not self._facts.perturbed:
+        """Return the parameters to w without an update; does nothing if they are there.
+
+        Nothing is checked before: whatever has become of a parameter since, or of the groups and
+        the state, all others return. One that was moved or converted gets its w where it is now.
+
+        Raises:
+            RuntimeError: parameters cannot hold their w any more, for their shape has changed, say.
+                It names them, once: they stay as they are, and the optimizer goes on.
+        """
+        facts = self._facts
+        if not facts.perturbed:
+            facts.arrive()
             return
-        with torch.no_grad():
-            self._refresh()
-            self._facts.engine.restore()
-        self._facts.perturbed = False
-        self._facts.captures.complain()
+        with working():
+            lost = facts.engine.restore()
+        facts.arrive()
+        if lost:
+            raise RuntimeError(
+                f"all parameters are back at w, except for those that changed between the two "
+                f"steps so that they cannot hold it: {'; '.join(lost)}. These stay as they are"
+            )
+        facts.captures.complain()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set the gradients to None, or to zero."""
@@ -305,7 +398,7 @@ class FusedSAM(Checkpointing):
                     p.grad = None
         else:
             super().zero_grad(set_to_none)
-            self._mark_consumed()  # zeros are no fresh gradients
+            mark_used(self.param_groups)  # zeros are no fresh gradients
 
     # ----------------------------------------------------------------------------------- internals
 
@@ -329,7 +422,15 @@ class FusedSAM(Checkpointing):
             check_finite: skip the update also if a gradient of either pass is not finite.
             zero_grad: set the gradients to None afterwards.
         """
-        base = self.base_optimizer
+        base, facts = self.base_optimizer, self._facts
+        if facts.between:
+            self._refuse_unknown_scale()
+        there = are_there(self.param_groups)
+        if facts.perturbed and there:
+            facts.record.check_complete()
+        if facts.aside and not there:
+            put_back(facts.aside)
+        between, memory = facts.between, facts.decision.memory
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None) if not check_finite else found_inf
         if not isinstance(found_inf, Tensor):
@@ -338,30 +439,43 @@ class FusedSAM(Checkpointing):
             self.restore()  # they expect to see w
             for pre_hook in list(base._optimizer_step_pre_hooks.values()):
                 pre_hook(base, (), {})
-        with torch.no_grad():
+        if self.max_grad_norm is not None:
+            check_max_grad_norm(self.max_grad_norm)
+        with working():
             grads = self._gradients()
             engine, groups = self._facts.engine, self.param_groups
             if check_finite or self.max_grad_norm is not None:
                 sq_norm = engine.number(engine.reduce(SQUARES, grads, groups))
                 if check_finite:
-                    assert self._facts.total is not None
-                    first = engine.number(self._facts.total)
+                    climbed, total = self._facts.perturbed, self._facts.total
+                    first = engine.number(total) if climbed and total is not None else sq_norm
                     found_inf = found_nonfinite(first, sq_norm, found_inf)
                 if self.max_grad_norm is not None:
                     grad_scale = clip_scale(sq_norm.sqrt(), self.max_grad_norm, grad_scale)
             if engine.layout.rule is not None:
                 engine.update(PLAIN, grads, groups, self.state, grad_scale, found_inf)
-                self._facts.perturbed = False
+                facts.perturbed = False
             else:
                 self._step_base(grad_scale, found_inf)
+        facts.arrive()
+        for group in self.param_groups if between else ():
+            group.update(memory)
         for post_hook in list(base._optimizer_step_post_hooks.values()):
             post_hook(base, (), {})
         if zero_grad:
             self.zero_grad()
         else:
-            self._mark_consumed()
+            mark_used(self.param_groups)
         # Learning-rate schedulers, of either optimizer, look for this.
         self._opt_called = base._opt_called = True  # type: ignore[attr-defined]
+
+    def _refuse_unknown_scale(self) -> None:
+        if self._when.needs_norm and self._is_scaled() and self._facts.scale is None:
+            self.restore()
+            raise RuntimeError(
+                f"{self._when} judges the size of the gradients at w, and their loss scale was not "
+                f"told: call first_step(scaler=scaler)"
+            )
 
     def _step_base(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Return to w and let a base optimizer that has no rule step by itself."""
@@ -375,20 +489,3 @@ class FusedSAM(Checkpointing):
         step = type(self.base_optimizer).step
         step = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
         step(self.base_optimizer)
-
-    # ---- which gradients has a step used already
-
-    def _mark_consumed(self) -> None:
-        # On the gradient itself: a weak reference to it would keep torch from swapping it.
-        for group in self.param_groups:
-            for p in group["params"]:
-                if (grad := p.grad) is not None and not grad.is_inference():
-                    grad._fused_sam_consumed = grad._version
-
-    def _has_fresh_gradients(self) -> bool:
-        return any(
-            p.grad.is_inference() or getattr(p.grad, "_fused_sam_consumed", None) != p.grad._version
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        )

@@ -44,14 +44,20 @@ def _check_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
+def _check_member(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{name} must be the name of one, or None, got {value!r}")
+
+
 RHO = Option("rho", 0.05, check_size)
 ADAPTIVE = Option("adaptive", False, _check_flag)
 ETA = Option("eta", 0.0, check_size)
+ASCENT = Option("ascent", "sam", _check_member)
 
-OPTIONS: Mapping[str, Option] = {option.name: option for option in (RHO, ADAPTIVE, ETA)}
+OPTIONS: Mapping[str, Option] = {option.name: option for option in (RHO, ADAPTIVE, ETA, ASCENT)}
 """What a group holds besides the base optimizer's options, by name."""
 
-CLIMBS = "climbs"
+CLIMBS = "sam_climbs"
 """Key in the first group: how many climbs there were. No option: the optimizer counts."""
 
 

@@ -52,6 +52,11 @@ def abs(x: Value) -> Value:
     return x.abs()
 
 
+def sign(x: Value) -> Value:
+    """-1, 0 or 1; 0 for NaN."""
+    return x.sign()
+
+
 def maximum(x: Value, y: Value) -> Value:
     """The larger one; NaN if either is NaN."""
     return torch.maximum(x, y)

@@ -35,6 +35,16 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("backend", backends_here)
 
 
+BUILDING = {"test_codegen", "test_cuda_library", "test_demo", "test_native_kernels"}
+"""Modules that build something once for all of their tests: one process runs them."""
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.module.__name__ in BUILDING:
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

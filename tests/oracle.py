@@ -30,8 +30,11 @@ from dataclasses import dataclass
 
 import torch
 
+import fused_sam
+from fused_sam.options import OPTIONS
+
 OPERATIONS = 32
-ASCENT = ("rho", "adaptive", "eta")
+ASCENT = tuple(OPTIONS)
 
 
 @dataclass
@@ -106,11 +109,36 @@ def assert_close(actual, expected, what):
 # ------------------------------------------------------------------------------------ the textbook
 
 
+class Lion(torch.optim.Optimizer):
+    """Chen et al. 2023, algorithm 2, as it stands there; what it steps with is float64."""
+
+    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, maximize=False):
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                g = -real(p.grad) if group["maximize"] else real(p.grad)
+                m = real(self.state[p].setdefault("exp_avg", torch.zeros_like(p)))
+                update = torch.sign(beta1 * m + (1 - beta1) * g)
+                real(p).sub_(group["lr"] * (update + group["weight_decay"] * real(p)))
+                m.copy_(beta2 * m + (1 - beta2) * g)
+
+
+TEXTBOOKS = {fused_sam.Lion: Lion}
+"""For classes that are not torch's."""
+
+
 def climb(groups, weights, grads):
     """``w + epsilon`` for every parameter: {param: Expected}, and the global norm, Expected."""
     scaled = {}
     for group in groups:
-        for p in group["params"]:
+        for p in group["params"] if group["ascent"] else ():
             if grads.get(p) is not None:
                 g = exact(grads[p])
                 scaled[p] = (weights[p].abs() + group["eta"]) * g if group["adaptive"] else g
@@ -151,7 +179,7 @@ def descend(
             twins[p].grad = exact(grads[p]) / grad_scale
     if max_grad_norm is not None:
         torch.nn.utils.clip_grad_norm_(list(twins.values()), max_grad_norm, foreach=False)
-    base = cls(
+    base = TEXTBOOKS.get(cls, cls)(
         [{**_options(group), "params": [twins[p] for p in group["params"]]} for group in groups]
     )
     for p, entry in state.items():
@@ -172,7 +200,9 @@ def descend(
             weight, terms = 0.0, {}
             if stepped:
                 g = twins[p].grad
-                weight, terms = _magnitudes(cls, group, weights[p], g, old[p], new)
+                compute = torch.float64 if p.dtype == torch.float64 else torch.float32
+                bound = OPERATIONS * torch.finfo(compute).eps / 2
+                weight, terms = _magnitudes(cls, group, weights[p], g, old[p], new, bound)
             if not stepped or group["lr"] == 0:
                 new_weights[p] = Expected(weights[p], 0.0)
             else:
@@ -183,7 +213,7 @@ def descend(
 
 def _options(group):
     options = {
-        k: v for k, v in group.items() if k not in (*ASCENT, "climbs", "params", "param_names")
+        k: v for k, v in group.items() if k not in (*ASCENT, "sam_climbs", "params", "param_names")
     }
     # The plainest of torch's implementations, and no tensors among the hyperparameters.
     options.update({k: v.item() for k, v in options.items() if isinstance(v, torch.Tensor)})
@@ -193,15 +223,17 @@ def _options(group):
     return options
 
 
-def _magnitudes(cls, group, w, g, old, new):
+def _magnitudes(cls, group, w, g, old, new, bound):
     """The magnitude of the terms of the new weights, and of each state: see the module."""
     group = _options(group)
+    signed = real(g) * (-1 if group["maximize"] else 1), {k: real(v) for k, v in old.items()}
     w, g = real(w).abs(), real(g).abs()
     old = {k: real(v).abs() for k, v in old.items()}
     new = {k: real(v) for k, v in new.items()}
     lr, weight_decay = group["lr"], group["weight_decay"]
     terms = {}
-    if weight_decay and not group.get("decoupled_weight_decay"):  # 0 * inf is NaN
+    decoupled = group.get("decoupled_weight_decay") or cls is fused_sam.Lion
+    if weight_decay and not decoupled:  # 0 * inf is NaN
         g = g + weight_decay * w
     if cls is torch.optim.SGD:
         update = g
@@ -236,6 +268,17 @@ def _magnitudes(cls, group, w, g, old, new):
         if group["momentum"]:
             update = group["momentum"] * old.get("momentum_buffer", 0) + update
             terms["momentum_buffer"] = update
+    elif cls is fused_sam.Lion:
+        beta1, beta2 = group["betas"]
+        terms["exp_avg"] = beta2 * old.get("exp_avg", 0) + (1 - beta2) * g
+        direction = beta1 * signed[1].get("exp_avg", 0) + (1 - beta1) * signed[0]
+        unsure = direction.abs() < bound * (beta1 * old.get("exp_avg", 0) + (1 - beta1) * g)
+        # Where rounding may turn the sign there is no bound.
+        update = torch.where(unsure, torch.inf, 1 + weight_decay * w)
+    elif cls is torch.optim.Adagrad:
+        terms["step"] = 0.0
+        terms["sum"] = old["sum"] + g**2
+        update = g / (new["sum"].sqrt() + group["eps"])
     else:
         raise TypeError(f"no textbook of {cls.__name__} is written here")
     return w + lr * update, terms
@@ -348,7 +391,8 @@ class Textbook:
             else:
                 assert_close(p, expected[p], f"perturbed weights {i}")
         assert_close(opt.grad_norm, norm, "grad_norm")
-        self.climbed = {p for p in params if grads[p] is not None}
+        climbing = {p for group in groups if group["ascent"] for p in group["params"]}
+        self.climbed = {p for p in climbing if grads[p] is not None}
 
     def second_step(self, grads, run=None, *, grad_scale=1.0, found_inf=False):
         """``opt.second_step()``, or ``run()``, with these gradients and no others, checked."""

@@ -61,6 +61,8 @@ BAD_ARGUMENTS = {
     "eta str": (dict(eta="x"), TypeError, "eta .*number.*'x'"),
     "adaptive number": (dict(adaptive=1), TypeError, "adaptive .*True or False.*1"),
     "adaptive str": (dict(adaptive="no"), TypeError, "adaptive .*True or False.*'no'"),
+    "ascent unknown": (dict(ascent="up"), ValueError, r"ascent='up' .*\['sam'.*\], or None"),
+    "ascent number": (dict(ascent=1), TypeError, "ascent .*name.*None.*1"),
     "unknown keyword": (dict(momentun=0.9), TypeError, "'momentun'.*SGD.*rho.*momentum"),
     "keyword of another": (dict(betas=(0.9, 0.9)), TypeError, "'betas'.*SGD"),
     "unknown backend": (dict(backend="cuda"), ValueError, "'cuda'.*'auto'.*'reference'"),
@@ -237,7 +239,7 @@ def test_bad_group_added(case, perturbed, backend):
 # --------------------------------------------------------------------------------------- gradients
 
 
-@pytest.mark.parametrize("rule", [SGD, torch.optim.Adagrad])
+@pytest.mark.parametrize("rule", [SGD, torch.optim.Adamax])
 def test_sparse_gradient_in_the_first_pass(rule, backend):
     embedding = nn.Embedding(5, 3, sparse=True)
     opt = FusedSAM(embedding.parameters(), rule, backend=backend, lr=0.1)
@@ -253,7 +255,7 @@ def test_sparse_gradient_in_the_first_pass(rule, backend):
     opt.second_step()
 
 
-@pytest.mark.parametrize("rule", [SGD, torch.optim.Adagrad])
+@pytest.mark.parametrize("rule", [SGD, torch.optim.Adamax])
 def test_sparse_gradient_in_the_second_pass(rule, backend):
     """Still perturbed, so that the user may choose; restore() goes back, a dense one goes on."""
     embedding = nn.Embedding(5, 3, sparse=True)

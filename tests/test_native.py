@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fused_sam import FusedSAM, info
-from fused_sam.ascents import SAM
+from fused_sam.ascents import ASCENTS
 from fused_sam.backends import native, resolve, tables
 from fused_sam.backends.native import library, operations, translate
 from fused_sam.blends import PLAIN
@@ -60,7 +60,7 @@ def test_operations_do_what_their_schemas_say(pinned):
     places = own.slots, own.addresses(grads).table
     ascent = (
         own.flags({0: 0}, bucket.perturbed, grads),
-        tables.sums_table(own, bucket, SAM.sums, groups),
+        tables.sums_table(own, bucket, ASCENTS["sam"].sums, groups),
     )
     start = bucket.weights, own.pinned, bucket.saved
     ops = torch.ops.fused_sam
@@ -115,7 +115,7 @@ def test_operations_refuse_tables_that_do_not_fit():
     own = operations._tables(bucket)
     grads = bucket.gradients()
     addresses, flags = own.addresses(grads).table, own.flags({0: 0}, bucket.perturbed, grads)
-    hyper = tables.sums_table(own, bucket, SAM.sums, opt.param_groups)
+    hyper = tables.sums_table(own, bucket, ASCENTS["sam"].sums, opt.param_groups)
     good = [bucket.weights, [], bucket.saved, None, own.slots, addresses, flags, hyper]
     slots = own.slots.clone()
     slots[1] += bucket.size  # numel of the first slot
@@ -185,14 +185,14 @@ def test_the_climb_has_its_number_until_the_return():
     _, opt = make(momentum=0.9, lr=0.1)
     engine, groups = opt._facts.engine, opt.param_groups
     bucket, backend, grads = engine.buckets[0], engine.backends[0], engine.buckets[0].gradients()
-    total = backend.reduce(bucket, SAM.sums, grads, groups)
+    total = backend.reduce(bucket, ASCENTS["sam"].sums, grads, groups)
     for number, back in (
         (3, lambda: backend.restore_(bucket)),
         (4, lambda: backend.update_(bucket, SGD, PLAIN, grads, groups)),
         (5, lambda: backend.update_(bucket, SGD, PLAIN, grads, groups, found_inf=torch.ones(()))),
     ):
         assert bucket.climb.item() == 0
-        backend.ascend_(bucket, SAM, grads, groups, total, number)
+        backend.ascend_(bucket, ASCENTS["sam"], grads, groups, total, number)
         assert bucket.climb.item() == number
         back()
     assert bucket.climb.item() == 0
@@ -348,7 +348,7 @@ def test_reduced_precision_rounds_as_torch():
         bucket = opt._facts.engine.buckets[0]
         total = torch.tensor([0.25], dtype=torch.float64)
         backend = opt._facts.engine.backends[0]
-        backend.ascend_(bucket, SAM, bucket.gradients(), opt.param_groups, total, 1)
+        backend.ascend_(bucket, ASCENTS["sam"], bucket.gradients(), opt.param_groups, total, 1)
         want = (every.float() + param.grad.float()).to(dtype)
         finite = ~want.isnan()
         assert torch.equal(param.detach().view(torch.int16)[finite], want.view(torch.int16)[finite])

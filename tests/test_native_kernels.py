@@ -2,6 +2,7 @@
 CUDA ones as machine code."""
 
 import collections
+import itertools
 import os
 import re
 import shutil
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import fused_sam
+from fused_sam.ascents import ASCENTS, SUMS
+from fused_sam.backends.native.translate import rules
 
 ROOT = Path(__file__).parent.parent
 CPU_SOURCES = [
@@ -109,10 +112,13 @@ def cuobjdump(*arguments):
     return done.stdout
 
 
+VALUES = [value.name for value in (*rules(), *SUMS, *ASCENTS)]
+
+
 def kernel_name(mangled):
     """'update Sgd float' of a mangled kernel name."""
     kernel = re.search(r"(reduce|ascend|update|restore)_kernel", mangled)[1]
-    value = re.search(r"\d(SamNorm|Squares|Sam|Sgd|Adam|RmsProp)E", mangled)
+    value = re.search(rf"\d({'|'.join(VALUES)})E", mangled)
     after = mangled[(value or re.search(r"_kernelI", mangled)).end() :]
     dtype = re.match(r"f|d|NS\w*?(BFloat16|Float16)", after)
     dtype = dtype[1] or {"f": "float", "d": "double"}[dtype[0]]
@@ -120,6 +126,14 @@ def kernel_name(mangled):
 
 
 DTYPES = ("float", "double", "BFloat16", "Float16")
+
+
+def variants(rule):
+    """Which states are kept, by their indices, in each variant of a rule."""
+    always = {i for i, state in enumerate(rule.states) if state.kept is None}
+    every = itertools.product([False, True], repeat=len(rule.states))
+    kept = [{i for i, is_kept in enumerate(choice) if is_kept} for choice in every]
+    return [states for states in kept if always <= states]
 
 
 def budget(architecture):
@@ -130,20 +144,18 @@ def budget(architecture):
     """
     counts = {}
     copy = 2 + 1
-    # Which states are kept, in each variant of a rule.
-    kept = {"Sgd": ("", "0"), "Adam": ("01", "012"), "RmsProp": ("0", "01", "02", "012")}
     for dtype in DTYPES:
         counts[f"reduce SamNorm {dtype}"] = (4 + 1) * (1 + 2), 0  # g; and for ASAM g and w
         counts[f"reduce Squares {dtype}"] = (4 + 1) * 2, 0  # g, whether w is to be read or not
         counts[f"ascend Sam {dtype}"] = ((2 + 1) * 2,) * 2  # w, g -> w, saved
         counts[f"restore {dtype}"] = 2 * copy, 2 * copy  # where nothing else is, it stands twice
-        for rule, variants in kept.items():
+        for rule in rules():
             loads = stores = copy
-            for states in variants:
-                loops = 2 + 1 if dtype == "float" and "2" not in states else 1
+            for states in variants(rule):
+                loops = 2 + 1 if dtype == "float" and 2 not in states else 1
                 loads += loops * (2 + len(states))  # saved, g', states
                 stores += loops * (1 + len(states))  # w, states
-            counts[f"update {rule} {dtype}"] = loads, stores
+            counts[f"update {rule.name} {dtype}"] = loads, stores
     if architecture < 100:
         _split(counts)
     return counts

@@ -7,9 +7,9 @@ import copy
 
 import pytest
 import torch
-from oracle import Textbook, assert_same_bits, inject, params_of
+from oracle import TEXTBOOKS, Textbook, assert_same_bits, inject, params_of
 
-from fused_sam import FusedSAM
+from fused_sam import FusedSAM, Lion
 
 SHAPES = [(), (1,), (0,), (3,), (63,), (64,), (65,), (7, 9)]
 NOT_INTERPRETED = [(1,), (63,), (64,)]
@@ -18,11 +18,12 @@ the others are. Sizes around its tiles and chunks: test_triton.py."""
 COMPLEX = [torch.complex64]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
-SGD, ADAM, ADAMW, RMSPROP = (
+SGD, ADAM, ADAMW, RMSPROP, ADAGRAD = (
     torch.optim.SGD,
     torch.optim.Adam,
     torch.optim.AdamW,
     torch.optim.RMSprop,
+    torch.optim.Adagrad,
 )
 RULES = {
     "sgd": (SGD, {}),
@@ -59,8 +60,24 @@ RULES = {
             "eps": 1e-2,
         },
     ),
+    "adagrad": (ADAGRAD, {"eps": 1e-4}),
+    "adagrad-all": (
+        ADAGRAD,
+        {
+            "lr_decay": 0.3,
+            "weight_decay": 0.1,
+            "initial_accumulator_value": 0.2,
+            "eps": 1e-3,
+            "maximize": True,
+        },
+    ),
+    "lion": (Lion, {"weight_decay": 0.1}),
+    "lion-maximize": (Lion, {"betas": (0.6, 0.8), "maximize": True}),
 }
-REPRESENTATIVES = ["sgd-nesterov", "sgd-dampening", "adam-amsgrad", "adamw", "rmsprop-all"]
+REPRESENTATIVES = [
+    *["sgd-nesterov", "sgd-dampening", "adam-amsgrad", "adamw", "rmsprop-all", "adagrad-all"],
+    "lion-maximize",
+]
 
 
 def make_params(dtype, backend):
@@ -156,6 +173,31 @@ def test_groups_keep_their_own_options(rule, dtype, backend):
         opt.param_groups[(i + 2) % 4]["weight_decay"] += 0.01
 
     run(FusedSAM(groups, cls, rho=0.2, backend=backend, lr=0.03, **options), between=between)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rule", REPRESENTATIVES)
+def test_groups_without_an_ascent_step_and_do_not_climb(rule, dtype, backend):
+    """Guards the norm, which they take no part in, their way back, and changes between steps."""
+    cls, options = RULES[rule]
+    params = make_params(dtype, backend)
+    groups = [
+        {"params": params[:3], "adaptive": True},
+        {"params": params[3:5], "ascent": None, "adaptive": True},
+        {"params": params[5:7], "lr": 0.0, "ascent": None},
+        {"params": params[7:]},
+    ]
+    opt = FusedSAM(groups, cls, rho=0.3, backend=backend, lr=0.04, max_grad_norm=9.0, **options)
+
+    def between(opt, i):
+        if i == 3:
+            for group, ascent in zip(opt.param_groups, (None, None, "sam", None), strict=True):
+                group["ascent"] = ascent
+        opt.param_groups[3]["ascent"] = None if i == 4 else "sam"
+
+    run(opt, between=between)
+    opt.param_groups[2]["ascent"] = opt.param_groups[3]["ascent"] = None
+    run(opt, MISSING[:2])  # nobody climbs
 
 
 @pytest.mark.parametrize("rule", REPRESENTATIVES)
@@ -316,6 +358,31 @@ def test_state_that_no_group_of_a_bucket_needs_is_not_allocated(backend):
     ]
 
 
+def test_state_from_construction_is_there_for_later_groups(backend):
+    """Guards Adagrad's sums, which begin at a number that is not zero, before any step."""
+    opt = FusedSAM(
+        [p for dtype in (torch.float32, torch.complex64) for p in make_params(dtype, backend)[3:6]],
+        ADAGRAD,
+        lr=0.1,
+        initial_accumulator_value=0.25,
+        backend=backend,
+    )
+    late = [torch.nn.Parameter(torch.randn(9)) for _ in range(2)]
+    opt.add_param_group({"params": late[:1], "initial_accumulator_value": 0.5})
+    assert opt.state[late[0]]["step"] == 0
+    assert torch.equal(opt.state[late[0]]["sum"], torch.full((9,), 0.5))
+    run(opt, MISSING[:2])
+    # torch makes none for these, and its next step fails.
+    opt.base_optimizer.add_param_group({"params": late[1:]})
+    opt.state[late[0]].clear()
+    inject({p: torch.full_like(p, 0.5) for p in late})
+    opt.second_step()
+    for p, begin in zip(late, (0.5, 0.25), strict=True):
+        assert opt.state[p]["step"] == 1
+        assert torch.equal(opt.state[p]["sum"], torch.full((9,), begin + 0.25))
+    run(opt, MISSING[:1])
+
+
 # ------------------------------------------------------------------------------ numbers at the edge
 
 
@@ -435,7 +502,7 @@ def test_many_float64_steps_end_where_a_loop_of_its_own_ends(rule, backend):
     twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
     bases = [[{"params": ps[:1]}, {"params": ps[1:], "lr": 0.01}] for ps in (params, twins)]
     opt = FusedSAM(bases[0], cls, backend=backend, lr=0.04, rho=0.3, **options)
-    twin = cls(bases[1], lr=0.04, foreach=False, **options)
+    twin = TEXTBOOKS.get(cls, cls)(bases[1], lr=0.04, **options)
     textbook = Textbook(opt)
     for i in range(9):
         grads = {}

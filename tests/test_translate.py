@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fused_sam.ascents import SAM
+from fused_sam.ascents import ASCENTS
 from fused_sam.backends.native import translate
 from fused_sam.text import maximum, where
 
@@ -178,7 +178,7 @@ def downhill(param, grad, scale, adaptive, eta):
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("ASCENTS", (dataclasses.replace(SAM, move=downhill),)),
+        ("ASCENTS", {"sam": dataclasses.replace(ASCENTS["sam"], move=downhill)}),
         ("RULES", {}),
         ("TABLES", translate.TABLES + 1),
     ],

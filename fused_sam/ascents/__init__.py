@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from .base import Ascent, Sums
+from collections.abc import Iterable, Mapping
+
+from ..rules.base import Group
+from .base import Ascent, Choice, Sums
+from .sam import ASCENT as _SAM
 from .sam import SAM
 from .squares import SQUARES
 
-__all__ = ["ASCENTS", "SAM", "SQUARES", "SUMS", "Ascent", "Sums"]
+__all__ = ["ASCENTS", "SAM", "SQUARES", "SUMS", "Ascent", "Choice", "Sums", "chosen"]
 
-ASCENTS: tuple[Ascent, ...] = (SAM,)
+ASCENTS: Mapping[str, Ascent] = {ascent.key: ascent for ascent in (_SAM,)}
+"""By what a group's ``ascent`` says."""
 
-SUMS: tuple[Sums, ...] = (*[ascent.sums for ascent in ASCENTS], SQUARES)
+SUMS: tuple[Sums, ...] = (*[ascent.sums for ascent in ASCENTS.values()], SQUARES)
 """All that is ever reduced."""
+
+
+def chosen(groups: Iterable[Group]) -> Ascent:
+    """The ascent of the groups that climb; SAM if none does.
+
+    Raises:
+        ValueError: there is none of that name; or groups name several, whose norms would not be
+            one.
+    """
+    names = list(dict.fromkeys(group["ascent"] for group in groups if group["ascent"] is not None))
+    for name in names:
+        if name not in ASCENTS:
+            raise ValueError(f"ascent={name!r} is not known; choose from {list(ASCENTS)}, or None")
+    if len(names) > 1:
+        raise ValueError(
+            f"groups climb by {' and '.join(map(repr, names))}, which have no norm in common; "
+            f"choose one of them, and ascent=None for groups that are not to climb"
+        )
+    return ASCENTS[names[0]] if names else _SAM

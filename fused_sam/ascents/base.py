@@ -6,9 +6,11 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
+from ..choice import Choice as AnyChoice
 from ..rules.base import Group
 from ..text import Text
 
@@ -19,6 +21,13 @@ def _never(group: Group) -> bool:
 
 def _no_columns(group: Group) -> tuple[float, ...]:
     return ()
+
+
+@dataclass(frozen=True)
+class Choice(AnyChoice):
+    """A climb as users name it."""
+
+    kind: ClassVar[str] = "ascent"
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,7 @@ class Ascent:
     """A climb that the backends fuse.
 
     Attributes:
+        key: what a group's ``ascent`` says.
         name: short name: the C++ struct is called so.
         sums: what is reduced before it can climb; its columns are the ascent's.
         scalars: text, once for each parameter: ``(total, *columns) -> (scale, ...)``, with
@@ -65,6 +75,7 @@ class Ascent:
             or None where there is none: ``(params, grads, scale)``.
     """
 
+    key: str
     name: str
     sums: Sums
     scalars: Text

@@ -6,12 +6,15 @@ ASAM:  epsilon = rho * T**2 * g / ||T * g||,  T = |w| + eta
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from ..rules.base import Group
 from ..text import abs, divide, is_finite, sqrt, where
-from .base import Ascent, Kernel, Sums
+from .base import Ascent, Choice, Kernel, Sums
 
 
 def _columns(group: Group) -> tuple[float, ...]:
@@ -57,7 +60,15 @@ def _kernel_for(group: Group) -> Kernel | None:
     return None if group["adaptive"] else _kernel
 
 
-SAM = Ascent(
+@dataclass(frozen=True)
+class SAM(Choice):
+    """SAM; groups with ``adaptive=True``: ASAM."""
+
+    key: ClassVar[str] = "sam"
+
+
+ASCENT = Ascent(
+    key=SAM.key,
     name="Sam",
     sums=Sums(
         "SamNorm",

@@ -109,10 +109,7 @@ class Tables:
         """Where these gradients are; a missing one is at 0."""
         if self._recent is not None and self._recent[0] is grads:
             return self._recent[1]
-        if grads.complete:
-            key = tuple(map(Tensor.data_ptr, grads.tensors))  # type: ignore[arg-type]
-        else:
-            key = tuple([0 if grad is None else grad.data_ptr() for grad in grads.tensors])
+        key = grads.addresses
         if self.device.type == "cpu":  # nothing is uploaded: making it is cheaper than finding it
             found = self._addresses(key)
         else:

@@ -69,6 +69,7 @@ class Bucket:
         self.perturbed = self._at_w
         self._number = 0
         self._moving: tuple[bool, ...] | None = None
+        self._homes: list[int] = []
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -82,6 +83,7 @@ class Bucket:
                 window = slot.shaped(make_window(slot.of(self.weights)))
                 window.copy_(slot.param.detach())
                 slot.param.data = window
+        self._homes = list(map(Tensor.data_ptr, self.params))
 
     def memory(self, slot: Slot) -> Tensor:
         """The weights of a slot in memory order, (numel,), real, wherever they are."""
@@ -128,6 +130,26 @@ class Bucket:
             self.perturbed = self._moving if away else self._at_w
             self._moving = None
 
+    def is_in_place(self) -> bool:
+        """Whether every perturbed parameter still is what it was, and where."""
+        return all(
+            [
+                slot.is_like(slot.param) and slot.param.data_ptr() == home
+                for slot, home, away in zip(self.slots, self._homes, self.perturbed, strict=True)
+                if away
+            ]
+        )
+
+    def restore_each(self) -> list[str]:
+        """Copy w to where each perturbed parameter is now; returns what to say of the others."""
+        lost = []
+        for slot, away in zip(self.slots, self.perturbed, strict=True):
+            if away and (why := slot.misfit()) is not None:
+                lost.append(why)
+            elif away:
+                slot.param.detach().copy_(slot.shaped(slot.of(self.saved)))
+        return lost
+
     def carry(self, saved: dict[Tensor, Tensor]) -> None:
         """Take over the saved weights of perturbed parameters, out of those of another bucket."""
         perturbed = tuple([slot.param in saved for slot in self.slots])
@@ -146,6 +168,13 @@ class Bucket:
         if any([False in there for there in present]):
             return tuple([not all(there) for there in zip(*present, strict=True)])
         return self._at_w
+
+    def clear_unshown(self) -> None:
+        """What nobody has been shown of the states is as it began: zero, whatever is there."""
+        for buffer in self.states.values():
+            for window, there in zip(buffer.windows, buffer.present, strict=True):
+                if not there:
+                    window.zero_()
 
     def bump_versions(self, grads: Gradients | None = None) -> None:
         """Tell autograd which parameters were written through other tensors.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from .slot import Slot
-from .window import as_real
+from .window import as_real, has_memory
 
 _TensorGuards: Any
 try:
@@ -20,6 +20,9 @@ except ImportError:
     _TensorGuards = None
 
 _GRAD = operator.attrgetter("grad")
+
+_REMEMBERED = 8
+"""Addresses of gradients for each parameter: most training has the same few."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,11 +34,13 @@ class Gradients:
             (..., 2) reals; None where it is missing.
         present: whether it is there, one for each slot.
         complete: whether all are there.
+        addresses: where each begins; 0 where it is missing.
     """
 
     tensors: Sequence[Tensor | None]
     present: tuple[bool, ...]
     complete: bool
+    addresses: tuple[int, ...]
 
 
 class Stale(Exception):
@@ -50,27 +55,51 @@ class Collector:
         self._params = [slot.param for slot in slots]
         self._all = (True,) * len(slots)
         self._fit: Callable[..., bool] | None = None
+        # Where gradients were seen that have all of their memory: asking each at each step would
+        # cost more than all other checks, and one whose storage was resized lies elsewhere.
+        self._sound: set[int] = set()
 
     def collect(self) -> Gradients:
         """The gradients: the very tensors of autograd, or copies where those do not fit.
 
         Raises:
             Stale: a parameter's shape or strides changed.
-            RuntimeError: a gradient is sparse, or of a type whose memory cannot be reached.
+            RuntimeError: a gradient has another shape than its parameter, or is elsewhere; it is
+                sparse, or of a type whose memory cannot be reached; or it has lost its memory.
         """
         raw = list(map(_GRAD, self._params))
         if self._fit is not None and self._fit(*raw):
-            return Gradients(raw, self._all, True)
+            return Gradients(raw, self._all, True, self._addresses(raw, True))
         grads = [
             None if grad is None else _usable(grad, slot)
             for grad, slot in zip(raw, self._slots, strict=True)
         ]
-        self._fit = _same_kind(raw) if all(map(operator.is_, raw, grads)) else None
+        self._fit = same_kind(raw) if all(map(operator.is_, raw, grads)) else None
         present = tuple([grad is not None for grad in raw])
-        return Gradients(grads, present, all(present))
+        complete = all(present)
+        return Gradients(grads, present, complete, self._addresses(grads, complete))
+
+    def _addresses(self, grads: Sequence[Tensor | None], complete: bool) -> tuple[int, ...]:
+        """Where gradients begin; raises if there is no memory for all of one."""
+        if complete:
+            addresses = tuple(map(Tensor.data_ptr, grads))  # type: ignore[arg-type]
+        else:
+            addresses = tuple([0 if grad is None else Tensor.data_ptr(grad) for grad in grads])
+        if not self._sound.issuperset(addresses):
+            for grad in grads:
+                if grad is not None and not has_memory(grad):
+                    raise RuntimeError(
+                        f"a gradient of shape {tuple(grad.shape)} has a storage of "
+                        f"{grad.untyped_storage().nbytes()} bytes, which is too small for it; "
+                        f"set it to None before its storage is freed"
+                    )
+            if len(self._sound) > _REMEMBERED * len(grads):
+                self._sound.clear()
+            self._sound.update(addresses)
+        return addresses
 
 
-def _same_kind(tensors: Sequence[Tensor | None]) -> Callable[..., bool] | None:
+def same_kind(tensors: Sequence[Tensor | None]) -> Callable[..., bool] | None:
     """A test, in C++, whether tensors are like these in all but their values and addresses.
 
     That is: type, dtype, device, layout, negation, shape, strides. What torch.compile guards its
@@ -99,15 +128,32 @@ def _usable(grad: Tensor, slot: Slot) -> Tensor:
             f"{grad.layout}; FusedSAM needs dense gradients: build the layer with "
             f"sparse=False, or keep its parameters in another optimizer"
         )
+    if type(grad) is not Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            grad = grad.as_subclass(Tensor)  # whose methods tell the truth
+    if grad.shape != slot.shape or grad.device != slot.param.device:
+        _refuse(grad, slot)
+    if grad.dtype.is_complex and not slot.dtype.is_complex:
+        _refuse(grad, slot)
     if (
-        grad.shape != slot.shape
-        or grad.stride() != slot.stride
+        grad.stride() != slot.stride
         or grad.dtype is not slot.dtype
         or grad.is_neg()
         or grad._is_zerotensor()
     ):
         grad = _match(grad, slot)
     return as_real(grad)
+
+
+def _refuse(grad: Tensor, slot: Slot) -> NoReturn:
+    param = slot.param
+    if param.shape != slot.shape or param.dtype != slot.dtype:
+        raise Stale
+    raise RuntimeError(
+        f"a parameter of shape {tuple(param.shape)} and dtype {param.dtype} on {param.device} has "
+        f"a gradient of shape {tuple(grad.shape)} and dtype {grad.dtype} on {grad.device}; after "
+        f"changing a parameter, set its gradient to None and call backward again"
+    )
 
 
 def _match(grad: Tensor, slot: Slot) -> Tensor:

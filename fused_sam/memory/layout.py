@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ..rules import Rule
 from .bucket import Bucket
-from .state import State, StateView
+from .gradients import same_kind
+from .state import State, StateView, check_states
 from .window import must_stay, trains
 
 _PARAMS = operator.itemgetter("params")
@@ -62,6 +63,7 @@ class Layout:
     ) -> None:
         members = members_of(groups, old)
         carried = old.release() if old is not None else {}
+        check_states(rule, groups, {} if state is None else state)
         pinned = {p for p, _ in members if must_stay(p)}
         by_kind: dict[Any, list[tuple[Tensor, int]]] = {}
         for param, row in members:
@@ -78,8 +80,14 @@ class Layout:
         taken = set(self.params)
         self._frozen = [p for group in groups for p in group["params"] if p not in taken]
         self.addresses = list(map(Tensor.data_ptr, self.params))
-        self._strides = list(map(Tensor.stride, self.params))
-        self.states = StateView(rule, self.buckets, {} if state is None else state)
+        self._looks = list(map(_look, self.params))
+        self._unchanged: Callable[..., bool] | None = None
+        self.states = StateView(rule, self.buckets, {} if state is None else state, groups)
+
+    @property
+    def begins_with_state(self) -> bool:
+        """Whether a new parameter has state before its first step."""
+        return self.rule is not None and self.rule.from_construction
 
     def is_current(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether every parameter is still the object and at the address that the layout knows.
@@ -94,20 +102,38 @@ class Layout:
             and all(map(operator.is_, map(_GRAD, self._frozen), itertools.repeat(None)))
         )
 
-    def has_strides(self) -> bool:
-        """Whether every parameter of a current layout has the strides that the layout knows."""
-        return list(map(Tensor.stride, self.params)) == self._strides
+    def has_its_looks(self) -> bool:
+        """Whether what lies at the addresses of a current layout is still read in the same way."""
+        if self._unchanged is not None and self._unchanged(*self.params):
+            return True
+        same = list(map(_look, self.params)) == self._looks
+        self._unchanged = same_kind(self.params) if same else None
+        return same
 
     def release(self) -> dict[Tensor, Tensor]:
-        """Let go of the parameters' memory; return the saved weights of the perturbed ones."""
+        """Let go of the parameters' memory; return the saved weights of the perturbed ones.
+
+        Raises:
+            ValueError: one of these cannot hold them any more.
+        """
         carried = {}
         for bucket in self.buckets:
             bucket.settle()
             bucket.cache = {}  # a captured graph may keep what was in it
             for slot, perturbed in zip(bucket.slots, bucket.perturbed, strict=True):
                 if perturbed:
+                    if (why := slot.misfit()) is not None:
+                        raise ValueError(
+                            f"{why}, and has to return to its weights of before: restore() returns "
+                            f"all others"
+                        )
                     carried[slot.param] = slot.shaped(slot.of(bucket.saved))
         return carried
+
+
+def _look(param: Tensor) -> tuple[Any, ...]:
+    """All that can change about a parameter at its address."""
+    return param.shape, param.stride(), param.dtype, param.is_conj(), param.is_neg()
 
 
 def _are_the_same(params: Sequence[Tensor], known: Sequence[Tensor]) -> bool:

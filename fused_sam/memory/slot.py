@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .window import has_memory
+
 
 @dataclass(frozen=True, eq=False)
 class Slot:
@@ -30,6 +32,29 @@ class Slot:
     dtype: torch.dtype
     shape: torch.Size
     stride: tuple[int, ...]
+
+    def is_like(self, param: Tensor) -> bool:
+        """Whether the parameter still has the shape, strides and dtype of its slot."""
+        return (
+            param.shape == self.shape
+            and param.stride() == self.stride
+            and param.dtype is self.dtype
+            and not (param.is_conj() or param.is_neg())
+        )
+
+    def misfit(self) -> str | None:
+        """Why the parameter cannot hold the weights of its slot any more; None if it can."""
+        param, what = self.param, f"a parameter of shape {tuple(self.shape)}"
+        if param.shape != self.shape:
+            return f"{what} has shape {tuple(param.shape)} now"
+        if param.is_complex() != self.dtype.is_complex or not (
+            param.is_floating_point() or param.is_complex()
+        ):
+            return f"{what} and dtype {self.dtype} has dtype {param.dtype} now"
+        plain = type(param).__torch_dispatch__ is Tensor.__torch_dispatch__
+        if not plain or param.layout is not torch.strided or param.is_meta or param.is_inference():
+            return f"{what} has no memory now that can be written to"
+        return None if has_memory(param) else f"{what} has a storage now that is too small for it"
 
     def of(self, flat: Tensor) -> Tensor:
         """The slot's part of a flat buffer: (numel,), real."""

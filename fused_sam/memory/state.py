@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ..rules import STEP, Rule
 from .gradients import Gradients
-from .window import has_windows, make_window
+from .window import as_real, has_memory, has_windows, make_window
 
 if TYPE_CHECKING:
     from .bucket import Bucket
 
 State = MutableMapping[Tensor, dict[str, Any]]
+Groups = Sequence[Mapping[str, Any]]
 
 
 class StateBuffer:
@@ -45,12 +46,7 @@ class StateBuffer:
         self.present = [False] * len(slots)
 
     def adopt(self, values: Sequence[Any]) -> None:
-        """Copy in a value for each slot; None clears it. A value may be another slot's window."""
-        ours = {id(window): i for i, window in enumerate(self.windows)}
-        values = [
-            value.clone() if ours.get(id(value), i) != i else value
-            for i, value in enumerate(values)
-        ]
+        """Copy in a value for each slot; None clears it."""
         self.present = [value is not None for value in values]
         for window, value in zip(self.windows, values, strict=True):
             if value is None:
@@ -64,6 +60,34 @@ def _tensor(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
 
 
+def check_states(rule: Rule | None, groups: Sequence[Mapping[str, Any]], state: State) -> None:
+    """Raise unless all that the rule knows of ``state`` fits its parameters.
+
+    Raises:
+        ValueError: one has another shape, which would be broadcast, or no memory.
+    """
+    for row, group in enumerate(groups if rule else ()):
+        for i, param in enumerate(group["params"]):
+            for name, value in state.get(param, {}).items():
+                assert rule is not None
+                if name in rule.state_names and value is not None:
+                    _check_state(name, value, param, f"parameter {i} of group {row}")
+
+
+def _check_state(name: str, value: Any, param: Tensor, whose: str) -> None:
+    whose = f"the state {name!r} of {whose}, which has shape {tuple(param.shape)},"
+    if not isinstance(value, (Tensor, int, float)):
+        raise ValueError(f"{whose} is a {type(value).__name__}, not a tensor")
+    value = _tensor(value)
+    if not (value.numel() == 1 if name == STEP else value.shape == param.shape):
+        raise ValueError(f"{whose} has shape {tuple(value.shape)}; replace it, or remove it")
+    if value.is_complex() and not param.is_complex():
+        raise ValueError(f"{whose} is complex, and the parameter is real; replace it, or remove it")
+    plain = type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
+    if not plain or value.layout is not torch.strided or value.is_meta or not has_memory(value):
+        raise ValueError(f"{whose} has no memory that can be read; replace it, or remove it")
+
+
 class StateView:
     """Keeps ``optimizer.state`` and the flat buffers of a rule's state the same.
 
@@ -71,15 +95,21 @@ class StateView:
         rule: whose state it is; None if the base optimizer keeps its own.
         buckets: whose buffers hold it.
         state: the optimizer's; what the rule knows of it moves into the buffers.
+        groups: the parameter groups.
     """
 
-    def __init__(self, rule: Rule | None, buckets: Sequence[Bucket], state: State) -> None:
+    def __init__(
+        self, rule: Rule | None, buckets: Sequence[Bucket], state: State, groups: Groups
+    ) -> None:
         self._rule = rule
         self._buckets = buckets
-        self.adopt(state)
+        self.adopt(state, groups)
 
-    def adopt(self, state: State) -> None:
-        """Bring the rule's state into the flat buffers; ``state[p]`` then shows windows of them."""
+    def adopt(self, state: State, groups: Groups) -> None:
+        """Bring the rule's state into the flat buffers; ``state[p]`` then shows windows of them.
+
+        Where the rule has its state from construction on, what is missing begins.
+        """
         for bucket in self._buckets if self._rule else ():
             assert self._rule is not None
             names = {
@@ -90,12 +120,32 @@ class StateView:
             }
             for name in names | bucket.states.keys():
                 buffer = bucket.state(name)
+                ours = {id(window): i for i, window in enumerate(buffer.windows)}
+                for i, slot in enumerate(bucket.slots):
+                    # Another slot's window is about to be written to.
+                    value = state.get(slot.param, {}).get(name)
+                    if value is not None and ours.get(id(value), i) != i:
+                        state[slot.param][name] = value.clone()
                 values = [state.get(slot.param, {}).get(name) for slot in bucket.slots]
                 buffer.adopt(values)
                 for slot, value, window in zip(bucket.slots, values, buffer.windows, strict=True):
                     if value is not None:
                         state[slot.param][name] = window
+            if self._rule.from_construction:
+                self._begin(bucket, state, groups)
         self._record(state)
+
+    def _begin(self, bucket: Bucket, state: State, groups: Groups) -> None:
+        """Make the state that a parameter should have from construction on, and has not."""
+        assert self._rule is not None
+        for i, slot in enumerate(bucket.slots):
+            group = groups[slot.row]
+            for name in self._rule.kept(group):
+                buffer = bucket.state(name)
+                if not buffer.present[i]:
+                    buffer.present[i] = True
+                    window = state.setdefault(slot.param, {})[name] = buffer.windows[i]
+                    as_real(window).fill_(self._rule.initial(name, group))
 
     def is_current(self, state: State) -> bool:
         """Whether ``state`` still shows the windows (load_state_dict and users replace tensors)."""
@@ -110,7 +160,7 @@ class StateView:
         self,
         bucket: Bucket,
         grads: Gradients,
-        groups: Sequence[Mapping[str, Any]],
+        groups: Groups,
         state: State,
         found_inf: Tensor | None,
     ) -> None:
@@ -136,8 +186,8 @@ class StateView:
         if found_inf is not None and dampened and found_inf.item():
             return
         for slot, i, name in new:
-            bucket.states[name].present[i] = True
             state[slot.param][name] = bucket.states[name].windows[i]
+            bucket.states[name].present[i] = True
         self._record(state)
 
     def _record(self, state: State) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 
 import torch
 from torch import Tensor
@@ -29,6 +30,20 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def extent(tensor: Tensor) -> int:
+    """Bytes from the first element to the end of the last; 0 where there is none."""
+    if not tensor.numel():
+        return 0
+    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return (reach + 1) * tensor.element_size()
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether the storage holds all of the elements: one can be resized under its tensors."""
+    offset = tensor.storage_offset() * tensor.element_size()
+    return not tensor.numel() or offset + extent(tensor) <= tensor.untyped_storage().nbytes()
+
+
 def is_shared(tensor: Tensor) -> bool:
     """Whether anything but this parameter holds its memory, which must then stay where it is."""
     storage = tensor.untyped_storage()
@@ -38,7 +53,17 @@ def is_shared(tensor: Tensor) -> bool:
     # is ours to move.
     external = not storage.resizable() and not hasattr(storage, "_fused_sam_window")
     # Two holders are the parameter and the Python object `storage`; more are aliases of it.
-    return external or torch._C._storage_Use_Count(storage._cdata) > 2
+    if external or torch._C._storage_Use_Count(storage._cdata) > 2:
+        return True
+    return sys.getrefcount(storage) > _references()
+
+
+@functools.cache
+def _references() -> int:
+    """What Python counts of a storage that only its tensor and the counting function have."""
+    tensor = torch.empty(1, device="cpu")
+    storage = tensor.untyped_storage()
+    return sys.getrefcount(storage)
 
 
 def must_stay(param: Tensor) -> bool:

@@ -6,14 +6,16 @@ from collections.abc import Mapping
 
 from torch.optim import Optimizer
 
+from .adagrad import ADAGRAD
 from .adam import ADAM, ADAMW
 from .base import STEP, Group, Rule, State
+from .lion import LION, Lion
 from .rmsprop import RMSPROP
 from .sgd import SGD
 
-__all__ = ["ADAM", "ADAMW", "RMSPROP", "RULES", "SGD", "STEP", "Group", "Rule", "State"]
+__all__ = ["RULES", "STEP", "Group", "Lion", "Rule", "State"]
 
 RULES: Mapping[type[Optimizer], Rule] = {
-    rule.optimizer: rule for rule in (SGD, ADAM, ADAMW, RMSPROP)
+    rule.optimizer: rule for rule in (SGD, ADAM, ADAMW, RMSPROP, ADAGRAD, LION)
 }
 """By the exact class of the base optimizer: a subclass may do anything."""

@@ -27,10 +27,13 @@ class State:
     Attributes:
         name: torch's own, in ``optimizer.state[p]``.
         kept: whether a group's options require it; None if all do.
+        initial: what all of its elements begin with, by a group's options, where the class makes
+            it at construction; None where it begins at zero with the first step.
     """
 
     name: str
     kept: Callable[[Group], bool] | None = None
+    initial: Callable[[Group], float] | None = None
 
     def is_kept(self, group: Group) -> bool:
         """Whether a group has it."""
@@ -50,7 +53,7 @@ class Rule:
             ``lr`` and ``step``. Differences such as 1 - beta are taken here and rounded once.
         scalars: text, once for each parameter: ``(lr, *columns, step, fresh) -> tuple``. ``step``
             counts the running step, 1 for a rule that does not count; ``fresh`` says that the
-            state is still as it began.
+            step is the first one that makes state.
         update: text, for each element: ``(param, grad, *states, *scalars) -> (param, *states)``.
             ``grad`` is unscaled and points uphill for what is minimised; a state that no group
             keeps is None. Where groups differ, a state may be there that this one does not keep:
@@ -72,6 +75,16 @@ class Rule:
     def state_names(self) -> tuple[str, ...]:
         """Every name that can stand in ``optimizer.state[p]``."""
         return (*((STEP,) if self.counts else ()), *[state.name for state in self.states])
+
+    @functools.cached_property
+    def from_construction(self) -> bool:
+        """Whether the optimizer has its state, ``step`` included, before the first step."""
+        return any(state.initial is not None for state in self.states)
+
+    def initial(self, name: str, group: Group) -> float:
+        """What a state begins with in a group."""
+        begin = next((state.initial for state in self.states if state.name == name), None)
+        return 0.0 if begin is None else float(begin(group))
 
     def kept(self, group: Group) -> tuple[str, ...]:
         """The names that a group's options require."""

@@ -17,7 +17,7 @@ CHUNK = 4096
 """Elements that a block of threads takes at a time: ``kChunk`` in csrc/cuda/launch.h."""
 
 _SUMS = {sums.name: i for i, sums in enumerate(SUMS)}
-_ASCENTS = {ascent.name: i for i, ascent in enumerate(ASCENTS)}
+_ASCENTS = {ascent.name: i for i, ascent in enumerate(ASCENTS.values())}
 _RULES = {rule.name: i for i, rule in enumerate(rules())}
 """The numbers of the values in csrc/mathematics.h."""
 

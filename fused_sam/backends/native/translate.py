@@ -264,7 +264,7 @@ def header() -> str:
         "}  // namespace words\n",
         *map(_rule, rules()),
         *map(_sums, SUMS),
-        *map(_ascent, ASCENTS),
+        *map(_ascent, ASCENTS.values()),
         _FOOT,
         f"constexpr int kNumRules = {len(rules())};",
         f"constexpr int kNumSums = {len(SUMS)};",
@@ -272,7 +272,7 @@ def header() -> str:
         "}  // namespace fused_sam\n",
         _list("FUSED_SAM_RULES", [rule.name for rule in rules()]),
         _list("FUSED_SAM_SUMS", [sums.name for sums in SUMS]),
-        _list("FUSED_SAM_ASCENTS", [ascent.name for ascent in ASCENTS]),
+        _list("FUSED_SAM_ASCENTS", [ascent.name for ascent in ASCENTS.values()]),
     ]
     return "\n".join(parts)
 

@@ -63,6 +63,12 @@ def abs(x):
 
 
 @triton.jit
+def sign(x):
+    """-1, 0 or 1; 0 for NaN."""
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0)).to(x.dtype)
+
+
+@triton.jit
 def maximum(x, y):
     """The larger one; NaN if either is NaN."""
     return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
@@ -78,7 +84,7 @@ def lerp(start, end, weight):
     return (1 - weight) * start + weight * end
 
 
-_WORDS = {word.__name__: word for word in (where, sqrt, divide, expm1, abs, maximum, lerp)}
+_WORDS = {word.__name__: word for word in (where, sqrt, divide, expm1, abs, sign, maximum, lerp)}
 
 
 @functools.cache

@@ -1,0 +1,237 @@
+"""When a step climbs at all: every step, now and then, late in training, or where it is steep.
+
+A step that does not climb is the base optimizer's own, at its price. Which steps those are follows
+from the number of the step (and, for AE-SAM, from the gradients): a resumed run goes on as the
+first one would have, and all ranks of a distributed one agree.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+__all__ = ["AESAM", "Always", "Every", "From", "Probability", "Span", "When"]
+
+
+STEP = "sam_step"
+"""How many steps a group has taken, climbing or not: counted only where a schedule asks."""
+
+
+MEAN, VARIANCE = "sam_mean", "sam_variance"
+"""AE-SAM's running averages, which begin as its authors' do."""
+
+
+def check_when(value: Any) -> None:
+    """Raise unless ``value`` is a schedule."""
+    if not isinstance(value, When):
+        raise TypeError(
+            f"when must be one of fused_sam.schedule's, such as Every(5) or From(1000), "
+            f"got {value!r}"
+        )
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a schedule says of one step.
+
+    Attributes:
+        climbs: whether it climbs.
+        memory: what the groups hold once the step is done, for the next one and for checkpoints.
+    """
+
+    climbs: bool
+    memory: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class When:
+    """Says of each step whether it climbs. Steps count from 0; see the classes below."""
+
+    needs_norm: ClassVar[bool] = False
+    """Whether the gradient's norm decides: it depends on the loss scale, and is waited for."""
+
+    memory: ClassVar[Mapping[str, float]] = {STEP: 0}
+    """What the groups hold at first."""
+
+    def climbs(self, step: int) -> bool:
+        """Whether a step climbs.
+
+        Args:
+            step: how many steps came before, climbing or not.
+        """
+        raise NotImplementedError
+
+    def decide(self, group: Mapping[str, Any], sq_norm: Callable[[], float]) -> Decision:
+        """What becomes of the step that begins.
+
+        Args:
+            group: one that holds ``memory``.
+            sq_norm: the squared norm of the gradients at w; calling it waits for the device.
+        """
+        step = group[STEP]
+        return Decision(self.climbs(step), {STEP: step + 1})
+
+
+@dataclass(frozen=True)
+class Always(When):
+    """Every step climbs: SAM as it was published. Nothing is counted."""
+
+    memory = {}  # noqa: RUF012
+
+    def decide(self, group: Mapping[str, Any], sq_norm: Callable[[], float]) -> Decision:
+        """It climbs."""
+        return _ALWAYS
+
+
+_ALWAYS = Decision(True, {})
+
+
+@dataclass(frozen=True)
+class Every(When):
+    """Every k-th step climbs, the first one too (LookSAM's schedule, Liu et al. 2022).
+
+    Args:
+        k: an integer >= 1.
+    """
+
+    k: int
+
+    def __post_init__(self) -> None:
+        _check_count("k", self.k, 1)
+
+    def climbs(self, step: int) -> bool:
+        """Whether k divides the number of the step."""
+        return step % self.k == 0
+
+
+@dataclass(frozen=True)
+class From(When):
+    """Steps from this one on climb: late-phase SAM, which has nearly all of SAM's gain.
+
+    Args:
+        start: the first step that climbs, an integer >= 0.
+    """
+
+    start: int
+
+    def __post_init__(self) -> None:
+        _check_count("start", self.start, 0)
+
+    def climbs(self, step: int) -> bool:
+        """Whether the step is not before ``start``."""
+        return step >= self.start
+
+
+@dataclass(frozen=True)
+class Span(When):
+    """Steps within a span climb.
+
+    Args:
+        start: the first step that climbs, an integer >= 0.
+        stop: the first one after it that does not, an integer >= ``start``.
+    """
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        _check_count("start", self.start, 0)
+        _check_count("stop", self.stop, self.start)
+
+    def climbs(self, step: int) -> bool:
+        """Whether the step is in the span."""
+        return self.start <= step < self.stop
+
+
+@dataclass(frozen=True)
+class Probability(When):
+    """Each step climbs with a probability (random SAM, Zhao et al. 2022).
+
+    The draw of a step depends on the seed and on its number alone.
+
+    Args:
+        p: the probability, in [0, 1].
+        seed: an integer.
+    """
+
+    p: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_number("p", self.p)
+        if not 0 <= self.p <= 1:
+            raise ValueError(f"p must be in [0, 1], got {self.p!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed must be an integer, got {self.seed!r}")
+
+    def climbs(self, step: int) -> bool:
+        """Whether the step's draw says so."""
+        return random.Random(f"{self.seed} {step}").random() < self.p
+
+
+@dataclass(frozen=True)
+class AESAM(When):
+    """AE-SAM (Jiang et al., ICLR 2023): a step climbs where its gradient is large.
+
+    With a running mean and deviation of the squared norm, a step climbs if
+
+        ||g||**2 >= mean + c * deviation,
+
+    where c goes from ``lambda1`` at the first step to ``lambda2`` after ``total_steps``:
+
+        mean      <- decay * mean + (1 - decay) * ||g||**2
+        deviation <- sqrt(decay * deviation**2 + (1 - decay) * (||g||**2 - mean)**2)
+
+    The host waits for one number in each step. A norm that is not finite changes neither average,
+    and its step does not climb.
+
+    Args:
+        total_steps: the length of the training, an integer >= 1; c stays at ``lambda2`` after it.
+        lambda1, lambda2: the first and the last c.
+        decay: of the averages, in [0, 1).
+    """
+
+    total_steps: int
+    lambda1: float = 1.0
+    lambda2: float = -1.0
+    decay: float = 0.9
+
+    needs_norm = True
+    memory = {STEP: 0, MEAN: 0.0, VARIANCE: math.exp(-10)}  # noqa: RUF012
+
+    def __post_init__(self) -> None:
+        _check_count("total_steps", self.total_steps, 1)
+        for name in ("lambda1", "lambda2", "decay"):
+            _check_number(name, getattr(self, name))
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay must be in [0, 1), got {self.decay!r}")
+
+    def decide(self, group: Mapping[str, Any], sq_norm: Callable[[], float]) -> Decision:
+        """Whether the squared norm is large among those of the steps before."""
+        step, square = group[STEP], sq_norm()
+        if not math.isfinite(square):
+            return Decision(False, {STEP: step + 1})
+        rest = 1 - self.decay
+        mean = self.decay * group[MEAN] + rest * square
+        variance = self.decay * group[VARIANCE] + rest * (square - mean) ** 2
+        part = min(step / self.total_steps, 1.0)
+        c = self.lambda1 + part * (self.lambda2 - self.lambda1)
+        climbs = square >= mean + c * math.sqrt(variance)
+        return Decision(climbs, {STEP: step + 1, MEAN: mean, VARIANCE: variance})
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value!r}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")

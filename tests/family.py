@@ -1,0 +1,349 @@
+"""The members of the SAM family in float64, each written from its formula, around torch.optim.
+
+A ``Member`` holds weights and state of its own over the steps and shares no code with the package.
+Where a paper and the code that its authors ran differ, it follows the code; the comments say where.
+Gradients come from a function of the weights, so that a wrong climb shows in all that follows.
+"""
+
+import math
+
+import torch
+
+ASCENT = ("rho", "adaptive", "eta", "ascent")
+
+
+class Surface:
+    """A loss with curvature and quartic walls, the same for every run: ``gradient(weights, i)``.
+
+    Args:
+        shapes: of the parameters.
+        missing: {(step, half): indices} of parameters that lack a gradient; half is 0 or 1.
+        broken: {(step, half)}: the passes whose first gradient is infinite.
+    """
+
+    def __init__(self, shapes, missing=None, broken=()):
+        generator = torch.Generator().manual_seed(3)
+
+        def random(shape):
+            return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+        self.curvature = [random(s).abs() + 0.1 for s in shapes]
+        self.center = [random(s) for s in shapes]
+        self.noise = {i: [0.3 * random(s) for s in shapes] for i in range(16)}
+        self.missing, self.broken = missing or {}, set(broken)
+
+    def gradient(self, weights, step, half):
+        """A list of gradients in the weights' dtype, None where one is missing."""
+        grads = []
+        for i, w in enumerate(weights):
+            if i in self.missing.get((step, half), ()):
+                grads.append(None)
+                continue
+            x = w.detach().double() - self.center[i]
+            g = self.curvature[i] * x + 0.05 * x**3 + self.noise[step][i]
+            if (step, half) in self.broken and i == 0:
+                g = g.clone()
+                g.view(-1)[0] = torch.inf
+            grads.append(g.to(w.dtype))
+        return grads
+
+
+def dot(a, b):
+    """The inner product over all parameters; a missing one counts nothing."""
+    return sum((x * y).sum().item() for x, y in zip(a, b, strict=True) if None not in (x, y))
+
+
+def norm(a):
+    return math.sqrt(dot(a, a))
+
+
+def each(f, *lists):
+    """``f`` of the parameters' tensors one by one; None where the first one is missing."""
+    return [None if row[0] is None else f(*row) for row in zip(*lists, strict=True)]
+
+
+class Member:
+    """SAM in float64; the others override ``direction``, ``epsilon`` or ``blend``.
+
+    Args:
+        weights: where it begins: a list of tensors.
+        groups: [{"params": indices, options...}], with rho, adaptive, eta and the base's options.
+        base: the class of torch.optim.
+        climbs: whether step i climbs.
+        clip: ``max_grad_norm``.
+    """
+
+    def __init__(self, weights, groups, base, climbs=lambda i: True, clip=None):
+        self.weights = [w.detach().double().clone().requires_grad_() for w in weights]
+        self.row = {i: group for group in groups for i in group["params"]}
+        own = [
+            {
+                **{k: v for k, v in group.items() if k not in ASCENT},
+                "params": [self.weights[i] for i in group["params"]],
+            }
+            for group in groups
+        ]
+        self.base = base(own)
+        self.climbs, self.clip, self.number = climbs, clip, 0
+
+    # ---- what the members differ in
+
+    def direction(self, g):
+        """What the climb follows, out of the gradient at w: called in climbing steps only."""
+        return g
+
+    def epsilon(self, d):
+        """rho * T**2 d / ||T d||, over the parameters that take part."""
+        t = [
+            self.weights[i].detach().abs() + self.row[i].get("eta", 0.0)
+            if self.row[i].get("adaptive")
+            else torch.ones_like(w)
+            for i, w in enumerate(self.weights)
+        ]
+        length = norm(each(torch.mul, d, t))
+        if not 0 < length < math.inf:
+            return [None if x is None else torch.zeros_like(x) for x in d]
+        return [
+            None if x is None else self.row[i]["rho"] / length * t[i] ** 2 * x
+            for i, x in enumerate(d)
+        ]
+
+    def blend(self, g, g2):
+        """What the base optimizer sees after a climb."""
+        return g2
+
+    def plain(self, g):
+        """What it sees in a step that does not climb."""
+        return g
+
+    # ---- a step
+
+    def climb(self, g):
+        """w + epsilon for the gradients at w."""
+        taking = [
+            None if x is None or self.row[i].get("ascent", "sam") is None else x
+            for i, x in enumerate(g)
+        ]
+        eps = self.epsilon(self.direction(taking))
+        return [
+            w.detach() if e is None else w.detach() + e
+            for w, e in zip(self.weights, eps, strict=True)
+        ]
+
+    def step(self, surface, skip=False):
+        """One step; ``skip`` is what a GradScaler asks for where gradients are not finite."""
+        i = self.number
+        self.number += 1
+        g = surface.gradient(self.weights, i, 0)
+        if self.climbs(i):
+            g2 = surface.gradient(self.climb(g), i, 1)
+            v = self.blend(g, g2)
+        else:
+            v = self.plain(g)
+        if not skip:
+            self.descend(v)
+
+    def descend(self, v):
+        for w, x in zip(self.weights, v, strict=True):
+            w.grad = None if x is None else x.clone()
+        if self.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.weights, self.clip, foreach=False)
+        self.base.step()
+
+
+class PNorm(Member):
+    """Foret et al., equation 2, with Kwon et al.'s T."""
+
+    p = 2.0
+
+    def epsilon(self, d):
+        t = [
+            self.weights[i].detach().abs() + self.row[i].get("eta", 0.0)
+            if self.row[i].get("adaptive")
+            else torch.ones_like(w)
+            for i, w in enumerate(self.weights)
+        ]
+        scaled = each(torch.mul, d, t)
+        if self.p == math.inf:
+            shape = each(torch.sign, scaled)
+            length = 1.0 if dot(scaled, scaled) > 0 else math.inf
+        else:
+            q = self.p / (self.p - 1)
+            shape = each(lambda x: x.sign() * x.abs() ** (q - 1), scaled)
+            total = sum((x.abs() ** q).sum().item() for x in scaled if x is not None)
+            length = total ** (1 / self.p)
+        return [
+            None if x is None else self.row[i]["rho"] / length * t[i] * x
+            for i, x in enumerate(shape)
+        ]
+
+
+class Friendly(Member):
+    """Li et al. 2024; the old average, as in their code (the paper has the new one)."""
+
+    sigma, lmbda = 0.9, 0.6
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.average = [None] * len(self.weights)
+
+    def direction(self, g):
+        d = list(g)
+        for i, x in enumerate(g):
+            if x is None or not x.isfinite().all():
+                continue
+            m = self.average[i]
+            d[i] = x if m is None else x - self.sigma * m
+            self.average[i] = x if m is None else self.lmbda * m + (1 - self.lmbda) * x
+        return d
+
+
+class VaSSO(Member):
+    """Li & Giannakis 2023."""
+
+    theta = 0.4
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.average = [None] * len(self.weights)
+
+    def direction(self, g):
+        d = list(g)
+        for i, x in enumerate(g):
+            if x is not None and x.isfinite().all():
+                m = self.average[i]
+                d[i] = x if m is None else (1 - self.theta) * m + self.theta * x
+                self.average[i] = d[i]
+        return d
+
+
+class USAM(Member):
+    """Not normalised: epsilon = rho * g."""
+
+    def epsilon(self, d):
+        if not math.isfinite(norm(d)):
+            return [None if x is None else torch.zeros_like(x) for x in d]
+        return [None if x is None else self.row[i]["rho"] * x for i, x in enumerate(d)]
+
+
+class GSAM(Member):
+    """Zhuang et al. 2022: g loses its part along ĝ, and alpha of the rest is taken from ĝ."""
+
+    alpha = 0.3
+
+    def blend(self, g, g2):
+        square = dot(g2, g2)
+        c = dot(g, g2) / square if square > 0 else 0.0
+        return [
+            x if x is None or y is None else x - self.alpha * (y - c * x)
+            for x, y in zip(g2, g, strict=True)
+        ]
+
+
+class LookSAM(Member):
+    """Liu et al. 2022: between SAM steps the part of ĝ across g is used again."""
+
+    alpha = 0.7
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.across = None
+
+    def blend(self, g, g2):
+        c = dot(g, g2) / dot(g, g)
+        across = [
+            None if x is None else x - c * (0 if y is None else y)
+            for x, y in zip(g2, g, strict=True)
+        ]
+        if math.isfinite(norm(across)):
+            self.across = across
+        return g2
+
+    def plain(self, g):
+        length = norm(self.across) if self.across is not None else 0.0
+        if length == 0:
+            return g
+        factor = self.alpha * norm(g) / length
+        return [
+            x if x is None or y is None else x + factor * y
+            for x, y in zip(g, self.across, strict=True)
+        ]
+
+
+class CoupledWSAM(Member):
+    """Yue et al. 2023: a ĝ + (1 - a) g, a = gamma / (1 - gamma)."""
+
+    gamma = 0.88
+
+    @property
+    def a(self):
+        return self.gamma / (1 - self.gamma)
+
+    def blend(self, g, g2):
+        return [
+            x if x is None or y is None else self.a * x + (1 - self.a) * y
+            for x, y in zip(g2, g, strict=True)
+        ]
+
+
+class DecoupledWSAM(CoupledWSAM):
+    """The base optimizer sees g; then w -= lr * a * (ĝ - g)."""
+
+    def step(self, surface, skip=False):
+        i = self.number
+        self.number += 1
+        g = surface.gradient(self.weights, i, 0)
+        g2 = surface.gradient(self.climb(g), i, 1)
+        if skip:
+            return
+        self.descend(g)
+        with torch.no_grad():
+            for j, (w, x, y) in enumerate(zip(self.weights, g2, g, strict=True)):
+                if x is not None and y is not None:
+                    w -= self.row[j]["lr"] * self.a * (x - y)
+
+
+class MSAM(Member):
+    """Becker et al. 2024, one pass: the weights live at w - rho * v / ||v||, v the momentum.
+
+    ``self.weights`` are those at which the gradient is taken. A step returns to w by the rho of
+    the way out, updates there with that gradient, and goes out along the new momentum. SGD decays
+    the weights away from w, as the authors' code does; AdamW decays w, as torch has it.
+    """
+
+    state = "momentum_buffer"
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.out = [torch.zeros_like(w) for w in self.weights]
+
+    def step(self, surface, skip=False):
+        i = self.number
+        self.number += 1
+        g = surface.gradient(self.weights, i, 0)
+        if skip:
+            return
+        with torch.no_grad():
+            for j, (w, out) in enumerate(zip(self.weights, self.out, strict=True)):
+                decay = self.row[j].get("weight_decay", 0.0)
+                if self.state == "momentum_buffer" and g[j] is not None:
+                    g[j] = g[j] + decay * w  # at the weights that the gradient belongs to
+                w -= out
+        decays = [group["weight_decay"] for group in self.base.param_groups]
+        if self.state == "momentum_buffer":
+            for group in self.base.param_groups:
+                group["weight_decay"] = 0.0
+        self.descend(g)
+        for group, decay in zip(self.base.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+        v = [
+            self.base.state[w].get(self.state) if x is not None else None
+            for w, x in zip(self.weights, g, strict=True)
+        ]
+        length = norm(v)
+        with torch.no_grad():
+            for j, w in enumerate(self.weights):
+                self.out[j] = torch.zeros_like(w)
+                if v[j] is not None and 0 < length < math.inf:
+                    self.out[j] = -self.row[j]["rho"] / length * v[j]
+                w += self.out[j]
