@@ -20,6 +20,7 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)  # the compiler is wanted
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -65,10 +66,12 @@ def build(name, dtype, target):
     types = dict.fromkeys(("flags_ptr", "ticket_ptr"), "*i32")
     types |= dict.fromkeys(("slots_ptr", "grads_ptr", "climb_ptr"), "*i64")
     types |= dict.fromkeys(("n_chunks", "n_slots", "number"), "i32")
-    types |= dict.fromkeys(("saved_ptr", "like_ptr"), "*" + dtype)
+    types["saved_ptr"] = "*" + dtype
     types |= {"partials_ptr": compute, "hyper_ptr": compute, "total_ptr": "*fp64"}
     types |= dict.fromkeys(("grad_scale_ptr", "found_inf_ptr"))
-    constants = {}
+    constants = {"WEIGHT": triton_dtype(dtype)}
+    if name != "restore":
+        constants["GRAD"] = triton_dtype(dtype)
     if name in UPDATES:
         rule, kept = UPDATES[name]
         constants |= {"SCALARS": text(rule.scalars), "RULE": text(rule.update), "KEPT": kept}
@@ -95,6 +98,10 @@ def build(name, dtype, target):
             options |= backend.MANY_REGISTERS
     source = ASTSource(function, *signature(function, types, constants))
     return triton.compile(source, target=target, options=options), constants["BLOCK"]
+
+
+def triton_dtype(name):
+    return {"fp32": tl.float32, "fp64": tl.float64, "bf16": tl.bfloat16, "fp16": tl.float16}[name]
 
 
 def signature(function, types, constants):

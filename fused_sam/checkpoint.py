@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,8 +49,27 @@ class Checkpointing(Following):
         }
         rates = [group.get("lr") for group in self.param_groups]
         super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
+        self._keep_wide(state, groups)
         if self._facts.captures.have_seen(self._facts.engine.layout):
             self._load_into_graphs(rates)
+
+    def _keep_wide(self, state: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+        """Put back what torch's own loading has rounded: it casts state to its parameter's dtype.
+
+        Args:
+            state: the checkpoint's.
+            groups: the checkpoint's.
+        """
+        keys = [key for group in groups for key in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for key, param in zip(keys, params, strict=True):
+            for name, value in state.get(key, {}).items():
+                if (
+                    isinstance(value, Tensor)
+                    and value.dtype.itemsize > param.dtype.itemsize
+                    and self.state[param][name].dtype == param.dtype
+                ):
+                    self.state[param][name] = value.to(param.device, copy=True)
 
     @torch.no_grad()
     def _load_into_graphs(self, rates: list[Any]) -> None:

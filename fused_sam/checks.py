@@ -15,8 +15,10 @@ from torch.optim import Optimizer
 
 from .ascents import chosen
 from .choice import plain
-from .memory.window import extent, has_memory, is_dense, is_shared, trains
+from .memory.window import extent, gradient_dtype, has_memory, is_dense, is_shared, trains
 from .options import OPTIONS, check_values
+
+_COMPUTABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_ascent(group: Mapping[str, Any]) -> None:
@@ -185,6 +187,11 @@ def _check_param(param: Tensor) -> None:
         raise TypeError(
             f"{what} has dtype {param.dtype}, in which nothing can be computed; keep a copy in "
             f"bfloat16 or float32 and optimize that"
+        )
+    if gradient_dtype(param).to_real() not in _COMPUTABLE:
+        raise TypeError(
+            f"{what} has gradients of dtype {param.grad_dtype}, in which nothing can be computed; "
+            f"set its grad_dtype to bfloat16, float16, float32 or float64"
         )
     if param.layout is not torch.strided:
         raise TypeError(f"{what} has layout {param.layout}; make it dense with .to_dense()")

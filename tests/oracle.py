@@ -59,6 +59,13 @@ def params_of(opt):
     return [p for group in opt.param_groups for p in group["params"]]
 
 
+def kept_dtype(cls, name, p):
+    """The dtype of a state: SGD's is made out of the gradient, all others out of the parameter."""
+    if cls is torch.optim.SGD and name == "momentum_buffer":
+        return p.grad_dtype or (p.dtype if p.dtype == torch.float64 else torch.float32)
+    return p.dtype
+
+
 def bits(tensor):
     """The bits of a tensor's numbers as integers: tells -0.0 from 0.0 and NaN from NaN."""
     numbers = real(tensor.detach()).resolve_neg()
@@ -74,13 +81,17 @@ def assert_same_bits(actual, expected, what=""):
     assert same_bits(actual, expected), f"{what}: {actual} is not bitwise {expected}"
 
 
-def assert_close(actual, expected, what):
-    """Within the bound that the module derives, element by element, NaN where NaN is exact."""
+def assert_close(actual, expected, what, weights=torch.float64):
+    """Within the bound that the module derives, element by element, NaN where NaN is exact.
+
+    ``weights``: their dtype, which is computed in float32 unless it is a double precision.
+    """
     assert actual.shape == expected.value.shape, what
     if actual.numel() == 0:
         return
     dtype = actual.dtype.to_real()
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    double = dtype == weights.to_real() == torch.float64
+    compute = torch.float64 if double else torch.float32
     value, got = real(expected.value), real(exact(actual))
     if isinstance(expected.magnitude, float) and expected.magnitude == 0.0:
         bound = torch.zeros_like(value)
@@ -184,8 +195,8 @@ def descend(
     )
     for p, entry in state.items():
         base.state[twins[p]] = {
-            # In the parameter's dtype, which may have changed since the state was written.
-            k: v.clone() if k == "step" else exact(v.to(p.dtype))
+            # In its own dtype, which may have changed since the state was written.
+            k: v.clone() if k == "step" else exact(v.to(kept_dtype(cls, k, p)))
             for k, v in entry.items()
             if v is not None
         }
@@ -340,7 +351,7 @@ class Textbook:
             mine = self.state[p]
             for name in mine:
                 if name != "step":
-                    mine[name] = mine[name].to(p.dtype)
+                    mine[name] = mine[name].to(kept_dtype(type(self.opt.base_optimizer), name, p))
                 kept = shown[name].to(mine[name].dtype)
                 assert_same_bits(kept, mine[name], f"{name} {i}, which no step has changed")
             self._check_names(i, p, shown, mine)
@@ -426,8 +437,9 @@ class Textbook:
                 self.weights[p] = p.detach().clone()
             shown = opt.state.get(p, {})
             for name, value in expected_state[p].items():
-                assert_close(shown[name], value, f"{name} {i}")
-                assert name == "step" or shown[name].dtype == p.dtype
+                assert_close(shown[name], value, f"{name} {i}", p.dtype)
+                kind = kept_dtype(type(opt.base_optimizer), name, p)
+                assert name == "step" or shown[name].dtype == kind
                 self.state[p][name] = shown[name].detach().clone()
             self._check_names(i, p, shown, expected_state[p])
 

@@ -45,7 +45,7 @@ class Backend:
         parts: list[Tensor] = []
         for run in runs(bucket, present(grads)):
             group = groups[run.row]
-            if sums.squares(group):
+            if sums.squares(group) and bucket.grad_dtype.itemsize <= dtype.itemsize:
                 pieces = [piece for grad in run.pick(grads.tensors) for piece in _pieces(grad)]
                 norms += torch._foreach_norm(pieces, 2, dtype=dtype)
                 continue
@@ -212,6 +212,8 @@ def _has_fused(bucket: Bucket) -> bool:
     float32.
     """
     if bucket.device.type not in _get_fused_kernels_supported_devices():
+        return False
+    if not bucket.is_uniform:
         return False
     return bucket.dtype == torch.float32 or (
         bucket.dtype == torch.float64 and bucket.device.type == "cpu"

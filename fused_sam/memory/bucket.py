@@ -1,10 +1,10 @@
-"""A bucket: the parameters of one device and dtype, and the flat buffers that hold them."""
+"""A bucket: the parameters of one device and dtypes, and the flat buffers that hold them."""
 
 from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.autograd.graph import increment_version
 from .gradients import Collector, Gradients
 from .slot import Slot
 from .state import StateBuffer
-from .window import as_real, contiguous_stride, is_dense, make_window
+from .window import as_real, contiguous_stride, gradient_dtype, is_dense, make_window
 
 ALIGNMENT = 64
 """Elements; a parameter's offset is a multiple, so every window is 128-byte aligned or better."""
@@ -24,14 +24,16 @@ _CARRIED = -1
 
 
 class Bucket:
-    """The parameters of one device and dtype, with their flat buffers.
+    """The parameters of one device, dtype and dtype of gradients, with their flat buffers.
 
     Every climb has a number. The operation that saves w writes it into ``climb``, on the device,
     and the one that returns to w writes 0. The host assumes that both succeed, and only after an
     exception does it read which was the last: see ``settle``.
 
     Attributes:
-        device, dtype: of all buffers; the dtype is real (complex64 parameters: float32).
+        device: of all buffers.
+        dtype: of the weights; it is real (complex64 parameters: float32), as all are.
+        grad_dtype: of the gradients.
         slots: one for each parameter; those that moved first, pinned ones last.
         rows: the indices of the groups that have parameters here, rising.
         size: elements of a flat buffer, padding included. Padding is zero and stays zero.
@@ -42,18 +44,24 @@ class Bucket:
         cache: what the backend derives from this bucket; it dies with the bucket.
     """
 
-    def __init__(self, members: Sequence[tuple[Tensor, int]], pinned: set[Tensor]) -> None:
+    def __init__(
+        self,
+        members: Sequence[tuple[Tensor, int]],
+        pinned: set[Tensor],
+        like_grad: Collection[str] = (),
+    ) -> None:
         first = members[0][0]
         self.device = first.device
         self.dtype = first.dtype.to_real()
+        self.grad_dtype = gradient_dtype(first).to_real()
+        self._like_grad = like_grad
         self.slots: list[Slot] = []
         start = moved = 0
         for param, row in sorted(members, key=lambda member: member[0] in pinned):
             numel = param.numel() * (2 if param.is_complex() else 1)
             stride = param.stride() if is_dense(param) else contiguous_stride(param.shape)
-            self.slots.append(
-                Slot(param, row, start, numel, param in pinned, param.dtype, param.shape, stride)
-            )
+            kind = param.dtype, param.shape, stride, gradient_dtype(param)
+            self.slots.append(Slot(param, row, start, numel, param in pinned, *kind))
             start += -(-numel // ALIGNMENT) * ALIGNMENT
             moved = moved if param in pinned else start
         self.size = start
@@ -75,6 +83,15 @@ class Bucket:
     def compute_dtype(self) -> torch.dtype:
         """The dtype of all arithmetic: float64 for float64, else float32."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether gradients, and so all states, have the dtype of the weights."""
+        return self.grad_dtype == self.dtype
+
+    def state_dtype(self, name: str) -> torch.dtype:
+        """The dtype of a state: as torch.optim makes it, out of the parameter or its gradient."""
+        return self.grad_dtype if name in self._like_grad else self.dtype
 
     def move_in(self) -> None:
         """Copy the weights into the flat buffer and make the parameters windows of it."""

@@ -24,7 +24,7 @@ class StateBuffer:
     """One optimizer state of a bucket.
 
     Attributes:
-        flat: (bucket.size,) in the bucket's dtype; ``step``: (len(slots),) float32. Zero at first.
+        flat: (bucket.size,) in the state's dtype; ``step``: (len(slots),) float32. Zero at first.
         windows: what ``optimizer.state[p][name]`` shows, one for each slot, with its own storage.
         present: whether the parameter has this state already, one for each slot.
     """
@@ -35,7 +35,7 @@ class StateBuffer:
             self.flat = torch.zeros(len(slots), dtype=torch.float32, device=device)
             pieces = list(self.flat.unbind())
         else:
-            self.flat = torch.zeros(bucket.size, dtype=bucket.dtype, device=device)
+            self.flat = torch.zeros(bucket.size, dtype=bucket.state_dtype(name), device=device)
             pieces = [slot.of(self.flat) for slot in slots]
         if has_windows(device):
             pieces = [make_window(piece) if piece.numel() else piece for piece in pieces]

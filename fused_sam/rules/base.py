@@ -29,11 +29,14 @@ class State:
         kept: whether a group's options require it; None if all do.
         initial: what all of its elements begin with, by a group's options, where the class makes
             it at construction; None where it begins at zero with the first step.
+        like_grad: whether the class makes it out of the gradient, in whose dtype it then is, and
+            not out of the parameter.
     """
 
     name: str
     kept: Callable[[Group], bool] | None = None
     initial: Callable[[Group], float] | None = None
+    like_grad: bool = False
 
     def is_kept(self, group: Group) -> bool:
         """Whether a group has it."""

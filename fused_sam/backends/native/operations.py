@@ -46,6 +46,8 @@ class NativeBackend(Backend):
 
     def reduce(self, bucket: Bucket, sums: Sums, grads: Gradients, groups: Groups) -> Tensor:
         """As ``Backend.reduce``, in one launch."""
+        if not bucket.is_uniform:
+            return super().reduce(bucket, sums, grads, groups)
         tables = _tables(bucket)
         bits = {row: READS_PARAM * sums.reads_param(groups[row]) for row in bucket.rows}
         total: Tensor = torch.ops.fused_sam.reduce.default(
@@ -71,6 +73,8 @@ class NativeBackend(Backend):
         number: int,
     ) -> None:
         """As ``Backend.ascend_``, in one launch."""
+        if not bucket.is_uniform:
+            return super().ascend_(bucket, ascent, grads, groups, total, number)
         tables = _tables(bucket)
         torch.ops.fused_sam.ascend_.default(
             bucket.weights,
@@ -98,6 +102,9 @@ class NativeBackend(Backend):
         found_inf: Tensor | None = None,
     ) -> None:
         """As ``Backend.update_``, in one launch."""
+        if not bucket.is_uniform:
+            scaling = {"grad_scale": grad_scale, "found_inf": found_inf}
+            return super().update_(bucket, rule, blend, grads, groups, **scaling)
         tables = _tables(bucket)
         names = {name for row in bucket.rows for name in rule.kept(groups[row])}
         fresh = bucket.fresh(names)

@@ -12,7 +12,8 @@ n slots, r parameter groups:
     flags  (n,) int32          the bits of each slot
     hyper  (r, k)              numbers of each group, in the compute dtype
 
-The compute dtype is float64 for float64 and float32 otherwise. All offsets are 64-bit.
+The compute dtype is float64 for float64 weights and float32 otherwise; WEIGHT and GRAD are the
+dtypes of weights and gradients. All offsets are 64-bit.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ KEPT_SHIFT: tl.constexpr = tl.constexpr(tables.KEPT_SHIFT)
 
 
 @triton.jit
-def _locate(slots_ptr, flags_ptr, dtype, chunk, n_slots, SIZE: tl.constexpr):
+def _locate(slots_ptr, flags_ptr, chunk, n_slots, WEIGHT: tl.constexpr, SIZE: tl.constexpr):
     """What the tables say of a chunk.
 
     Returns:
@@ -49,7 +50,7 @@ def _locate(slots_ptr, flags_ptr, dtype, chunk, n_slots, SIZE: tl.constexpr):
     start = tl.load(place)
     count = tl.minimum(tl.load(place + 1) - begin, SIZE)
     row = tl.load(place + 2)
-    weights = tl.load(place + 3).to(dtype)
+    weights = tl.load(place + 3).to(tl.pointer_type(WEIGHT))
     flags = tl.load(flags_ptr + slot)
     wide = (count == SIZE) & ((flags & ALIGNED) != 0)
     return slot, weights, start, begin, count, wide, row, flags
@@ -157,7 +158,6 @@ def reduce_kernel(
     total_ptr,
     partials_ptr,
     ticket_ptr,
-    like_ptr,
     slots_ptr,
     grads_ptr,
     flags_ptr,
@@ -167,23 +167,25 @@ def reduce_kernel(
     TERMS: tl.constexpr,
     COLUMNS: tl.constexpr,
     READS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
     """The sum of TERMS over all elements goes to ``total`` (1,) float64.
 
     ``partials`` (programs,) in the compute dtype is scratch; ``ticket`` (1,) int32 is 0 before and
-    after; ``like`` tells the gradients' dtype. READS: whether some group's terms need the weights.
+    after. READS: whether some group's terms need the weights.
     """
     dtype = partials_ptr.dtype.element_ty
     acc = tl.zeros([BLOCK], dtype)
     lanes = tl.arange(0, BLOCK)
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
         slot, weights, _, begin, count, wide, row, flags = _locate(
-            slots_ptr, flags_ptr, like_ptr.dtype, chunk, n_slots, BLOCK * TILES
+            slots_ptr, flags_ptr, chunk, n_slots, WEIGHT, BLOCK * TILES
         )
         if (flags & MISSING) == 0:
-            grad = tl.load(grads_ptr + slot).to(like_ptr.dtype)
+            grad = tl.load(grads_ptr + slot).to(tl.pointer_type(GRAD))
             columns = _columns(hyper_ptr, row, COLUMNS)
             if wide:
                 g = _aligned(grad, begin, 16)
@@ -239,6 +241,8 @@ def ascend_kernel(
     SCALARS: tl.constexpr,
     MOVE: tl.constexpr,
     COLUMNS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
@@ -252,10 +256,10 @@ def ascend_kernel(
     # Backwards: what reduce read last is what may still be in the cache.
     for i in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
         slot, weights, start, begin, count, wide, row, flags = _locate(
-            slots_ptr, flags_ptr, saved_ptr.dtype, n_chunks - 1 - i, n_slots, BLOCK * TILES
+            slots_ptr, flags_ptr, n_chunks - 1 - i, n_slots, WEIGHT, BLOCK * TILES
         )
         if (flags & MISSING) == 0:
-            grad = tl.load(grads_ptr + slot).to(saved_ptr.dtype)
+            grad = tl.load(grads_ptr + slot).to(tl.pointer_type(GRAD))
             scalars = SCALARS(total, *_columns(hyper_ptr, row, COLUMNS))
             if wide:
                 w = _aligned(weights, begin, 16)
@@ -307,6 +311,7 @@ def restore_kernel(
     flags_ptr,
     n_chunks,
     n_slots,
+    WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
@@ -316,7 +321,7 @@ def restore_kernel(
         tl.store(climb_ptr, 0)
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
         _, weights, start, begin, count, wide, _, flags = _locate(
-            slots_ptr, flags_ptr, saved_ptr.dtype, chunk, n_slots, BLOCK * TILES
+            slots_ptr, flags_ptr, chunk, n_slots, WEIGHT, BLOCK * TILES
         )
         if (flags & PERTURBED) != 0:
             _restore(weights, saved_ptr, start, begin, count, wide, lanes, BLOCK, TILES)
@@ -411,6 +416,8 @@ def update_kernel(
     COLUMNS: tl.constexpr,
     KEPT: tl.constexpr,
     MIXED: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
@@ -438,11 +445,11 @@ def update_kernel(
         unscale = unscale / scale if dtype == tl.float64 else tl.div_rn(unscale, scale)
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
         slot, weights, start, begin, count, wide, row, flags = _locate(
-            slots_ptr, flags_ptr, saved_ptr.dtype, chunk, n_slots, BLOCK * TILES
+            slots_ptr, flags_ptr, chunk, n_slots, WEIGHT, BLOCK * TILES
         )
         perturbed = (flags & PERTURBED) != 0
         if ((flags & MISSING) == 0) & steps:
-            grad = tl.load(grads_ptr + slot).to(saved_ptr.dtype)
+            grad = tl.load(grads_ptr + slot).to(tl.pointer_type(GRAD))
             descent = tl.where((flags & MAXIMIZE) != 0, -unscale, unscale)
             columns = _columns(hyper_ptr, row, COLUMNS)
             lr = columns[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -39,6 +40,13 @@ CUDA_OPTIONS = {"maxnreg": 64, "enable_reflect_ftz": False}
 roots of denormal numbers are not zero."""
 MANY_REGISTERS = {"maxnreg": 128}
 """For the updates that would spill some of 64: float64, and what is rare in half precision."""
+TYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+"""What Triton calls the dtypes."""
 
 
 class _Launcher(Tables):
@@ -48,6 +56,7 @@ class _Launcher(Tables):
         super().__init__(bucket, CHUNK)
         self.n_slots = len(bucket.slots)
         self.itemsize = bucket.dtype.itemsize
+        self.types = TYPES[bucket.dtype], TYPES[bucket.grad_dtype]
         self.programs = max(1, min(self.num_chunks, _max_programs(self.device)))
         self.partials = torch.zeros(self.programs, dtype=self.dtype, device=self.device)
         self.ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
@@ -124,12 +133,12 @@ class TritonBackend(Backend):
             reads = any([sums.reads_param(groups[row]) for row in bucket.rows])
             total = launcher.total(sums.name)
             args = (
-                *(total, launcher.partials, launcher.ticket, bucket.saved, launcher.slots),
+                *(total, launcher.partials, launcher.ticket, launcher.slots),
                 launcher.addresses(grads).table,
                 launcher.flags(dict.fromkeys(bucket.rows, 0), bucket.perturbed, grads),
                 sums_table(launcher, bucket, sums, groups),
             )
-            constants = (compiled(sums.terms), _width(sums), reads)
+            constants = (compiled(sums.terms), _width(sums), reads, *launcher.types)
             launcher.launch(kernels.reduce_kernel, args, constants)
         return total
 
@@ -152,7 +161,10 @@ class TritonBackend(Backend):
                 sums_table(launcher, bucket, ascent.sums, groups),
                 number,
             )
-            constants = (compiled(ascent.scalars), compiled(ascent.move), _width(ascent.sums))
+            constants = (
+                *(compiled(ascent.scalars), compiled(ascent.move), _width(ascent.sums)),
+                *launcher.types,
+            )
             launcher.launch(kernels.ascend_kernel, args, constants)
 
     def update_(
@@ -187,7 +199,7 @@ class TritonBackend(Backend):
             )
             constants = (
                 *(compiled(rule.scalars), compiled(rule.update), 1 + len(rule.column_names)),
-                *(tuple([buffer is not None for buffer in buffers]), mixed),
+                *(tuple([buffer is not None for buffer in buffers]), mixed, *launcher.types),
             )
             roomy = launcher.itemsize == 8 or (launcher.itemsize == 2 and mixed)
             launcher.launch(kernels.update_kernel, args, constants, roomy)
@@ -198,7 +210,7 @@ class TritonBackend(Backend):
         with on(bucket.device):
             flags = launcher.flags(dict.fromkeys(bucket.rows, 0), bucket.perturbed)
             args = (bucket.saved, bucket.climb, launcher.slots, flags)
-            launcher.launch(kernels.restore_kernel, args, ())
+            launcher.launch(kernels.restore_kernel, args, launcher.types[:1])
 
 
 def _width(sums: Sums) -> int:
