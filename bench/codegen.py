@@ -51,11 +51,14 @@ REDUCES = {
     "reduce": (ASCENTS["sam"].sums, False),
     "reduce-asam": (ASCENTS["sam"].sums, True),
     "squares": (SQUARES, False),
+    "reduce-max": (ASCENTS["p-norm"].sums.chain[0], False),
+    "reduce-p-norm": (ASCENTS["p-norm"].sums, False),
 }
 """The sum, and whether it reads the weights."""
-KERNELS = [*REDUCES, "ascend", *UPDATES, "restore"]
+CLIMBS = {"ascend": ASCENTS["sam"], "ascend-p-norm": ASCENTS["p-norm"]}
+KERNELS = [*REDUCES, *CLIMBS, *UPDATES, "restore"]
 EVERYWHERE = ("reduce", "ascend", "sgd-momentum", "adamw", "rmsprop")
-NOT_ALIGNED = ("total_ptr", "grad_scale_ptr", "found_inf_ptr")
+NOT_ALIGNED = ("total_ptr", "earlier_ptr", "grad_scale_ptr", "found_inf_ptr")
 REGISTER_FILE, THREADS = 65536, {"sm_80": 2048, "sm_90": 2048, "sm_100": 2048, "sm_120": 1536}
 """Per multiprocessor (CUDA programming guide, table of compute capabilities)."""
 
@@ -82,10 +85,14 @@ def build(name, dtype, target):
     elif name in REDUCES:
         sums, reads = REDUCES[name]
         constants |= {"TERMS": text(sums.terms), "COLUMNS": len(sums.column_names), "READS": reads}
+        constants |= {"MAX": sums.how == "max", "EARLIER": sums.earlier}
+        types["earlier_ptr"] = "*fp64" if sums.earlier else None
         function = kernels.reduce_kernel
-    elif name == "ascend":
-        constants |= {"SCALARS": text(ASCENTS["sam"].scalars), "MOVE": text(ASCENTS["sam"].move)}
-        constants["COLUMNS"] = len(ASCENTS["sam"].sums.column_names)
+    elif name in CLIMBS:
+        ascent = CLIMBS[name]
+        constants |= {"SCALARS": text(ascent.scalars), "MOVE": text(ascent.move)}
+        constants |= {"NUMBERS": len(ascent.sums.chain)}
+        constants["COLUMNS"] = len(ascent.sums.column_names)
         function = kernels.ascend_kernel
     else:
         function = kernels.restore_kernel

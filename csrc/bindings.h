@@ -64,12 +64,27 @@ inline int64_t check_index(int64_t index, int64_t count, const char* what) {
 #define FUSED_SAM_ALWAYS(value) value::kAlways,
 #define FUSED_SAM_STATES(value) value::kStates,
 #define FUSED_SAM_COUNTS(value) value::kCounts,
+#define FUSED_SAM_EARLIER(value) value::kEarlier,
+#define FUSED_SAM_MAX(value) value::kMax,
+#define FUSED_SAM_NUMBERS(value) value::kNumbers,
 constexpr int kSumsColumns[] = {FUSED_SAM_SUMS(FUSED_SAM_COLUMNS)};
+constexpr int kSumsEarlier[] = {FUSED_SAM_SUMS(FUSED_SAM_EARLIER)};
+constexpr bool kSumsMax[] = {FUSED_SAM_SUMS(FUSED_SAM_MAX)};
+constexpr int kAscentNumbers[] = {FUSED_SAM_ASCENTS(FUSED_SAM_NUMBERS)};
 constexpr int kAscentColumns[] = {FUSED_SAM_ASCENTS(FUSED_SAM_COLUMNS)};
 constexpr int kRuleColumns[] = {FUSED_SAM_RULES(FUSED_SAM_COLUMNS)};
 constexpr unsigned kRuleAlways[] = {FUSED_SAM_RULES(FUSED_SAM_ALWAYS)};
 constexpr int kRuleStates[] = {FUSED_SAM_RULES(FUSED_SAM_STATES)};
 constexpr bool kRuleCounts[] = {FUSED_SAM_RULES(FUSED_SAM_COUNTS)};
+
+// The numbers that were reduced before a sum, on the weights' device; null where it needs none.
+inline const double* check_earlier(const std::optional<Tensor>& earlier, int64_t sums,
+                                   const Tensor& saved) {
+  STD_TORCH_CHECK(earlier.has_value() == (kSumsEarlier[sums] > 0),
+                  "fused_sam: earlier is there where the sum needs it, and only there");
+  if (earlier) check(*earlier, "earlier", ScalarType::Double, kSumsEarlier[sums], saved);
+  return earlier ? static_cast<const double*>(earlier->const_data_ptr()) : nullptr;
+}
 
 // Checks the arguments of update_ and fills `states`; returns which of them are there, as bits. (An
 // empty one is there and has no address.)

@@ -329,16 +329,26 @@ struct Lion {
 // summed over all elements
 struct SamNorm {
   static constexpr int kColumns = 3;
+  static constexpr int kEarlier = 0;  // numbers that were reduced before
+  static constexpr bool kMax = false;
   template <typename T>
   struct Columns {
     T rho;
     T adaptive;
     T eta;
   };
+  template <typename T>
+  struct Earlier {};
+
+  template <typename T>
+  static FUSED_SAM_INLINE Earlier<T> earlier([[maybe_unused]] const double* numbers_) {
+    return {};
+  }
 
   template <bool kReadsParam, typename T>
   static FUSED_SAM_INLINE T terms([[maybe_unused]] T param, T grad,
-                                  [[maybe_unused]] const Columns<T>& columns_) {
+                                  [[maybe_unused]] const Columns<T>& columns_,
+                                  [[maybe_unused]] const Earlier<T>& earlier_) {
     [[maybe_unused]] T rho = columns_.rho;
     [[maybe_unused]] T adaptive = columns_.adaptive;
     [[maybe_unused]] T eta = columns_.eta;
@@ -349,15 +359,103 @@ struct SamNorm {
   }
 };
 
-// summed over all elements
-struct Squares {
-  static constexpr int kColumns = 0;
+// the largest of all elements
+struct PNormMax {
+  static constexpr int kColumns = 5;
+  static constexpr int kEarlier = 0;  // numbers that were reduced before
+  static constexpr bool kMax = true;
   template <typename T>
-  struct Columns {};
+  struct Columns {
+    T rho;
+    T adaptive;
+    T eta;
+    T exponent;
+    T root;
+  };
+  template <typename T>
+  struct Earlier {};
+
+  template <typename T>
+  static FUSED_SAM_INLINE Earlier<T> earlier([[maybe_unused]] const double* numbers_) {
+    return {};
+  }
 
   template <bool kReadsParam, typename T>
   static FUSED_SAM_INLINE T terms([[maybe_unused]] T param, T grad,
-                                  [[maybe_unused]] const Columns<T>& columns_) {
+                                  [[maybe_unused]] const Columns<T>& columns_,
+                                  [[maybe_unused]] const Earlier<T>& earlier_) {
+    [[maybe_unused]] T rho = columns_.rho;
+    [[maybe_unused]] T adaptive = columns_.adaptive;
+    [[maybe_unused]] T eta = columns_.eta;
+    [[maybe_unused]] T exponent = columns_.exponent;
+    [[maybe_unused]] T root = columns_.root;
+    if constexpr (kReadsParam) {
+      grad = (words::where((adaptive != T(0)), (words::abs(param) + eta), T(1.0)) * grad);
+    }
+    return words::abs(grad);
+  }
+};
+
+// summed over all elements
+struct PNormSum {
+  static constexpr int kColumns = 5;
+  static constexpr int kEarlier = 1;  // numbers that were reduced before
+  static constexpr bool kMax = false;
+  template <typename T>
+  struct Columns {
+    T rho;
+    T adaptive;
+    T eta;
+    T exponent;
+    T root;
+  };
+  template <typename T>
+  struct Earlier {
+    T largest;
+  };
+
+  template <typename T>
+  static FUSED_SAM_INLINE Earlier<T> earlier([[maybe_unused]] const double* numbers_) {
+    return {T(numbers_[0])};
+  }
+
+  template <bool kReadsParam, typename T>
+  static FUSED_SAM_INLINE T terms([[maybe_unused]] T param, T grad,
+                                  [[maybe_unused]] const Columns<T>& columns_,
+                                  [[maybe_unused]] const Earlier<T>& earlier_) {
+    [[maybe_unused]] T largest = earlier_.largest;
+    [[maybe_unused]] T rho = columns_.rho;
+    [[maybe_unused]] T adaptive = columns_.adaptive;
+    [[maybe_unused]] T eta = columns_.eta;
+    [[maybe_unused]] T exponent = columns_.exponent;
+    [[maybe_unused]] T root = columns_.root;
+    if constexpr (kReadsParam) {
+      grad = (words::where((adaptive != T(0)), (words::abs(param) + eta), T(1.0)) * grad);
+    }
+    auto share = (words::abs(grad) / largest);
+    return (share * words::power(share, exponent));
+  }
+};
+
+// summed over all elements
+struct Squares {
+  static constexpr int kColumns = 0;
+  static constexpr int kEarlier = 0;  // numbers that were reduced before
+  static constexpr bool kMax = false;
+  template <typename T>
+  struct Columns {};
+  template <typename T>
+  struct Earlier {};
+
+  template <typename T>
+  static FUSED_SAM_INLINE Earlier<T> earlier([[maybe_unused]] const double* numbers_) {
+    return {};
+  }
+
+  template <bool kReadsParam, typename T>
+  static FUSED_SAM_INLINE T terms([[maybe_unused]] T param, T grad,
+                                  [[maybe_unused]] const Columns<T>& columns_,
+                                  [[maybe_unused]] const Earlier<T>& earlier_) {
     return (grad * grad);
   }
 };
@@ -365,6 +463,7 @@ struct Squares {
 // climbs by the numbers of SamNorm
 struct Sam {
   static constexpr int kColumns = SamNorm::kColumns;
+  static constexpr int kNumbers = 1;  // reduced before it climbs
   template <typename T>
   using Columns = SamNorm::Columns<T>;
   template <typename T>
@@ -376,7 +475,8 @@ struct Sam {
 
   template <typename T>
   static FUSED_SAM_INLINE Scalars<T> scalars(const Columns<T>& columns_,
-                                             [[maybe_unused]] T sq_norm) {
+                                             [[maybe_unused]] const double* numbers_) {
+    [[maybe_unused]] T sq_norm = T(numbers_[0]);
     [[maybe_unused]] T rho = columns_.rho;
     [[maybe_unused]] T adaptive = columns_.adaptive;
     [[maybe_unused]] T eta = columns_.eta;
@@ -395,18 +495,62 @@ struct Sam {
   }
 };
 
+// climbs by the numbers of PNormSum
+struct PNorm {
+  static constexpr int kColumns = PNormSum::kColumns;
+  static constexpr int kNumbers = 2;  // reduced before it climbs
+  template <typename T>
+  using Columns = PNormSum::Columns<T>;
+  template <typename T>
+  struct Scalars {
+    T scale;
+    T largest;
+    T adaptive;
+    T eta;
+    T exponent;
+  };
+
+  template <typename T>
+  static FUSED_SAM_INLINE Scalars<T> scalars(const Columns<T>& columns_,
+                                             [[maybe_unused]] const double* numbers_) {
+    [[maybe_unused]] T largest = T(numbers_[0]);
+    [[maybe_unused]] T total = T(numbers_[1]);
+    [[maybe_unused]] T rho = columns_.rho;
+    [[maybe_unused]] T adaptive = columns_.adaptive;
+    [[maybe_unused]] T eta = columns_.eta;
+    [[maybe_unused]] T exponent = columns_.exponent;
+    [[maybe_unused]] T root = columns_.root;
+    auto climbs = ((words::is_finite(largest) && (largest > T(0))) && words::is_finite(total));
+    auto scale = words::where(climbs, words::divide(rho, words::power(total, root)), T(0.0));
+    return {scale, largest, adaptive, eta, exponent};
+  }
+
+  template <typename T>
+  static FUSED_SAM_INLINE T move(T param, T grad, const Scalars<T>& scalars_) {
+    [[maybe_unused]] T scale = scalars_.scale;
+    [[maybe_unused]] T largest = scalars_.largest;
+    [[maybe_unused]] T adaptive = scalars_.adaptive;
+    [[maybe_unused]] T eta = scalars_.eta;
+    [[maybe_unused]] T exponent = scalars_.exponent;
+    auto t = words::where((adaptive != T(0)), (words::abs(param) + eta), T(1.0));
+    grad = (t * grad);
+    auto share = (words::abs(grad) / largest);
+    return (param + (scale * (t * (words::sign(grad) * words::power(share, exponent)))));
+  }
+};
+
 }  // namespace FUSED_SAM_ISA
 
 constexpr int kNumRules = 5;
-constexpr int kNumSums = 2;
-constexpr int kNumAscents = 1;
+constexpr int kNumSums = 4;
+constexpr int kNumAscents = 2;
 
 }  // namespace fused_sam
 
 #define FUSED_SAM_RULES(_) _(Sgd) _(Adam) _(RmsProp) _(Adagrad) _(Lion)
 
-#define FUSED_SAM_SUMS(_) _(SamNorm) _(Squares)
+#define FUSED_SAM_SUMS(_) _(SamNorm) _(PNormMax) _(PNormSum) _(Squares)
 
-#define FUSED_SAM_ASCENTS(_) _(Sam)
+#define FUSED_SAM_ASCENTS(_) _(Sam) _(PNorm)
 
-#define FUSED_SAM_MATHEMATICS "26af893397675b3c"
+#define FUSED_SAM_MATHEMATICS "c3c7805a832c17cc"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,12 @@ class Checkpointing(Following):
             RuntimeError: the weights are perturbed.
         """
         self._refuse_perturbed("state_dict()")
-        state: dict[str, Any] = super().state_dict()
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state: dict[str, Any] = self.base_optimizer.state_dict()  # which may be of its own kind
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state)
+            state = state if changed is None else changed
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -36,34 +41,38 @@ class Checkpointing(Following):
             ValueError: the groups do not fit; the optimizer is as it was.
         """
         self._refuse_perturbed("load_state_dict()")
-        groups = list(state_dict["param_groups"])
-        for i, (new, current) in enumerate(zip(groups, self.param_groups, strict=False)):
-            groups[i] = {**{key: current[key] for key in (*OPTIONS, *self.when.memory)}, **new}
-        state = {
-            # davda54/sam keeps the saved weights in its state, and nothing else.
-            key: {k: v for k, v in entry.items() if k != "old_p"}
-            if isinstance(entry, dict) and "old_p" in entry
-            else entry
-            for key, entry in state_dict["state"].items()
-            if not (isinstance(entry, dict) and entry.keys() == {"old_p"})
-        }
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        state = state_dict.get("state")
+        if isinstance(state, dict):
+            state_dict["state"] = _without_old_weights(state)
         rates = [group.get("lr") for group in self.param_groups]
-        super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
-        self._keep_wide(state, groups)
+        names = (*OPTIONS, *self.when.memory)
+        kept = [{name: group[name] for name in names} for group in self.param_groups]
+        self.base_optimizer.load_state_dict(state_dict)
+        self._keep_wide(state_dict)
+        for group, options in zip(self.param_groups, kept, strict=False):
+            for name, value in options.items():
+                group.setdefault(name, value)
         if self._facts.captures.have_seen(self._facts.engine.layout):
             self._load_into_graphs(rates)
+        for load_hook in self._optimizer_load_state_dict_post_hooks.values():
+            load_hook(self)
 
-    def _keep_wide(self, state: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    def _keep_wide(self, state_dict: Mapping[str, Any]) -> None:
         """Put back what torch's own loading has rounded: it casts state to its parameter's dtype.
 
         Args:
-            state: the checkpoint's.
-            groups: the checkpoint's.
+            state_dict: the checkpoint, which has been loaded.
         """
-        keys = [key for group in groups for key in group["params"]]
+        if self._facts.engine.layout.rule is None:
+            return  # the base optimizer knows what it loads
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for key, param in zip(keys, params, strict=True):
-            for name, value in state.get(key, {}).items():
+            for name, value in state_dict["state"].get(key, {}).items():
                 if (
                     isinstance(value, Tensor)
                     and value.dtype.itemsize > param.dtype.itemsize
@@ -95,18 +104,15 @@ class Checkpointing(Following):
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and deepcopy keep; the layout is built anew from it."""
         self._refuse_perturbed("pickling or copying")
-        keys = ("base_optimizer", "defaults", "max_grad_norm", "_when", "_backend_name")
+        keys = ("base_optimizer", "defaults", "_when", "_backend_name")
         # A deepcopy of the model in the same call finds its way to the copy of this one.
         return {**{key: getattr(self, key) for key in keys}, "_attached": self._facts.attached}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Used by construction and unpickling; ``load_state_dict`` sets groups and state alone."""
-        if "base_optimizer" not in state:
-            self.base_optimizer.__setstate__(state)
-            return
+        """Used by construction and unpickling."""
         attached = state.pop("_attached", None)
+        self._facts = Facts(self, attached)
         super().__setstate__(state)
-        self._facts = Facts(attached)
 
     def _refuse_perturbed(self, what: str) -> None:
         if self._facts.perturbed:
@@ -114,3 +120,14 @@ class Checkpointing(Following):
                 f"{what} while the weights are perturbed would keep w + epsilon; "
                 f"call second_step() or restore() first"
             )
+
+
+def _without_old_weights(state: dict[Any, Any]) -> dict[Any, Any]:
+    """davda54/sam keeps the saved weights in its state, as ``old_p``, and nothing else."""
+    return {
+        key: {k: v for k, v in entry.items() if k != "old_p"}
+        if isinstance(entry, dict) and "old_p" in entry
+        else entry
+        for key, entry in state.items()
+        if not (isinstance(entry, dict) and entry.keys() == {"old_p"})
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import sys
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 from .ascents import chosen
 from .choice import plain
 from .memory.window import extent, gradient_dtype, has_memory, is_dense, is_shared, trains
-from .options import OPTIONS, check_values
+from .options import MAX_GRAD_NORM, OPTIONS, check_values
 
 _COMPUTABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -26,10 +27,13 @@ def check_ascent(group: Mapping[str, Any]) -> None:
     check_values(group)
     if group["ascent"] is None:
         return
-    if group["adaptive"] and any(p.is_complex() and trains(p) for p in _tensors(group["params"])):
+    ascent = chosen([group])
+    complex_there = any(p.is_complex() and trains(p) for p in _tensors(group["params"]))
+    if ascent.real(group) and complex_there:
+        what = "adaptive=True" if group["adaptive"] else f"ascent={ascent.key!r}"
         raise TypeError(
-            "adaptive=True is not defined for complex parameters; put them into a group of their "
-            "own with adaptive=False"
+            f"{what} is not defined for complex parameters; put them into a group of their own "
+            f"with adaptive=False and ascent='sam' or None"
         )
 
 
@@ -69,12 +73,35 @@ def check_caller() -> None:
 def check_defaults(base: Optimizer) -> None:
     """Raise if an option of the base optimizer has the name of an ascent option."""
     for name in OPTIONS:
-        if name in base.defaults:
+        if name in base.defaults and name != MAX_GRAD_NORM.name:
             raise ValueError(
                 f"{type(base).__name__} has an option {name!r} of its own, which a parameter group "
                 f"cannot hold besides SAM's; choose another base optimizer, or subclass this one "
                 f"and rename the option"
             )
+
+
+def check_clipping(base: Optimizer, max_grad_norm: float | None) -> None:
+    """Raise if both FusedSAM and the base optimizer are to clip."""
+    if max_grad_norm is not None and MAX_GRAD_NORM.name in base.defaults:
+        raise ValueError(
+            f"{type(base).__name__} has an option max_grad_norm of its own: make that optimizer "
+            f"with it, and put it into FusedSAM.wrap(...) without"
+        )
+
+
+def unfolded(base: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A base optimizer that may be a ``functools.partial``, as its class and all its keywords."""
+    merged = dict(options)
+    while isinstance(base, functools.partial):
+        if base.args:
+            raise TypeError(
+                f"base_optimizer is a partial with {len(base.args)} positional arguments; it may "
+                f"have keywords only: the parameters are FusedSAM's first argument"
+            )
+        merged = {**base.keywords, **merged}
+        base = base.func
+    return base, merged
 
 
 def check_keywords(cls: type[Optimizer], options: Mapping[str, Any], ours: Iterable[str]) -> None:
@@ -83,6 +110,12 @@ def check_keywords(cls: type[Optimizer], options: Mapping[str, Any], ours: Itera
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):
         return
     for name in options:
+        if name == "rng" and name not in accepted:
+            raise TypeError(
+                "rng is no option: the optimizer cannot see by itself where a forward begins. For "
+                "the same random numbers in both passes, pass model=model, or use first_pass() and "
+                "second_pass()"
+            )
         if name not in accepted:
             known = [*ours, *list(accepted)[2:]]
             raise TypeError(
@@ -117,6 +150,16 @@ def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
 
 def as_groups(params: Any) -> list[dict[str, Any]]:
     """``params``, in any form that torch.optim takes, as a list of groups; generators run once."""
+    if isinstance(params, Optimizer):
+        raise TypeError(
+            f"params must be parameters or groups, got an optimizer; to put SAM around it, use "
+            f"FusedSAM.wrap(optimizer, rho=...): it was a {type(params).__name__}"
+        )
+    if isinstance(params, torch.nn.Module):
+        raise TypeError(
+            f"params must be parameters or groups, got a {type(params).__name__}; pass its "
+            f".parameters()"
+        )
     if isinstance(params, Tensor):
         raise TypeError("params must be an iterable of parameters or groups, got one Tensor: [it]")
     _refuse_set(params)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from .options import OPTIONS
+from .options import OPTIONS, numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Choice:
 
 def with_defaults(**options: Any) -> dict[str, Any]:
     """All of a group's options, where these are given."""
-    return {option.name: option.default for option in OPTIONS.values()} | plain(options)
+    return {option.name: option.default for option in OPTIONS.values()} | numbers(plain(options))
 
 
 def plain(options: Mapping[str, Any]) -> dict[str, Any]:

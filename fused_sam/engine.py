@@ -29,7 +29,7 @@ class Engine:
         self.backends = list(backends)
 
     def number(self, total: Tensor) -> Tensor:
-        """A sum over all parameters as (): float64 if some parameter is, else float32."""
+        """A number about all parameters as (): float64 if some parameter is, else float32."""
         wide = any(bucket.compute_dtype == torch.float64 for bucket in self.buckets)
         return total.to(torch.float64 if wide else torch.float32).squeeze()
 
@@ -38,17 +38,19 @@ class Engine:
         return [bucket.gradients() for bucket in self.buckets]
 
     def reduce(self, sums: Sums, grads: Sequence[Gradients], groups: Groups) -> Tensor:
-        """The sum over all parameters that have a gradient: (1,) float64."""
+        """What ``sums.chain`` gives over all parameters that have a gradient: (k,) float64."""
+        earlier = None if sums.after is None else self.reduce(sums.after, grads, groups)
         parts = [
-            backend.reduce(bucket, sums, bucket_grads, groups)
+            backend.reduce(bucket, sums, bucket_grads, groups, _on(bucket, earlier, torch.float64))
             for backend, bucket, bucket_grads in self._each(grads)
         ]
-        return combine(parts, self.buckets)
+        total = combine(parts, self.buckets, sums.how)
+        return total if earlier is None else torch.cat([earlier, total])
 
     def climb(
         self, ascent: Ascent, grads: Sequence[Gradients], groups: Groups, number: int
     ) -> Tensor:
-        """Save w and climb, under a number; returns what was reduced, (1,) float64.
+        """Save w and climb, under a number; returns what was reduced, (k,) float64.
 
         Groups whose ``ascent`` is None take no part.
         """

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .attached import Attached
 from .backends.capture import Captures
 from .engine import Engine
 from .memory import Layout
 from .record import Record
+from .scaler import ScalerFacts
 from .schedule import Decision
 
 
@@ -27,12 +32,19 @@ class Facts:
         decision: what the schedule said of the last step that began.
         aside: the gradients of a half-done step at w: its own, unless a second backward comes.
         scale: the loss scale of the gradients at w, as far as first_step was told; else None.
-        total: (1,) float64, what the last climb reduced: the squared norm; None before the first.
+        total: (k,) float64, what the last climb reduced; None before the first.
+        norm: which norm that is: of ``total``, ().
         attached: the model, if it is known.
         record: the random states of the first pass.
+        owner: the optimizer, and no proxy of it.
+        finishing: whether ``step`` is to be the second half, whatever ``perturbed`` says.
+        scaler: what a GradScaler did.
     """
 
-    def __init__(self, attached: Attached | None = None) -> None:
+    def __init__(self, owner: Optimizer, attached: Attached | None = None) -> None:
+        self.owner = weakref.ref(owner)
+        self.finishing = False
+        self.scaler = ScalerFacts()
         self.attached = attached or Attached()
         self.attached.follow(self)
         self.record = Record()
@@ -44,6 +56,7 @@ class Facts:
         self.aside: list[tuple[Tensor, Tensor]] = []
         self.scale: float | None = None
         self.total: Tensor | None = None
+        self.norm: Callable[[Tensor], Tensor] = torch.sum  # before the first climb nobody asks
 
     def devices(self) -> list[torch.device]:
         """Where random numbers may be drawn: the parameters' devices, and all GPUs in use."""
@@ -68,3 +81,4 @@ class Facts:
         self.aside = []
         self.attached.thaw()
         self.record.clear()
+        self.scaler.forget()

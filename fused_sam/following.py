@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from . import backends
@@ -14,7 +16,7 @@ from .facts import Facts
 from .memory import Gradients, Layout, Stale
 from .memory.layout import members_of
 from .modes import working
-from .options import OPTIONS
+from .options import OPTIONS, to_numbers_
 from .rules import RULES
 from .schedule import Always, When
 
@@ -38,6 +40,8 @@ class Following(Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's groups; each has ``rho``, ``adaptive`` and ``eta`` too."""
+        if not torch.compiler.is_compiling():
+            self._facts.scaler.note(sys._getframe(1), self._facts.perturbed)
         return self.base_optimizer.param_groups
 
     @param_groups.setter
@@ -90,6 +94,8 @@ class Following(Optimizer):
 
     def _lay_out(self) -> None:
         groups = self.param_groups
+        for group in groups:
+            to_numbers_(group)
         check_groups([{**self.defaults, **group} for group in groups])
         keep_each_once(groups)
         old = self._facts.engine.layout

@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .ascents import SQUARES, Choice, chosen
-from .blends import PLAIN
+from .ascents import Choice
+from .caches import forget_copies
 from .checks import (
     as_groups,
     check_base,
     check_caller,
+    check_clipping,
     check_defaults,
     check_groups,
     check_keywords,
     keep_each_once,
+    unfolded,
 )
 from .choice import with_defaults
-from .compiling import prepare
-from .gradients import are_fresh, are_there, mark_used, pairs_of, put_aside, put_back
-from .memory import Gradients
+from .compiling import opaque, prepare
+from .descent import Descent
+from .gradients import are_fresh, are_there, mark_used
 from .modes import working
-from .options import ADAPTIVE, ASCENT, CLIMBS, ETA, RHO, check_max_grad_norm, check_values
-from .passes import Passes
-from .scaling import clip_scale, found_nonfinite
+from .options import ADAPTIVE, ASCENT, ETA, MAX_GRAD_NORM, RHO, agreed_max_grad_norm, numbers
 from .schedule import Always, When, check_when
+from .ways import WAYS
 
 Closure = Callable[[], Any]
 
+_WRITES = "it writes the parameters through other tensors, with kernels of its own"
 
-class FusedSAM(Passes):
+
+class FusedSAM(Descent):
     """Sharpness-Aware Minimization (Foret et al., ICLR 2021) with everything around it fused.
 
     One step: with the gradient g at the weights w, climb to ``w + rho * g / ||g||`` (one norm over
@@ -86,12 +89,6 @@ class FusedSAM(Passes):
             objects of this one, and its schedulers and hooks work.
     """
 
-    # GradScaler then calls step() in every case and hands over grad_scale and found_inf: so that
-    # the weights return to w even when the update is skipped, and nobody waits for the device.
-    _step_supports_amp_scaling = True
-
-    max_grad_norm: float | None
-
     def __init__(
         self,
         params: Any,
@@ -107,17 +104,21 @@ class FusedSAM(Passes):
         when: When = Always(),  # noqa: B008
         **base_kwargs: Any,
     ) -> None:
-        options = with_defaults(rho=rho, adaptive=adaptive, eta=eta, ascent=ascent)
+        options = with_defaults(
+            rho=rho, adaptive=adaptive, eta=eta, ascent=ascent, max_grad_norm=max_grad_norm
+        )
         check_caller()
+        base_optimizer, base_kwargs = unfolded(base_optimizer, numbers(base_kwargs))
         check_base(base_optimizer)
         keywords = list(inspect.signature(FusedSAM).parameters)[:-1]  # the last is base_kwargs
         check_keywords(base_optimizer, base_kwargs, keywords)
-        groups = as_groups(params)
+        groups = [numbers(group) for group in as_groups(params)]
         check_groups([{**options, **base_kwargs, **group} for group in groups])
+        agreed_max_grad_norm([{**options, **group} for group in groups])
         for group in groups:
             keep_each_once([group])  # in two groups it is an error of torch's
         base = base_optimizer(groups, **base_kwargs)
-        self._init(base, options, max_grad_norm, backend, model, when)
+        self._init(base, options, backend, model, when)
 
     @classmethod
     def wrap(
@@ -142,32 +143,35 @@ class FusedSAM(Passes):
                 f"FusedSAM.wrap takes a torch.optim.Optimizer that is not a FusedSAM, "
                 f"got {type(optimizer).__name__}"
             )
-        options = with_defaults(rho=rho, adaptive=adaptive, eta=eta, ascent=ascent)
+        options = with_defaults(
+            rho=rho, adaptive=adaptive, eta=eta, ascent=ascent, max_grad_norm=max_grad_norm
+        )
         check_base(type(optimizer))
-        check_groups([{**options, **group} for group in optimizer.param_groups])
+        groups = [{**options, **numbers(group)} for group in optimizer.param_groups]
+        check_groups(groups)
+        if MAX_GRAD_NORM.name not in optimizer.defaults:
+            agreed_max_grad_norm(groups)
         self = cls.__new__(cls)
-        self._init(optimizer, options, max_grad_norm, backend, model, when)
+        self._init(optimizer, options, backend, model, when)
         return self
 
     def _init(
         self,
         base: Optimizer,
         options: dict[str, Any],
-        max_grad_norm: float | None,
         backend: str,
         model: nn.Module | None,
         when: When,
     ) -> None:
-        check_max_grad_norm(max_grad_norm)
         check_when(when)
         check_defaults(base)
+        check_clipping(base, options[MAX_GRAD_NORM.name])
         # Groups and state live in the base optimizer. Of Optimizer.__init__ only the hooks are
         # left to set up, which is what unpickling one does.
         self.__setstate__(
             {
                 "base_optimizer": base,
-                "defaults": {**base.defaults, **options},
-                "max_grad_norm": max_grad_norm,
+                "defaults": {**options, **base.defaults},
                 "_when": when,
                 "_backend_name": backend,
             }
@@ -185,8 +189,11 @@ class FusedSAM(Passes):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict with 'params', got {param_group!r}")
-        (param_group,) = as_groups([param_group])
-        check_groups([{**self.defaults, **group} for group in (*self.param_groups, param_group)])
+        (param_group,) = map(numbers, as_groups([param_group]))
+        groups = [{**self.defaults, **group} for group in (*self.param_groups, param_group)]
+        check_groups(groups)
+        if MAX_GRAD_NORM.name not in self.base_optimizer.defaults:
+            agreed_max_grad_norm(groups)
         keep_each_once([param_group])
         self.base_optimizer.add_param_group(param_group)
         self._fill_groups()
@@ -210,7 +217,7 @@ class FusedSAM(Passes):
         facts = self._facts
         if facts.total is None:
             raise RuntimeError("grad_norm is known after the first first_step() or step(closure)")
-        return facts.engine.number(facts.total).sqrt()
+        return facts.engine.number(facts.norm(facts.total))
 
     @property
     def backend(self) -> str:
@@ -220,6 +227,7 @@ class FusedSAM(Passes):
         names = [backend.name for backend in self._facts.engine.backends]
         return "+".join(dict.fromkeys(names))
 
+    @opaque(_WRITES)
     def first_step(self, zero_grad: bool = False, *, scaler: Any = None) -> bool:
         """Save the weights w and climb to ``w + epsilon`` with the gradients that are there.
 
@@ -241,58 +249,12 @@ class FusedSAM(Passes):
         """
         return self._begin(zero_grad, None if scaler is None else scaler.get_scale())
 
-    def _begin(self, zero_grad: bool, scale: float | None) -> bool:
-        """The first half of a step; ``scale`` is the gradients' loss scale, None if it is 1."""
-        if self._facts.between:
-            raise RuntimeError(
-                "first_step() was called twice; call second_step() after the second backward, "
-                "or restore() to go back to w without an update"
-            )
-        facts = self._facts
-        with working():
-            grads = self._gradients()
-            groups = self.param_groups
-            for group in groups:
-                check_values(group)
-            ascent = chosen(groups)
-            facts.scale = scale
-            facts.decision = self._when.decide(groups[0], lambda: self._sq_norm(grads))
-            if not facts.decision.climbs:
-                facts.begin_second()
-                facts.aside = put_aside(groups) if zero_grad else pairs_of(groups)
-                return False
-            try:
-                # From here on restore() is needed. Which weights are away the buckets know.
-                facts.leave()
-                number = self._count_climb()
-                facts.total = facts.engine.climb(ascent, grads, groups, number)
-            except BaseException:
-                self.restore()
-                raise
-        if zero_grad:
-            self.zero_grad()
-        return True
-
-    def _closure_scale(self) -> float | None:
-        """The loss scale that ``scaler.step(optimizer, closure)`` tells, where it is asked for."""
-        if not (self._when.needs_norm and self._is_scaled()):
-            return None
-        return float(self.__dict__["grad_scale"])
-
-    def _is_scaled(self) -> bool:
-        """Whether a GradScaler has said that the gradients are scaled."""
-        return getattr(self, "grad_scale", None) is not None
-
-    def _sq_norm(self, grads: Sequence[Gradients]) -> float:
-        """The squared norm of the gradients at w, unscaled as far as is known."""
-        total = self._facts.engine.reduce(SQUARES, grads, self.param_groups)
-        return total.item() / (self._facts.scale or 1.0) ** 2
-
-    @Optimizer.profile_hook_step
+    @opaque(_WRITES)
     def second_step(self, zero_grad: bool = False) -> None:
         """Return to w and step with the gradients that are there; without first_step, a plain step.
 
-        A parameter that has no gradient now is returned to w and not stepped.
+        A parameter that has no gradient now is returned to w and not stepped. A framework's proxy
+        of the optimizer does it through its own ``step()``, so that the framework knows.
 
         Args:
             zero_grad: set the gradients to None afterwards.
@@ -300,72 +262,89 @@ class FusedSAM(Passes):
         Raises:
             RuntimeError: a gradient is sparse; nothing was changed, and restore() goes back to w.
         """
+        facts = self._facts
+        if facts.owner() is self:
+            self._finish(zero_grad)
+            return
+        facts.finishing = True
+        try:
+            self.step()
+        finally:
+            facts.finishing = False
+        if zero_grad:
+            self.zero_grad()
+
+    @Optimizer.profile_hook_step
+    def _finish(self, zero_grad: bool) -> None:
         self._descend(zero_grad=zero_grad)
 
+    @opaque(_WRITES)
+    @Optimizer.profile_hook_step
     def step(self, closure: Closure | None = None) -> Any:
-        """A whole SAM step with ``closure``; without one, the second half of a step.
+        """A whole SAM step with ``closure``; between the two steps, the second half of a step.
 
         Args:
             closure: computes the loss, calls backward and returns the loss. If gradients of w are
-                there already it runs once, at ``w + epsilon``. If there are none, or only those
-                that the last step has used, it runs twice, first at w. It runs with gradients
-                enabled. If it raises, the weights return to w.
+                there already it runs once, at ``w + epsilon``; likewise after first_step(). If
+                there are none, or only such tensors as a step has used, it runs twice, first at w.
+                It runs with gradients enabled. If it raises, the weights return to w.
 
         Returns:
             The closure's first value if it ran at w, else None.
 
         Raises:
-            RuntimeError: there is neither a closure nor a first_step() before; or a closure comes
-                between the two steps, or after ``GradScaler.unscale_``.
+            RuntimeError: there is neither a closure nor a first_step() before; the closure leaves
+                no gradient, or comes after ``GradScaler.unscale_``.
         """
+        facts = self._facts
+        finishing = facts.between or facts.finishing
         if closure is None:
-            if not self._facts.between:
-                raise RuntimeError(
-                    "step() without a closure is the second half of a SAM step and no first_step() "
-                    "came before it: call first_step() and do a second backward, or pass a closure"
-                )
-            self._descend()
+            if finishing:
+                self._descend()
+            elif self._wants_only_state():
+                self._initialize_state()
+            else:
+                raise RuntimeError(f"step() without first_step() before, nor a closure. {WAYS}")
             return None
-        if self._facts.between:
-            raise RuntimeError(
-                "step(closure) was called between first_step() and second_step(): finish with "
-                "second_step(), or go back with restore()"
-            )
+        facts.scaler.check_closure()
         scaled = hasattr(self, "found_inf")
-        if scaled and getattr(self, "grad_scale", None) is None:
-            raise RuntimeError(
-                "scaler.step(optimizer, closure) after scaler.unscale_(optimizer): the closure's "
-                "gradients would still be scaled, by a factor unknown to the optimizer; leave it "
-                "out (to clip, pass max_grad_norm=... to FusedSAM)"
-            )
         loss, found_inf, theirs = None, getattr(self, "found_inf", None), True
+        attached = facts.attached.model is not None
         try:
-            attached = self._facts.attached.model is not None
-            twice = not are_fresh(self.param_groups)
-            if twice:
+            if finishing:
+                self._run(closure)
+            else:
+                twice = not are_fresh(self.param_groups)
+                if twice:
+                    theirs = False
+                    self.zero_grad()
+                    loss = self._run(closure, self.first_pass() if attached else None)
+                    found_inf = None  # the scaler looked at gradients that are gone now
+                climbs = self._begin(zero_grad=False, scale=self._closure_scale())
                 theirs = False
-                self.zero_grad()
-                with torch.enable_grad(), self.first_pass() if attached else nullcontext():
-                    loss = closure()
-                found_inf = None  # the scaler looked at gradients that are gone now
-            climbs = self._begin(zero_grad=False, scale=self._closure_scale())
-            theirs = False
-            if climbs:
-                self.zero_grad()
-                both = twice and attached
-                with torch.enable_grad(), self.second_pass() if both else nullcontext():
-                    closure()
+                if climbs:
+                    self.zero_grad()
+                    self._run(closure, self.second_pass() if twice and attached else None)
             self._descend(found_inf, check_finite=scaled)
         except BaseException:
             self.restore()
             if not theirs:
                 self.zero_grad()  # or half a gradient would be taken for that of w
             # What a GradScaler has set it takes back only after a step that returns.
-            for name in ("grad_scale", "found_inf"):
-                self.__dict__.pop(name, None)
+            facts.scaler.handed.clear()
             raise
         return loss
 
+    step.hooked = True  # type: ignore[attr-defined]  # torch does not wrap it once more
+
+    def _run(self, closure: Closure, block: AbstractContextManager[Any] | None = None) -> Any:
+        with torch.enable_grad(), block or nullcontext():
+            value = closure()
+        if not (are_there(self.param_groups) or self._facts.aside):
+            raise RuntimeError(f"step(closure) with a closure that leaves no gradient. {WAYS}")
+        return value
+
+    @opaque(_WRITES)
     def restore(self) -> None:
         """Return the parameters to w without an update; does nothing if they are there.
 
@@ -383,6 +362,7 @@ class FusedSAM(Passes):
         with working():
             lost = facts.engine.restore()
         facts.arrive()
+        forget_copies()
         if lost:
             raise RuntimeError(
                 f"all parameters are back at w, except for those that changed between the two "
@@ -390,6 +370,7 @@ class FusedSAM(Passes):
             )
         facts.captures.complain()
 
+    @opaque("it marks gradients")
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set the gradients to None, or to zero."""
         if set_to_none:
@@ -399,93 +380,3 @@ class FusedSAM(Passes):
         else:
             super().zero_grad(set_to_none)
             mark_used(self.param_groups)  # zeros are no fresh gradients
-
-    # ----------------------------------------------------------------------------------- internals
-
-    def _count_climb(self) -> int:
-        """The number of the climb that begins; the first group keeps it, as a checkpoint must."""
-        first = self.param_groups[0]
-        first[CLIMBS] = first.get(CLIMBS, 0) + 1
-        number: int = first[CLIMBS]
-        return number
-
-    def _descend(
-        self,
-        found_inf: Tensor | None = None,
-        check_finite: bool = False,
-        zero_grad: bool = False,
-    ) -> None:
-        """Return to w and update.
-
-        Args:
-            found_inf: overrides what a GradScaler has set.
-            check_finite: skip the update also if a gradient of either pass is not finite.
-            zero_grad: set the gradients to None afterwards.
-        """
-        base, facts = self.base_optimizer, self._facts
-        if facts.between:
-            self._refuse_unknown_scale()
-        there = are_there(self.param_groups)
-        if facts.perturbed and there:
-            facts.record.check_complete()
-        if facts.aside and not there:
-            put_back(facts.aside)
-        between, memory = facts.between, facts.decision.memory
-        grad_scale = getattr(self, "grad_scale", None)
-        found_inf = getattr(self, "found_inf", None) if not check_finite else found_inf
-        if not isinstance(found_inf, Tensor):
-            found_inf = None  # a GradScaler that saw no gradient at all sets the number 0
-        if base._optimizer_step_pre_hooks:
-            self.restore()  # they expect to see w
-            for pre_hook in list(base._optimizer_step_pre_hooks.values()):
-                pre_hook(base, (), {})
-        if self.max_grad_norm is not None:
-            check_max_grad_norm(self.max_grad_norm)
-        with working():
-            grads = self._gradients()
-            engine, groups = self._facts.engine, self.param_groups
-            if check_finite or self.max_grad_norm is not None:
-                sq_norm = engine.number(engine.reduce(SQUARES, grads, groups))
-                if check_finite:
-                    climbed, total = self._facts.perturbed, self._facts.total
-                    first = engine.number(total) if climbed and total is not None else sq_norm
-                    found_inf = found_nonfinite(first, sq_norm, found_inf)
-                if self.max_grad_norm is not None:
-                    grad_scale = clip_scale(sq_norm.sqrt(), self.max_grad_norm, grad_scale)
-            if engine.layout.rule is not None:
-                engine.update(PLAIN, grads, groups, self.state, grad_scale, found_inf)
-                facts.perturbed = False
-            else:
-                self._step_base(grad_scale, found_inf)
-        facts.arrive()
-        for group in self.param_groups if between else ():
-            group.update(memory)
-        for post_hook in list(base._optimizer_step_post_hooks.values()):
-            post_hook(base, (), {})
-        if zero_grad:
-            self.zero_grad()
-        else:
-            mark_used(self.param_groups)
-        # Learning-rate schedulers, of either optimizer, look for this.
-        self._opt_called = base._opt_called = True  # type: ignore[attr-defined]
-
-    def _refuse_unknown_scale(self) -> None:
-        if self._when.needs_norm and self._is_scaled() and self._facts.scale is None:
-            self.restore()
-            raise RuntimeError(
-                f"{self._when} judges the size of the gradients at w, and their loss scale was not "
-                f"told: call first_step(scaler=scaler)"
-            )
-
-    def _step_base(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Return to w and let a base optimizer that has no rule step by itself."""
-        self.restore()
-        # Only here the host has to wait: the base optimizer cannot be told to skip on the device.
-        if found_inf is not None and found_inf.item() != 0:
-            return
-        if grad_scale is not None:
-            self._facts.engine.blend(PLAIN, grad_scale)
-        # Without torch's wrapper, which would run the global step hooks a second time.
-        step = type(self.base_optimizer).step
-        step = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
-        step(self.base_optimizer)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -31,17 +33,23 @@ def check_size(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
 
 
-def check_max_grad_norm(value: Any) -> None:
-    """Raise unless ``value`` is None or a finite number > 0."""
+def _check_clip(name: str, value: Any) -> None:
     if value is not None:
-        check_size("max_grad_norm", value)
+        check_size(name, value)
         if value == 0:
-            raise ValueError("max_grad_norm=0 would stop all learning; use None for no clipping")
+            raise ValueError(f"{name}=0 would stop all learning; use None for no clipping")
 
 
 def _check_flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def _check_p(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not value >= 1.1:
+        raise ValueError(f"{name} must be >= 1.1 (math.inf is one too), got {value!r}")
 
 
 def _check_member(name: str, value: Any) -> None:
@@ -53,15 +61,63 @@ RHO = Option("rho", 0.05, check_size)
 ADAPTIVE = Option("adaptive", False, _check_flag)
 ETA = Option("eta", 0.0, check_size)
 ASCENT = Option("ascent", "sam", _check_member)
+MAX_GRAD_NORM = Option("max_grad_norm", None, _check_clip)
+P = Option("p", 2.0, _check_p)
 
-OPTIONS: Mapping[str, Option] = {option.name: option for option in (RHO, ADAPTIVE, ETA, ASCENT)}
+OPTIONS: Mapping[str, Option] = {
+    option.name: option for option in (RHO, ADAPTIVE, ETA, ASCENT, P, MAX_GRAD_NORM)
+}
 """What a group holds besides the base optimizer's options, by name."""
 
 CLIMBS = "sam_climbs"
-"""Key in the first group: how many climbs there were. No option: the optimizer counts."""
+"""Key in the first group: how many climbs there were. No option: the optimizer counts, and rounds
+by the number, so that a checkpoint must hold it."""
 
 
 def check_values(group: Mapping[str, Any]) -> None:
     """Raise unless every one of these options can be used as it stands in a group."""
     for option in OPTIONS.values():
         option.check(option.name, group[option.name])
+
+
+def agreed_max_grad_norm(groups: Sequence[Mapping[str, Any]]) -> float | None:
+    """What all groups say: the norm that is clipped is one over all of them.
+
+    Raises:
+        TypeError, ValueError: they differ, or it cannot be used.
+    """
+    values = [group[MAX_GRAD_NORM.name] for group in groups]
+    if any([value != values[0] for value in values]):
+        raise ValueError(
+            f"groups have different values of max_grad_norm, {', '.join(map(str, values))}, and it "
+            f"is one norm over all gradients that is clipped: give all groups the same"
+        )
+    value: float | None = values[0] if values else None
+    _check_clip(MAX_GRAD_NORM.name, value)
+    return value
+
+
+def numbers(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with scalars of NumPy as Python's numbers, and in ours those of torch on a CPU.
+
+    A checkpoint that holds NumPy's does not load with ``weights_only``; a tensor on a GPU would be
+    waited for in each step. A learning rate may be a tensor: torch knows such.
+    """
+    return {name: _number(name, value) for name, value in options.items()}
+
+
+def to_numbers_(group: dict[str, Any]) -> None:
+    """The same for our options of a group, in place."""
+    for name in OPTIONS:
+        if name in group and type(group[name]) not in _PLAIN:
+            group[name] = _number(name, group[name])
+
+
+_PLAIN = (float, bool, str, int, type(None))
+
+
+def _number(name: str, value: Any) -> Any:
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        return value.item()
+    ours = name in OPTIONS and isinstance(value, Tensor) and value.device.type == "cpu"
+    return value.item() if ours and value.dim() == 0 else value

@@ -47,6 +47,14 @@ def expm1(x: Value) -> Value:
     return torch.expm1(x)
 
 
+def power(x: Value, y: Value) -> Value:
+    """``x**y`` of elements or a number x >= 0 and a number 0 <= y <= 20.
+
+    0 or 1 where both are 0; good to a few units in the last place.
+    """
+    return x**y
+
+
 def abs(x: Value) -> Value:
     """The magnitude."""
     return x.abs()

@@ -26,6 +26,7 @@ the keeping itself is right, is tested apart, against a float64 loop that is nev
 ``test_table.test_many_float64_steps_end_where_a_loop_of_its_own_ends``.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -153,9 +154,12 @@ def climb(groups, weights, grads):
             if grads.get(p) is not None:
                 g = exact(grads[p])
                 scaled[p] = (weights[p].abs() + group["eta"]) * g if group["adaptive"] else g
+    climbing = [group for group in groups if group["ascent"]]
+    p_norm = climbing[0]["p"] if climbing and climbing[0]["ascent"] == "p-norm" else 2.0
+    q_norm = 1.0 if p_norm == math.inf else p_norm / (p_norm - 1)
     # sum() of an empty list would be an int
-    norm = torch.stack([torch.zeros((), dtype=torch.float64)] + [s.norm() for s in scaled.values()])
-    norm = norm.norm()
+    norm = [torch.zeros((), dtype=torch.float64)]
+    norm = torch.stack(norm + [s.abs().norm(q_norm) for s in scaled.values()]).norm(q_norm)
     # A global norm is as good as the lowest precision in it: eps of float32 in units of float64's.
     mixed = 2.0**29 if any(p.dtype.to_real() != torch.float64 for p in scaled) else 1.0
     expected = {}
@@ -166,13 +170,20 @@ def climb(groups, weights, grads):
             if p not in scaled or not norm.isfinite() or norm == 0 or group["rho"] == 0:
                 expected[p] = Expected(w, 0.0)
                 continue
-            epsilon = group["rho"] / norm * exact(grads[p])
-            if group["adaptive"]:
-                epsilon = epsilon * (w.abs() + group["eta"]) ** 2
-            coarse = mixed if p.dtype == torch.float64 else 1.0
+            if group["ascent"] == "sam":
+                epsilon = group["rho"] / norm * exact(grads[p])
+                if group["adaptive"]:
+                    epsilon = epsilon * (w.abs() + group["eta"]) ** 2
+            else:  # Foret et al. 2021, equation 2, with the q-norm in place of the sum
+                g = scaled[p]
+                epsilon = group["rho"] * g.sign() * (g.abs() / norm) ** (q_norm - 1)
+                if group["adaptive"]:
+                    epsilon = epsilon * (w.abs() + group["eta"])
+            # A power makes a relative error larger.
+            coarse = (mixed if p.dtype == torch.float64 else 1.0) * max(1.0, q_norm)
             terms = real(w).abs() + real(epsilon).abs() * coarse
             expected[p] = Expected(w + sign * epsilon, terms, neighbour=True)
-    coarse = mixed if any(p.dtype == torch.float64 for p in weights) else 1.0
+    coarse = (mixed if any(p.dtype == torch.float64 for p in weights) else 1.0) * max(1.0, q_norm)
     return expected, Expected(norm, norm * coarse)
 
 

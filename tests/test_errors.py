@@ -6,6 +6,7 @@ from oracle import assert_same_bits, inject, params_of
 from torch import nn
 
 from fused_sam import FusedSAM
+from fused_sam.ascents import PNorm
 from fused_sam.backends import resolve
 
 SGD = torch.optim.SGD
@@ -379,3 +380,49 @@ def test_inference_parameters_are_refused():
         p = torch.nn.Parameter(torch.randn(5))
     with pytest.raises(ValueError, match="inference mode"):
         FusedSAM([p], lr=0.1)
+
+
+# --------------------------------------------------------------------------- members of the family
+
+
+@pytest.mark.parametrize(
+    "p, error, message",
+    [
+        (1.0, ValueError, r"p must be >= 1\.1 .*got 1\.0"),
+        (float("nan"), ValueError, "p must be >= 1.1 .*nan"),
+        ("2", TypeError, "p must be a number, got '2'"),
+        (True, TypeError, "p must be a number, got True"),
+    ],
+)
+def test_values_check_themselves(p, error, message):
+    with pytest.raises(error, match=message):
+        PNorm(p)
+    with pytest.raises(error, match=message):
+        FusedSAM([{"params": weights(), "ascent": "p-norm", "p": p}], lr=0.1)
+
+
+def test_groups_that_climb_must_agree():
+    params = weights() + weights()
+    groups = [{"params": params[:1], "ascent": PNorm(3)}, {"params": params[1:]}]
+    with pytest.raises(ValueError, match=r"'p-norm' and 'sam'.*no norm in common.*None"):
+        FusedSAM(groups, lr=0.1)
+    groups[1]["ascent"] = PNorm(2)
+    with pytest.raises(ValueError, match=r"p=3 and 2.*no norm in common.*None"):
+        FusedSAM(groups, lr=0.1)
+    groups[1]["ascent"] = None
+    opt = FusedSAM(groups, lr=0.1)
+    assert [group["ascent"] for group in opt.param_groups] == ["p-norm", None]
+    opt.param_groups[1]["ascent"] = "sam"
+    inject({p: torch.ones_like(p) for p in params})
+    with pytest.raises(ValueError, match="'p-norm' and 'sam'"):
+        opt.first_step()
+    assert not opt.is_perturbed
+
+
+def test_p_norms_of_complex_numbers_are_refused():
+    params = [nn.Parameter(torch.ones(3, dtype=torch.complex64))]
+    with pytest.raises(
+        TypeError, match=r"ascent='p-norm' is not defined for complex.*'sam' or None"
+    ):
+        FusedSAM(params, lr=0.1, ascent=PNorm(3))
+    FusedSAM(params, lr=0.1, ascent=PNorm(2))

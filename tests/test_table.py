@@ -4,12 +4,14 @@ Sizes are small, so that interpreters and emulations of the kernels can run the 
 """
 
 import copy
+import math
 
 import pytest
 import torch
-from oracle import TEXTBOOKS, Textbook, assert_same_bits, inject, params_of
+from oracle import TEXTBOOKS, Textbook, assert_same_bits, exact, inject, params_of
 
 from fused_sam import FusedSAM, Lion
+from fused_sam.ascents import SAM, PNorm
 
 SHAPES = [(), (1,), (0,), (3,), (63,), (64,), (65,), (7, 9)]
 NOT_INTERPRETED = [(1,), (63,), (64,)]
@@ -198,6 +200,63 @@ def test_groups_without_an_ascent_step_and_do_not_climb(rule, dtype, backend):
     run(opt, between=between)
     opt.param_groups[2]["ascent"] = opt.param_groups[3]["ascent"] = None
     run(opt, MISSING[:2])  # nobody climbs
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", [1.1, 1.5, 2.0, 4.0, math.inf])
+def test_p_norms(p, dtype, backend):
+    """Guards the two reductions, with ASAM's T and without, over groups and missing gradients."""
+    params = make_params(dtype, backend)
+    groups = [
+        {"params": params[:4], "adaptive": True, "eta": 0.1},
+        {"params": params[4:5], "maximize": True},
+        {"params": params[5:6], "ascent": None},
+        {"params": params[6:], "rho": 0.1},
+    ]
+    opt = FusedSAM(groups, SGD, rho=0.3, backend=backend, ascent=PNorm(p), lr=0.04, momentum=0.9)
+    assert (opt.param_groups[0]["ascent"], opt.param_groups[0]["p"]) == ("p-norm", p)
+    run(opt)
+
+
+@pytest.mark.parametrize("p", [1.1, 1.5, 2.0, 3.0, math.inf])
+def test_p_norms_of_large_and_small_gradients(p, backend):
+    """Guards powers against overflow, underflow and rounding: |g| from 1e-10 to 1e4.
+
+    From zero, w + epsilon is epsilon. What is smaller than float32's normal numbers has no
+    relative error.
+    """
+    exponents = torch.rand(300) * 14 - 10
+    g = (10.0 ** exponents.double() * torch.randn(300).sign()).float()
+    w = torch.nn.Parameter(torch.zeros(300))
+    opt = FusedSAM([w], rho=0.5, lr=0.1, backend=backend, ascent=PNorm(p))
+    inject({w: g})
+    opt.first_step()
+    g = exact(g)
+    q = 1.0 if p == math.inf else p / (p - 1)
+    epsilon = 0.5 * g.sign() * (g.abs() / g.norm(q)) ** (q - 1)
+    normal = epsilon.abs() > torch.finfo(torch.float32).tiny
+    assert normal.sum() > 100 or p == 1.1
+    assert ((exact(w) - epsilon) / epsilon)[normal].abs().max() < 1e-5
+    assert (exact(w) - epsilon)[~normal].abs().sum() < 1e-35
+    assert (opt.grad_norm - g.norm(q)).abs() < 1e-5 * g.norm(q)
+
+
+@pytest.mark.parametrize("ascent", [SAM(), PNorm(1.5), PNorm(math.inf)], ids=str)
+@pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
+def test_no_ascent_climbs_by_numbers_that_are_not_finite_or_all_zero(value, ascent, backend):
+    """Guards a maximum that loses NaN, and divisions by zero; in the first, a middle, the last."""
+    for i in (0, 65, 129):
+        for dtype in (torch.float32, torch.bfloat16):
+            w = torch.nn.Parameter(torch.randn(130).to(dtype))
+            before = w.detach().clone()
+            opt = FusedSAM([w], rho=0.5, lr=0.1, backend=backend, ascent=ascent)
+            g = torch.randn(130).to(dtype) if value else torch.zeros(130, dtype=dtype)
+            g[i] = value
+            inject({w: g})
+            opt.first_step()
+            assert opt.is_perturbed
+            assert_same_bits(w, before)
+            assert not (opt.grad_norm.isfinite() and opt.grad_norm > 0)
 
 
 @pytest.mark.parametrize("rule", REPRESENTATIVES)
@@ -514,9 +573,9 @@ def test_many_float64_steps_end_where_a_loop_of_its_own_ends(rule, backend):
         twin.step()
     for p, t in zip(params, twins, strict=True):
         pairs = [(p, t), *[(opt.state[p][name], value) for name, value in twin.state[t].items()]]
-        for got, exact in pairs:
-            if exact is not None:
-                assert (got - exact).abs().max() <= 2.0**-26, (got, exact)
+        for got, want in pairs:
+            if want is not None:
+                assert (got - want).abs().max() <= 2.0**-26, (got, want)
 
 
 # ------------------------------------------------------------------------- an operation that fails

@@ -69,26 +69,31 @@ void set_climb(const Tensor& climb, const Tensor& saved, int64_t number) {
 }
 
 template <typename T>
-double sum_of(const void* values, int64_t n) {
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(static_cast<const T*>(values)[i]);
-  return static_cast<double>(static_cast<T>(sum));
+double all_of(const void* values, int64_t n, bool max) {
+  double all = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double value = static_cast<double>(static_cast<const T*>(values)[i]);
+    all = max ? words::maximum(all, value) : all + value;
+  }
+  return static_cast<double>(static_cast<T>(all));
 }
 
-Tensor reduce(Tensor weights, std::vector<Tensor> pinned, Tensor saved, std::optional<Tensor>,
-              Tensor slots, Tensor grads, Tensor flags, Tensor hyper, int64_t sums) {
+Tensor reduce(Tensor weights, std::vector<Tensor> pinned, Tensor saved,
+              std::optional<Tensor> earlier, std::optional<Tensor> /*ticket*/, Tensor slots,
+              Tensor grads, Tensor flags, Tensor hyper, int64_t sums) {
   check_index(sums, kNumSums, "sums");
-  const Bucket bucket(weights, pinned, saved, slots, grads, flags, hyper, kSumsColumns[sums]);
-  const Problem& p = bucket.problem;
+  Bucket bucket(weights, pinned, saved, slots, grads, flags, hyper, kSumsColumns[sums]);
+  Problem& p = bucket.problem;
+  p.earlier = check_earlier(earlier, sums, saved);
   Tensor total = torch::stable::new_zeros(saved, {1}, ScalarType::Double);
   const int64_t spans = num_spans(p.size);
   std::vector<double> partials(spans);  // of float or double
   const auto kernel = kernels().reduce[sums][static_cast<int>(bucket.dtype)];
   parallel_spans(p.size,
                  [&](int64_t begin, int64_t end) { kernel(p, partials.data(), begin, end); });
-  *static_cast<double*>(total.mutable_data_ptr()) = bucket.dtype == Dtype::kFloat64
-                                                        ? sum_of<double>(partials.data(), spans)
-                                                        : sum_of<float>(partials.data(), spans);
+  *static_cast<double*>(total.mutable_data_ptr()) =
+      bucket.dtype == Dtype::kFloat64 ? all_of<double>(partials.data(), spans, kSumsMax[sums])
+                                      : all_of<float>(partials.data(), spans, kSumsMax[sums]);
   return total;
 }
 
@@ -97,12 +102,13 @@ void ascend_(Tensor weights, std::vector<Tensor> pinned, Tensor saved, Tensor cl
              int64_t ascent) {
   check_index(ascent, kNumAscents, "ascent");
   const Bucket bucket(weights, pinned, saved, slots, grads, flags, hyper, kAscentColumns[ascent]);
-  check(total, "total", ScalarType::Double, 1, saved);
-  const double sum = *static_cast<const double*>(total.const_data_ptr());
+  check(total, "total", ScalarType::Double, kAscentNumbers[ascent], saved);
+  const double* numbers = static_cast<const double*>(total.const_data_ptr());
   set_climb(climb, saved, number);
   const auto kernel = kernels().ascend_[ascent][static_cast<int>(bucket.dtype)];
   const Problem& p = bucket.problem;
-  parallel_spans(p.size, [&](int64_t begin, int64_t end) { kernel(p, sum, number, begin, end); });
+  parallel_spans(p.size,
+                 [&](int64_t begin, int64_t end) { kernel(p, numbers, number, begin, end); });
 }
 
 void update_(Tensor weights, std::vector<Tensor> pinned, std::optional<Tensor> state0,
@@ -161,8 +167,8 @@ std::string mathematics() { return FUSED_SAM_MATHEMATICS; }
 // in fused_sam/backends/base.py.
 STABLE_TORCH_LIBRARY(fused_sam, m) {
   m.def(
-      "reduce(Tensor weights, Tensor[] pinned, Tensor saved, Tensor(a!)? ticket, Tensor slots, "
-      "Tensor grads, Tensor flags, Tensor hyper, int sums) -> Tensor");
+      "reduce(Tensor weights, Tensor[] pinned, Tensor saved, Tensor? earlier, Tensor(a!)? ticket, "
+      "Tensor slots, Tensor grads, Tensor flags, Tensor hyper, int sums) -> Tensor");
   m.def(
       "ascend_(Tensor(a!) weights, Tensor(b!)[] pinned, Tensor(c!) saved, Tensor(d!) climb, "
       "Tensor slots, Tensor grads, Tensor flags, Tensor hyper, Tensor total, int number, "

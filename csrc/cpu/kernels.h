@@ -16,15 +16,16 @@ constexpr int64_t kSpan = 16384;
 
 // A bucket's memory and tables; T is the compute type, S the storage type of the dtype.
 struct Problem {
-  void* weights;         // S (moved,)
-  void* const* pinned;   // the weights of the last slots, which stay where they are
-  void* saved;           // S (size,)
-  void* states[3];       // S (size,) or null
-  float* step;           // (num_slots,) or null
-  const Slot* slots;     // (num_slots,), by rising start
-  const int64_t* grads;  // (num_slots,): addresses of S (numel,); null for restore_
-  const int32_t* flags;  // (num_slots,)
-  const void* hyper;     // Columns<T> (rows,) of what is computed
+  void* weights;          // S (moved,)
+  void* const* pinned;    // the weights of the last slots, which stay where they are
+  void* saved;            // S (size,)
+  void* states[3];        // S (size,) or null
+  float* step;            // (num_slots,) or null
+  const Slot* slots;      // (num_slots,), by rising start
+  const int64_t* grads;   // (num_slots,): addresses of S (numel,); null for restore_
+  const int32_t* flags;   // (num_slots,)
+  const void* hyper;      // Columns<T> (rows,) of what is computed
+  const double* earlier;  // the numbers that a sum needs, or null
   int64_t num_slots;
   int64_t num_moved;  // slots in the flat weights
   int64_t size;
@@ -35,8 +36,9 @@ inline int64_t num_spans(int64_t size) { return (size + kSpan - 1) / kSpan; }
 
 // partials: T (num_spans,). Writes those of the spans [begin, end).
 using Reduce = void (*)(const Problem&, void* partials, int64_t begin, int64_t end);
-// total: the reduced number over all buckets. number: the climb's.
-using Ascend = void (*)(const Problem&, double total, int64_t number, int64_t begin, int64_t end);
+// numbers: those that the ascent's sums gave over all buckets. number: the climb's.
+using Ascend = void (*)(const Problem&, const double* numbers, int64_t number, int64_t begin,
+                        int64_t end);
 // skip: restore only. `step` counts the running step already.
 using Update = void (*)(const Problem&, double grad_scale, bool skip, int64_t begin, int64_t end);
 using Restore = void (*)(const Problem&, int64_t begin, int64_t end);

@@ -147,8 +147,10 @@ FUSED_SAM_INLINE void end_streaming() {
 
 template <typename Sums, bool kReadsParam, typename S>
 FUSED_SAM_INLINE void add_terms(double (&sums)[kLanes], const S* weights, const S* grad, int64_t n,
-                                const typename Sums::template Columns<ComputeOf<S>>& group) {
+                                const typename Sums::template Columns<ComputeOf<S>>& group,
+                                const typename Sums::template Earlier<ComputeOf<S>>& earlier) {
   using T = ComputeOf<S>;
+  using words::add;
   int64_t i = 0;
   while (i < n) {
     alignas(64) T run[kLanes] = {};
@@ -158,36 +160,41 @@ FUSED_SAM_INLINE void add_terms(double (&sums)[kLanes], const S* weights, const 
       FUSED_SAM_VECTORIZE
       for (int lane = 0; lane < kLanes; ++lane) {
         const T w = kReadsParam ? load(weights[i + lane]) : T(0);
-        run[lane] += Sums::template terms<kReadsParam>(w, load(grad[i + lane]), group);
+        const T term = Sums::template terms<kReadsParam>(w, load(grad[i + lane]), group, earlier);
+        run[lane] = add<Sums::kMax>(run[lane], term);
       }
     }
     if (n - i < kLanes) {
       for (int lane = 0; i < n; ++lane, ++i) {
         const T w = kReadsParam ? load(weights[i]) : T(0);
-        run[lane] += Sums::template terms<kReadsParam>(w, load(grad[i]), group);
+        const T term = Sums::template terms<kReadsParam>(w, load(grad[i]), group, earlier);
+        run[lane] = add<Sums::kMax>(run[lane], term);
       }
     }
     FUSED_SAM_VECTORIZE
-    for (int lane = 0; lane < kLanes; ++lane) sums[lane] += double(run[lane]);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      sums[lane] = add<Sums::kMax>(sums[lane], double(run[lane]));
+    }
   }
 }
 
 template <typename Sums, typename S>
 void reduce(const Problem& p, void* partials, int64_t begin, int64_t end) {
   using T = ComputeOf<S>;
+  const auto earlier = Sums::template earlier<T>(p.earlier);
   for (int64_t span = begin; span < end; ++span) {
     alignas(64) double sums[kLanes] = {};
     for_each_piece<S>(p, span * kSpan, (span + 1) * kSpan, [&](const Piece<S>& piece) {
       if (!piece.grad) return;
       const auto group = columns_of<Sums, T>(p, *piece.slot);
       if (piece.flags & kReadsParam) {
-        add_terms<Sums, true>(sums, piece.weights, piece.grad, piece.numel, group);
+        add_terms<Sums, true>(sums, piece.weights, piece.grad, piece.numel, group, earlier);
       } else {
-        add_terms<Sums, false>(sums, piece.weights, piece.grad, piece.numel, group);
+        add_terms<Sums, false>(sums, piece.weights, piece.grad, piece.numel, group, earlier);
       }
     });
     double sum = 0;
-    for (int lane = 0; lane < kLanes; ++lane) sum += sums[lane];
+    for (int lane = 0; lane < kLanes; ++lane) sum = words::add<Sums::kMax>(sum, sums[lane]);
     static_cast<T*>(partials)[span] = T(sum);
   }
 }
@@ -208,7 +215,7 @@ FUSED_SAM_INLINE void climb(S* weights, const S* grad, int64_t n,
 }
 
 template <typename Ascent, typename S>
-void ascend_(const Problem& p, double total, int64_t number, int64_t begin, int64_t end) {
+void ascend_(const Problem& p, const double* numbers, int64_t number, int64_t begin, int64_t end) {
   using T = ComputeOf<S>;
   const uint32_t seed = hash(uint32_t(number));
   // Forwards: walking back over what reduce left in the caches upsets the hardware's prefetching
@@ -216,7 +223,7 @@ void ascend_(const Problem& p, double total, int64_t number, int64_t begin, int6
   for (int64_t span = begin; span < end; ++span) {
     for_each_piece<S>(p, span * kSpan, (span + 1) * kSpan, [&](const Piece<S>& piece) {
       if (!piece.grad) return;
-      const auto scalars = Ascent::scalars(columns_of<Ascent, T>(p, *piece.slot), T(total));
+      const auto scalars = Ascent::scalars(columns_of<Ascent, T>(p, *piece.slot), numbers);
       const int64_t at = piece.slot->start + piece.offset;
       S* saved = static_cast<S*>(p.saved) + at;
       for (int64_t i = 0; i < piece.numel; i += kTile) {

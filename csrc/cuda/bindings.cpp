@@ -64,10 +64,11 @@ int64_t* climb_of(const Tensor& climb, const Tensor& saved) {
 }
 
 Tensor reduce(Tensor weights, std::vector<Tensor> /*pinned*/, Tensor saved,
-              std::optional<Tensor> ticket, Tensor slots, Tensor grads, Tensor flags, Tensor hyper,
-              int64_t sums) {
+              std::optional<Tensor> earlier, std::optional<Tensor> ticket, Tensor slots,
+              Tensor grads, Tensor flags, Tensor hyper, int64_t sums) {
   check_index(sums, kNumSums, "sums");
-  const Bucket bucket(weights, saved, slots, grads, flags, hyper, kSumsColumns[sums]);
+  Bucket bucket(weights, saved, slots, grads, flags, hyper, kSumsColumns[sums]);
+  bucket.problem.earlier = check_earlier(earlier, sums, saved);
   Tensor partials = torch::stable::new_empty(saved, {kPartials}, ScalarType::Double);
   Tensor total = torch::stable::new_empty(saved, {1}, ScalarType::Double);
   check_launch(launch_reduce(bucket.dtype, sums, bucket.problem,
@@ -82,7 +83,7 @@ void ascend_(Tensor weights, std::vector<Tensor> /*pinned*/, Tensor saved, Tenso
              int64_t ascent) {
   check_index(ascent, kNumAscents, "ascent");
   const Bucket bucket(weights, saved, slots, grads, flags, hyper, kAscentColumns[ascent]);
-  check(total, "total", ScalarType::Double, 1, saved);
+  check(total, "total", ScalarType::Double, kAscentNumbers[ascent], saved);
   check_launch(launch_ascend_(bucket.dtype, ascent, bucket.problem,
                               static_cast<const double*>(total.const_data_ptr()),
                               climb_of(climb, saved), number, bucket.device, bucket.stream));

@@ -128,25 +128,27 @@ __device__ __forceinline__ void for_packs(int numel, bool aligned, const F& body
 
 // --------------------------------------------------------------------------------------- reduction
 
-__device__ __forceinline__ double warp_sum(double x) {
+template <bool kMax>
+__device__ __forceinline__ double warp_all(double x) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    x += __shfl_xor_sync(0xffffffffu, x, distance);
+    x = words::add<kMax>(x, __shfl_xor_sync(0xffffffffu, x, distance));
   }
   return x;
 }
 
-// The sum over the block, in every thread, always added in the same order.
-__device__ __forceinline__ double block_sum(double x) {
+// The sum over the block, or the largest, in every thread, always added in the same order.
+template <bool kMax>
+__device__ __forceinline__ double block_all(double x) {
   __shared__ double warps[kThreads / kWarp];
-  x = warp_sum(x);
+  x = warp_all<kMax>(x);
   __syncthreads();  // whoever still reads the last sum
   if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = x;
   __syncthreads();
-  double sum = 0;
+  double all = 0;
 #pragma unroll
-  for (int warp = 0; warp < kThreads / kWarp; ++warp) sum += warps[warp];
-  return sum;
+  for (int warp = 0; warp < kThreads / kWarp; ++warp) all = words::add<kMax>(all, warps[warp]);
+  return all;
 }
 
 // Whether this is the last block that comes here; all others have done what they do before. ticket
@@ -167,7 +169,8 @@ __device__ __forceinline__ bool is_last(unsigned* ticket) {
 
 template <typename Sums, bool kReadsParam, typename S>
 __device__ __forceinline__ ComputeOf<S> sum_terms(
-    const Piece<S>& piece, const typename Sums::template Columns<ComputeOf<S>>& group) {
+    const Piece<S>& piece, const typename Sums::template Columns<ComputeOf<S>>& group,
+    const typename Sums::template Earlier<ComputeOf<S>>& earlier) {
   using T = ComputeOf<S>;
   T sum = T(0);
   for_packs<S, 4>(piece.numel, piece.has(kAligned), [&](auto width, auto unroll, int i) {
@@ -184,7 +187,8 @@ __device__ __forceinline__ ComputeOf<S> sum_terms(
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
         const T w = kReadsParam ? load(weights[u].at[k]) : T(0);
-        sum += Sums::template terms<kReadsParam>(w, load(grad[u].at[k]), group);
+        const T term = Sums::template terms<kReadsParam>(w, load(grad[u].at[k]), group, earlier);
+        sum = words::add<Sums::kMax>(sum, term);
       }
     }
   });
@@ -197,24 +201,26 @@ template <typename Sums, typename S>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     reduce_kernel(DeviceProblem p, double* partials, double* total, unsigned* ticket) {
   using T = ComputeOf<S>;
+  const auto earlier = Sums::template earlier<T>(p.earlier);
   double sum = 0;
   for (int chunk = blockIdx.x; chunk < p.num_chunks; chunk += gridDim.x) {
     const Piece<S> piece = piece_of<S>(p, chunk);
     if (piece.has(kMissing)) continue;
     const auto group = columns_of<Sums, T>(p, piece.slot);
-    sum += piece.has(kReadsParam) ? sum_terms<Sums, true>(piece, group)
-                                  : sum_terms<Sums, false>(piece, group);
+    const T part = piece.has(kReadsParam) ? sum_terms<Sums, true>(piece, group, earlier)
+                                          : sum_terms<Sums, false>(piece, group, earlier);
+    sum = words::add<Sums::kMax>(sum, double(part));
   }
-  sum = block_sum(sum);
+  sum = block_all<Sums::kMax>(sum);
   // The thread that takes the ticket has stored the partial sum.
   if (threadIdx.x == 0) partials[blockIdx.x] = sum;
   if (!is_last(ticket)) return;
   sum = 0;
   // Past the first-level cache, which may hold what was there before.
   for (int i = threadIdx.x; i < int(gridDim.x); i += kThreads) {
-    sum += static_cast<volatile double*>(partials)[i];
+    sum = words::add<Sums::kMax>(sum, static_cast<volatile double*>(partials)[i]);
   }
-  sum = block_sum(sum);
+  sum = block_all<Sums::kMax>(sum);
   if (threadIdx.x == 0) {
     *total = double(T(sum));
     *ticket = 0;
@@ -270,15 +276,14 @@ __device__ __forceinline__ void copy(S* to, const S* from, int numel, bool align
 
 template <typename Ascent, typename S>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    ascend_kernel(DeviceProblem p, const double* total, int64_t* climbed, int64_t number) {
+    ascend_kernel(DeviceProblem p, const double* numbers, int64_t* climbed, int64_t number) {
   using T = ComputeOf<S>;
   if (blockIdx.x == 0 && threadIdx.x == 0) *climbed = number;
-  const T sum = T(*total);
   const uint32_t seed = hash(uint32_t(number));
   for (int chunk = blockIdx.x; chunk < p.num_chunks; chunk += gridDim.x) {
     const Piece<S> piece = piece_of<S>(p, chunk);
     if (piece.has(kMissing)) continue;
-    const auto scalars = Ascent::scalars(columns_of<Ascent, T>(p, piece.slot), sum);
+    const auto scalars = Ascent::scalars(columns_of<Ascent, T>(p, piece.slot), numbers);
     S* saved = static_cast<S*>(p.saved) + piece.at;
     climb<Ascent>(saved, piece, scalars, seed);
   }

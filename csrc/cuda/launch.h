@@ -29,6 +29,7 @@ struct DeviceProblem {
   const int64_t* grads;  // null for restore_
   const int32_t* flags;
   const void* hyper;
+  const double* earlier;
   int num_slots;
   int num_chunks;
 };

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -17,6 +17,10 @@ from ..text import Text
 
 def _never(group: Group) -> bool:
     return False
+
+
+def _no_kernel(group: Group) -> Kernel | None:
+    return None
 
 
 def _no_columns(group: Group) -> tuple[float, ...]:
@@ -36,12 +40,14 @@ class Sums:
 
     Attributes:
         name: short name: the C++ struct is called so.
-        terms: text, for each element: ``(param, grad, *columns) -> number``. ``param`` is None
-            where no group reads it.
+        terms: text, for each element: ``(param, grad, *earlier, *columns) -> number``. ``param`` is
+            None where no group reads it.
         columns: a group's numbers in float64, in the order of the text's arguments.
         reads_param: whether ``terms`` needs the weights under a group's options.
         squares: whether ``terms`` are the squared gradients under a group's options: torch has a
             kernel for those.
+        how: "sum", or "max": then the largest number, all being >= 0, and NaN if one is.
+        after: what is reduced before; its numbers are ``earlier``.
     """
 
     name: str
@@ -49,11 +55,23 @@ class Sums:
     columns: Callable[[Group], tuple[float, ...]] = _no_columns
     reads_param: Callable[[Group], bool] = _never
     squares: Callable[[Group], bool] = _never
+    how: Literal["sum", "max"] = "sum"
+    after: Sums | None = None
+
+    @property
+    def chain(self) -> tuple[Sums, ...]:
+        """All that has to be reduced, one after the other; this comes last."""
+        return (self,) if self.after is None else (*self.after.chain, self)
+
+    @property
+    def earlier(self) -> int:
+        """How many numbers are reduced before."""
+        return len(self.chain) - 1
 
     @functools.cached_property
     def column_names(self) -> tuple[str, ...]:
         """What ``columns`` returns, by name."""
-        return tuple(inspect.signature(self.terms).parameters)[2:]
+        return tuple(inspect.signature(self.terms).parameters)[2 + self.earlier :]
 
     def numbers(self, group: Group) -> tuple[float, ...]:
         """A group's row of the table of hyperparameters."""
@@ -68,11 +86,14 @@ class Ascent:
         key: what a group's ``ascent`` says.
         name: short name: the C++ struct is called so.
         sums: what is reduced before it can climb; its columns are the ascent's.
-        scalars: text, once for each parameter: ``(total, *columns) -> (scale, ...)``, with
-            ``total`` the reduced number. Where ``scale`` is 0 nothing moves, to the bit.
+        scalars: text, once for each parameter: ``(*numbers, *columns) -> (scale, ...)``, with
+            all the numbers of ``sums.chain``. Where ``scale`` is 0 nothing moves, to the bit.
         move: text, for each element: ``(param, grad, *scalars) -> param``.
         kernel: a torch kernel that moves a group with these options, for the reference backend,
             or None where there is none: ``(params, grads, scale)``.
+        norm: the norm that it climbs by, (), of a climbing group's options and all the numbers.
+        real: whether a group's options leave complex parameters undefined.
+        shared: options on which all groups that climb must agree.
     """
 
     key: str
@@ -80,7 +101,10 @@ class Ascent:
     sums: Sums
     scalars: Text
     move: Text
-    kernel: Callable[[Group], Kernel | None]
+    norm: Callable[[Group, Tensor], Tensor]
+    kernel: Callable[[Group], Kernel | None] = _no_kernel
+    real: Callable[[Group], bool] = _never
+    shared: tuple[str, ...] = ()
 
 
 Kernel = Callable[[list[Tensor], list[Tensor], Tensor], None]

@@ -79,5 +79,7 @@ ASCENT = Ascent(
     ),
     scalars=_scalars,
     move=_move,
+    norm=lambda group, numbers: numbers[0].sqrt(),
     kernel=_kernel_for,
+    real=lambda group: bool(group["adaptive"]),
 )

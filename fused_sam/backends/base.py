@@ -34,13 +34,29 @@ class Backend:
 
     name = "reference"
 
-    def reduce(self, bucket: Bucket, sums: Sums, grads: Gradients, groups: Groups) -> Tensor:
-        """The sum of ``sums.terms`` over all elements that have a gradient.
+    def reduce(
+        self,
+        bucket: Bucket,
+        sums: Sums,
+        grads: Gradients,
+        groups: Groups,
+        earlier: Tensor | None = None,
+    ) -> Tensor:
+        """The sum, or the largest, of ``sums.terms`` over all elements that have a gradient.
+
+        Args:
+            bucket: only read.
+            sums: which terms.
+            grads: the gradients.
+            groups: the options of each row.
+            earlier: (k,) float64, on the bucket's device: what ``sums.after`` gave over all
+                buckets; None where that is None.
 
         Returns:
             (1,) float64, on the bucket's device; infinite where the compute dtype cannot hold it.
         """
         dtype = bucket.compute_dtype
+        before = () if earlier is None else earlier.to(dtype).unbind()
         norms: list[Tensor] = []
         parts: list[Tensor] = []
         for run in runs(bucket, present(grads)):
@@ -52,12 +68,13 @@ class Backend:
             grad, columns = run.gather(bucket, grads), sums.numbers(group)
             for chunk in run.chunks():
                 param = run.weights[chunk].to(dtype) if sums.reads_param(group) else None
-                parts.append(sums.terms(param, grad[chunk], *columns).sum())
+                terms = sums.terms(param, grad[chunk], *before, *columns)
+                parts.append(_all_of(sums, terms))
         if norms:
             parts += torch.stack(norms).square_().unbind()
         if not parts:
             return torch.zeros(1, dtype=torch.float64, device=bucket.device)
-        return torch.stack(parts).sum(0, keepdim=True).double()
+        return _all_of(sums, torch.stack(parts)).double().reshape(1)
 
     def ascend_(
         self,
@@ -79,18 +96,18 @@ class Backend:
             ascent: the climb.
             grads: as for ``reduce``; only read.
             groups: rho and the other options of each row.
-            total: (1,) float64, on the bucket's device: ``ascent.sums`` over all buckets.
+            total: (k,) float64, on the bucket's device: ``ascent.sums.chain`` over all buckets.
             number: the climb's.
         """
         dtype = bucket.compute_dtype
         plan = runs(bucket, present(grads))
-        reduced = total.to(dtype).squeeze()
+        reduced = total.to(dtype).unbind()
         for run in plan:
             run.of(bucket.saved).copy_(run.weights)
         bucket.climb.fill_(number)
         for run in plan:
             group = groups[run.row]
-            scalars = ascent.scalars(reduced, *ascent.sums.numbers(group))
+            scalars = ascent.scalars(*reduced, *ascent.sums.numbers(group))
             scale = scalars[0]
             kernel = ascent.kernel(group) if _has_fused(bucket) else None
             if kernel is not None:
@@ -194,6 +211,11 @@ class Backend:
         for run in runs(bucket, tuple(flag or None for flag in bucket.perturbed)):
             run.weights.copy_(run.of(bucket.saved))
         bucket.climb.zero_()
+
+
+def _all_of(sums: Sums, terms: Tensor) -> Tensor:
+    """The sum of terms, or the largest; of a run without elements there are none."""
+    return terms.amax() if sums.how == "max" and terms.numel() else terms.sum()
 
 
 def _pieces(grad: Tensor) -> Sequence[Tensor]:

@@ -11,22 +11,24 @@ from ..devices import moved
 from ..memory import Bucket
 
 
-def combine(parts: Sequence[Tensor], buckets: Sequence[Bucket]) -> Tensor:
-    """The sum over all buckets.
+def combine(parts: Sequence[Tensor], buckets: Sequence[Bucket], how: str = "sum") -> Tensor:
+    """The sum over all buckets, or the largest number.
 
     Args:
         parts: what ``Backend.reduce`` returned for each bucket.
         buckets: the buckets.
+        how: "sum" or "max", as ``Sums.how``.
 
     Returns:
-        (1,) float64, on the first bucket's device. What is infinite for the compute dtype of one
-        bucket is infinite for all: all climb, or none.
+        As one of the parts, on the first bucket's device. What is infinite for the compute dtype of
+        one bucket is infinite for all: all climb, or none.
     """
     if not parts:
         return torch.zeros(1, dtype=torch.float64, device="cpu")
     if len(parts) == 1:
         return parts[0]
     device = parts[0].device
-    total = torch.stack([moved(part, device, part.dtype) for part in parts]).sum(0)
+    every = torch.stack([moved(part, device, part.dtype) for part in parts])
+    total = every.amax(0) if how == "max" else every.sum(0)
     largest = min(torch.finfo(bucket.compute_dtype).max for bucket in buckets)
     return torch.where(total > largest, torch.inf, total)

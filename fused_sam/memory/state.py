@@ -37,22 +37,36 @@ class StateBuffer:
         else:
             self.flat = torch.zeros(bucket.size, dtype=bucket.state_dtype(name), device=device)
             pieces = [slot.of(self.flat) for slot in slots]
-        if has_windows(device):
+        self._slots, self._pieces, self._counts = slots, pieces, name == STEP
+        self.present = [False] * len(slots)
+        self._make_windows()
+
+    def _make_windows(self) -> None:
+        pieces = self._pieces
+        if has_windows(self.flat.device):
             pieces = [make_window(piece) if piece.numel() else piece for piece in pieces]
         self.windows = [
-            piece.view(()) if name == STEP else slot.shaped(piece)
-            for slot, piece in zip(slots, pieces, strict=True)
+            piece.view(()) if self._counts else slot.shaped(piece)
+            for slot, piece in zip(self._slots, pieces, strict=True)
         ]
-        self.present = [False] * len(slots)
+        self._addresses = addresses(self.windows)
 
     def adopt(self, values: Sequence[Any]) -> None:
         """Copy in a value for each slot; None clears it."""
+        if addresses(self.windows) != self._addresses:
+            # Some window was given other memory (``.data =``, ``set_``): that is what counts now.
+            self._make_windows()
         self.present = [value is not None for value in values]
         for window, value in zip(self.windows, values, strict=True):
             if value is None:
                 window.zero_()
             elif value is not window:
                 window.copy_(_tensor(value))
+
+
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Where tensors begin in memory."""
+    return list(map(Tensor.data_ptr, tensors))
 
 
 def _tensor(value: Any) -> Tensor:
@@ -148,12 +162,16 @@ class StateView:
                     as_real(window).fill_(self._rule.initial(name, group))
 
     def is_current(self, state: State) -> bool:
-        """Whether ``state`` still shows the windows (load_state_dict and users replace tensors)."""
+        """Whether ``state`` still shows the windows, and these our memory.
+
+        load_state_dict and users replace the tensors, or their memory.
+        """
         return (
             state is self._state
             and len(state) == len(self._entries)
             and all(map(operator.is_, state.values(), self._entries))
             and all(map(operator.is_, map(dict.get, *self._shown), self._windows))
+            and addresses(self._windows) == self._addresses
         )
 
     def expose(
@@ -204,3 +222,4 @@ class StateView:
         ]
         self._shown = [entry for entry, _, _ in shown], [name for _, name, _ in shown]
         self._windows = [window for _, _, window in shown]
+        self._addresses = addresses(self._windows)

@@ -44,7 +44,14 @@ class NativeBackend(Backend):
 
     name = "native"
 
-    def reduce(self, bucket: Bucket, sums: Sums, grads: Gradients, groups: Groups) -> Tensor:
+    def reduce(
+        self,
+        bucket: Bucket,
+        sums: Sums,
+        grads: Gradients,
+        groups: Groups,
+        earlier: Tensor | None = None,
+    ) -> Tensor:
         """As ``Backend.reduce``, in one launch."""
         if not bucket.is_uniform:
             return super().reduce(bucket, sums, grads, groups)
@@ -54,6 +61,7 @@ class NativeBackend(Backend):
             bucket.weights,
             tables.pinned,
             bucket.saved,
+            earlier,
             tables.ticket,
             tables.slots,
             tables.addresses(grads).table,

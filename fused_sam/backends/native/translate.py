@@ -22,7 +22,7 @@ from ...text import Text
 MAX_STATES = 3
 """States that the operation ``update_`` takes."""
 
-TABLES = 1
+TABLES = 2
 """Goes up with every change of the operations' arguments or of the tables that they read."""
 
 _OPERATORS: dict[type[ast.AST], str] = {
@@ -137,13 +137,24 @@ def _helper(text: Text) -> str:
     return "\n".join(_function(head, [*translated.statements(), f"return {result};"])) + "\n"
 
 
-def _scalars_function(text: Text, columns: Sequence[str], rest: str) -> list[str]:
+def _numbers(names: Sequence[str]) -> list[str]:
+    return [f"[[maybe_unused]] T {name} = T(numbers_[{i}]);" for i, name in enumerate(names)]
+
+
+def _scalars_function(
+    text: Text, columns: Sequence[str], rest: str, numbers: Sequence[str] = ()
+) -> list[str]:
     translated = _Translator(text, {})
     results = ", ".join(translated.results)
     return _function(
         f"template <typename T>\nstatic FUSED_SAM_INLINE Scalars<T> scalars("
         f"const Columns<T>& columns_, [[maybe_unused]] {rest})",
-        [*_unpack(columns, "columns_"), *translated.statements(), f"return {{{results}}};"],
+        [
+            *_numbers(numbers),
+            *_unpack(columns, "columns_"),
+            *translated.statements(),
+            f"return {{{results}}};",
+        ],
     )
 
 
@@ -186,19 +197,35 @@ def _rule(rule: Rule) -> str:
 
 def _sums(sums: Sums) -> str:
     terms = _Translator(sums.terms, {"param": "kReadsParam"})
-    columns = terms.arguments[2:]
+    earlier, columns = terms.arguments[2 : 2 + sums.earlier], sums.column_names
     (result,) = terms.results
+    given = ["[[maybe_unused]] const Columns<T>& columns_"]
+    given += ["[[maybe_unused]] const Earlier<T>& earlier_"]
     return _struct(
         sums.name,
-        "summed over all elements",
+        "summed over all elements" if sums.how == "sum" else "the largest of all elements",
         [
             f"static constexpr int kColumns = {len(columns)};",
+            f"static constexpr int kEarlier = {len(earlier)};  // numbers that were reduced before",
+            f"static constexpr bool kMax = {str(sums.how == 'max').lower()};",
             f"template <typename T>\n  struct Columns {{ {_fields(columns)} }};",
+            f"template <typename T>\n  struct Earlier {{ {_fields(earlier)} }};",
+            "",
+            *_function(
+                "template <typename T>\nstatic FUSED_SAM_INLINE Earlier<T> earlier("
+                "[[maybe_unused]] const double* numbers_)",
+                [f"return {{{', '.join(f'T(numbers_[{i}])' for i in range(len(earlier)))}}};"],
+            ),
             "",
             *_function(
                 "template <bool kReadsParam, typename T>\nstatic FUSED_SAM_INLINE T terms("
-                "[[maybe_unused]] T param, T grad, [[maybe_unused]] const Columns<T>& columns_)",
-                [*_unpack(columns, "columns_"), *terms.statements(), f"return {result};"],
+                f"[[maybe_unused]] T param, T grad, {', '.join(given)})",
+                [
+                    *_unpack(earlier, "earlier_"),
+                    *_unpack(columns, "columns_"),
+                    *terms.statements(),
+                    f"return {result};",
+                ],
             ),
         ],
     )
@@ -209,15 +236,18 @@ def _ascent(ascent: Ascent) -> str:
     move = _Translator(ascent.move, {})
     fields = move.arguments[2:]
     (result,) = move.results
+    numbers = scalars.arguments[: len(ascent.sums.chain)]
+    columns = scalars.arguments[len(numbers) :]
     return _struct(
         ascent.name,
         f"climbs by the numbers of {ascent.sums.name}",
         [
             f"static constexpr int kColumns = {ascent.sums.name}::kColumns;",
+            f"static constexpr int kNumbers = {len(numbers)};  // reduced before it climbs",
             f"template <typename T>\n  using Columns = {ascent.sums.name}::Columns<T>;",
             f"template <typename T>\n  struct Scalars {{ {_fields(fields)} }};",
             "",
-            *_scalars_function(ascent.scalars, scalars.arguments[1:], f"T {scalars.arguments[0]}"),
+            *_scalars_function(ascent.scalars, columns, "const double* numbers_", numbers),
             "",
             *_function(
                 "template <typename T>\nstatic FUSED_SAM_INLINE T move("

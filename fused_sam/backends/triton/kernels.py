@@ -146,18 +146,63 @@ def _is_last(ticket_ptr):
 
 
 @triton.jit
-def _reduce_tile(acc, grad, weights, offs, mask, columns, TERMS: tl.constexpr, READS: tl.constexpr):
+def _numbers(ptr, dtype, COUNT: tl.constexpr):
+    """The numbers that were reduced before, as a tuple."""
+    numbers = ()
+    for i in tl.static_range(COUNT):
+        numbers = numbers + (tl.load(ptr + i).to(dtype),)
+    return numbers
+
+
+@triton.jit
+def _add(all, terms, MAX: tl.constexpr):
+    """The next terms of a sum, or of a largest number, which NaN wins."""
+    if MAX:
+        result = tl.maximum(all, terms, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        result = all + terms
+    return result
+
+
+@triton.jit
+def _all_of(terms, MAX: tl.constexpr):
+    """The sum of a tile, or the largest number, which NaN wins."""
+    if MAX:
+        there = terms == terms
+        nan = tl.sum(tl.where(there, 0.0, terms).to(terms.dtype))
+        result = tl.max(tl.where(there, terms, 0.0).to(terms.dtype)) + nan
+    else:
+        result = tl.sum(terms)
+    return result
+
+
+@triton.jit
+def _reduce_tile(
+    acc,
+    grad,
+    weights,
+    offs,
+    mask,
+    numbers,
+    columns,
+    TERMS: tl.constexpr,
+    MAX: tl.constexpr,
+    READS: tl.constexpr,
+):
     g = _load(grad + offs, mask, acc.dtype)
     w = _load(weights + offs, mask, acc.dtype) if READS else None
     # Lanes without an element hold zeros, of which terms make zeros.
-    return acc + TERMS(w, g, *columns)
+    return _add(acc, TERMS(w, g, *numbers, *columns), MAX)
 
 
-@triton.jit(do_not_specialize=["n_chunks", "n_slots"])
+@triton.jit(
+    do_not_specialize=["n_chunks", "n_slots"], do_not_specialize_on_alignment=["earlier_ptr"]
+)
 def reduce_kernel(
     total_ptr,
     partials_ptr,
     ticket_ptr,
+    earlier_ptr,
     slots_ptr,
     grads_ptr,
     flags_ptr,
@@ -165,6 +210,8 @@ def reduce_kernel(
     n_chunks,
     n_slots,
     TERMS: tl.constexpr,
+    MAX: tl.constexpr,
+    EARLIER: tl.constexpr,
     COLUMNS: tl.constexpr,
     READS: tl.constexpr,
     WEIGHT: tl.constexpr,
@@ -172,14 +219,16 @@ def reduce_kernel(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """The sum of TERMS over all elements goes to ``total`` (1,) float64.
+    """The sum of TERMS over all elements, or their maximum, goes to ``total`` (1,) float64.
 
+    ``earlier`` (EARLIER,) float64 are the numbers that TERMS need; None where they need none.
     ``partials`` (programs,) in the compute dtype is scratch; ``ticket`` (1,) int32 is 0 before and
     after. READS: whether some group's terms need the weights.
     """
     dtype = partials_ptr.dtype.element_ty
     acc = tl.zeros([BLOCK], dtype)
     lanes = tl.arange(0, BLOCK)
+    numbers = _numbers(earlier_ptr, dtype, EARLIER)
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
         slot, weights, _, begin, count, wide, row, flags = _locate(
             slots_ptr, flags_ptr, chunk, n_slots, WEIGHT, BLOCK * TILES
@@ -192,21 +241,24 @@ def reduce_kernel(
                 w = _aligned(weights, begin, 16)
                 for tile in range(TILES):
                     offs = tile * BLOCK + lanes
-                    acc = _reduce_tile(acc, g, w, offs, None, columns, TERMS, READS)
+                    acc = _reduce_tile(acc, g, w, offs, None, numbers, columns, TERMS, MAX, READS)
             else:
                 g = grad + begin
                 w = weights + begin
                 for tile in range(tl.cdiv(count, BLOCK).to(tl.int32)):
                     offs = tile * BLOCK + lanes
-                    acc = _reduce_tile(acc, g, w, offs, offs < count, columns, TERMS, READS)
-    tl.store(partials_ptr + tl.program_id(0), tl.sum(acc))
+                    acc = _reduce_tile(
+                        acc, g, w, offs, offs < count, numbers, columns, TERMS, MAX, READS
+                    )
+    tl.store(partials_ptr + tl.program_id(0), _all_of(acc, MAX))
     if _is_last(ticket_ptr):
         sums = tl.zeros([BLOCK], dtype)
         for i in range(0, tl.num_programs(0), BLOCK):
             there = i + lanes < tl.num_programs(0)
             # From the L2 cache, where the other programs' sums are.
-            sums += tl.load(partials_ptr + i + lanes, there, 0.0, cache_modifier=".cg")
-        tl.store(total_ptr, tl.sum(sums).to(tl.float64))
+            part = tl.load(partials_ptr + i + lanes, there, 0.0, cache_modifier=".cg")
+            sums = _add(sums, part, MAX)
+        tl.store(total_ptr, _all_of(sums, MAX).to(tl.float64))
 
 
 # --------------------------------------------------------------------------------------- ascend_
@@ -240,18 +292,19 @@ def ascend_kernel(
     n_slots,
     SCALARS: tl.constexpr,
     MOVE: tl.constexpr,
+    NUMBERS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WEIGHT: tl.constexpr,
     GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Save w and climb by ``total``; the climb's ``number`` goes to ``climb`` (1,) int64."""
+    """Save w and climb by ``total`` (NUMBERS,) float64; ``number`` goes to ``climb`` (1,) int64."""
     dtype = hyper_ptr.dtype.element_ty
     lanes = tl.arange(0, BLOCK)
     if tl.program_id(0) == 0:
         tl.store(climb_ptr, number)
-    total = tl.load(total_ptr).to(dtype)
+    numbers = _numbers(total_ptr, dtype, NUMBERS)
     seed = _hash(tl.full([], number, tl.uint32))
     # Backwards: what reduce read last is what may still be in the cache.
     for i in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
@@ -260,7 +313,7 @@ def ascend_kernel(
         )
         if (flags & MISSING) == 0:
             grad = tl.load(grads_ptr + slot).to(tl.pointer_type(GRAD))
-            scalars = SCALARS(total, *_columns(hyper_ptr, row, COLUMNS))
+            scalars = SCALARS(*numbers, *_columns(hyper_ptr, row, COLUMNS))
             if wide:
                 w = _aligned(weights, begin, 16)
                 s = saved_ptr + _aligned(start, begin, 64)

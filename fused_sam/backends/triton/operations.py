@@ -126,19 +126,30 @@ class TritonBackend(Backend):
 
     name = "triton"
 
-    def reduce(self, bucket: Bucket, sums: Sums, grads: Gradients, groups: Groups) -> Tensor:
+    def reduce(
+        self,
+        bucket: Bucket,
+        sums: Sums,
+        grads: Gradients,
+        groups: Groups,
+        earlier: Tensor | None = None,
+    ) -> Tensor:
         """As ``Backend.reduce``, in one launch."""
         launcher = _launcher(bucket)
         with on(bucket.device):
             reads = any([sums.reads_param(groups[row]) for row in bucket.rows])
             total = launcher.total(sums.name)
             args = (
-                *(total, launcher.partials, launcher.ticket, launcher.slots),
+                *(total, launcher.partials, launcher.ticket, earlier),
+                launcher.slots,
                 launcher.addresses(grads).table,
                 launcher.flags(dict.fromkeys(bucket.rows, 0), bucket.perturbed, grads),
                 sums_table(launcher, bucket, sums, groups),
             )
-            constants = (compiled(sums.terms), _width(sums), reads, *launcher.types)
+            constants = (
+                *(compiled(sums.terms), sums.how == "max"),
+                *(sums.earlier, _width(sums), reads, *launcher.types),
+            )
             launcher.launch(kernels.reduce_kernel, args, constants)
         return total
 
@@ -162,8 +173,8 @@ class TritonBackend(Backend):
                 number,
             )
             constants = (
-                *(compiled(ascent.scalars), compiled(ascent.move), _width(ascent.sums)),
-                *launcher.types,
+                *(compiled(ascent.scalars), compiled(ascent.move)),
+                *(len(ascent.sums.chain), _width(ascent.sums), *launcher.types),
             )
             launcher.launch(kernels.ascend_kernel, args, constants)
 

@@ -1,0 +1,93 @@
+"""The first half of a step: whether it climbs, and the climb."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from .ascents import SQUARES, chosen
+from .caches import forget_copies
+from .checks import check_clipping
+from .gradients import pairs_of, put_aside
+from .memory import Gradients
+from .modes import working
+from .options import CLIMBS, MAX_GRAD_NORM, agreed_max_grad_norm, check_values, numbers, to_numbers_
+from .passes import Passes
+from .scaler import Handed
+
+
+class Climb(Passes):
+    """The part of ``FusedSAM`` that leaves w."""
+
+    grad_scale = Handed()
+    found_inf = Handed()
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """To which norm the second gradient is clipped: an option of the groups, one for all.
+
+        None where the base optimizer has such an option of its own: that is its business.
+        """
+        if MAX_GRAD_NORM.name in self.base_optimizer.defaults:
+            return None
+        return agreed_max_grad_norm(self.param_groups)
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        options = numbers({MAX_GRAD_NORM.name: value})
+        agreed_max_grad_norm([options])
+        check_clipping(self.base_optimizer, value)
+        for group in (self.defaults, *self.param_groups):
+            group.update(options)
+
+    def _begin(self, zero_grad: bool, scale: float | None) -> bool:
+        """The first half of a step; ``scale`` is the gradients' loss scale, None if it is 1."""
+        if self._facts.between:
+            raise RuntimeError(
+                "first_step() was called twice; call second_step() after the second backward, "
+                "or restore() to go back to w without an update"
+            )
+        facts = self._facts
+        with working():
+            grads = self._gradients()
+            groups = self.param_groups
+            for group in groups:
+                to_numbers_(group)
+                check_values(group)
+            _ = self.max_grad_norm  # before anything moves
+            ascent = chosen(groups)
+            climbing = next((g for g in groups if g["ascent"] is not None), {})
+            facts.scale = scale
+            facts.decision = self._when.decide(groups[0], lambda: self._sq_norm(grads))
+            if not facts.decision.climbs:
+                facts.begin_second()
+                facts.aside = put_aside(groups) if zero_grad else pairs_of(groups)
+                return False
+            try:
+                # From here on restore() is needed. Which weights are away the buckets know.
+                number = groups[0][CLIMBS] = groups[0].get(CLIMBS, 0) + 1
+                facts.leave()
+                facts.total = facts.engine.climb(ascent, grads, groups, number)
+                facts.norm = functools.partial(ascent.norm, climbing)
+            except BaseException:
+                self.restore()
+                raise
+        forget_copies()
+        if zero_grad:
+            self.zero_grad()
+        return True
+
+    def _closure_scale(self) -> float | None:
+        """The loss scale that ``scaler.step(optimizer, closure)`` tells, where it is asked for."""
+        if not (self._when.needs_norm and self._is_scaled()):
+            return None
+        return float(self.grad_scale)
+
+    def _is_scaled(self) -> bool:
+        """Whether a GradScaler has said that the gradients are scaled."""
+        return getattr(self, "grad_scale", None) is not None
+
+    def _sq_norm(self, grads: Sequence[Gradients]) -> float:
+        """The squared norm of the gradients at w, unscaled as far as is known."""
+        total = self._facts.engine.reduce(SQUARES, grads, self.param_groups)
+        return total.item() / (self._facts.scale or 1.0) ** 2

@@ -1,0 +1,159 @@
+"""The second half of a step: back to w, and the step of the base optimizer."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .ascents import SQUARES
+from .blends import PLAIN
+from .caches import forget_copies
+from .climb import Climb
+from .facts import Facts
+from .gradients import are_there, mark_used, put_back
+from .modes import working
+from .scaling import clip_scale, found_nonfinite
+
+
+class Descent(Climb):
+    """The part of ``FusedSAM`` that returns and updates."""
+
+    # GradScaler then calls step() in every case and hands over grad_scale and found_inf: so that
+    # the weights return to w even when the update is skipped, and nobody waits for the device.
+    _step_supports_amp_scaling = True
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Used by construction and unpickling."""
+        super().__setstate__(state)
+        hooks = _hooks(self.base_optimizer, "pre")
+        for key in [key for key, hook in hooks.items() if isinstance(hook, _Guard)]:
+            del hooks[key]
+        if hasattr(self.base_optimizer, "_optimizer_step_pre_hooks"):
+            self.base_optimizer.register_step_pre_hook(_Guard(self._facts))
+
+    def _descend(
+        self,
+        found_inf: Tensor | None = None,
+        check_finite: bool = False,
+        zero_grad: bool = False,
+    ) -> None:
+        """Return to w and update.
+
+        Args:
+            found_inf: overrides what a GradScaler has set.
+            check_finite: skip the update also if a gradient of either pass is not finite.
+            zero_grad: set the gradients to None afterwards.
+        """
+        base, facts = self.base_optimizer, self._facts
+        climbed, between, memory = facts.perturbed, facts.between, facts.decision.memory
+        there = are_there(self.param_groups)
+        if between:
+            self._refuse_unknown_scale()
+        if climbed:
+            facts.scaler.check_descent()
+            if there:
+                facts.record.check_complete()
+        if facts.aside and not there:
+            put_back(facts.aside)
+        max_grad_norm = self.max_grad_norm
+        grad_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None) if not check_finite else found_inf
+        if not isinstance(found_inf, Tensor):
+            found_inf = None  # a GradScaler that saw no gradient at all sets the number 0
+        pre_hooks = [h for h in _hooks(base, "pre").values() if not isinstance(h, _Guard)]
+        if pre_hooks:
+            self.restore()  # they expect to see w
+            for pre_hook in pre_hooks:
+                pre_hook(base, (), {})
+        with working():
+            grads = self._gradients()
+            engine, groups = facts.engine, self.param_groups
+            if check_finite or max_grad_norm is not None:
+                sq_norm = engine.number(engine.reduce(SQUARES, grads, groups))
+                if check_finite:
+                    total = facts.total if climbed else None
+                    first = sq_norm if total is None else engine.number(total.sum())
+                    found_inf = found_nonfinite(first, sq_norm, found_inf)
+                if max_grad_norm is not None:
+                    grad_scale = clip_scale(sq_norm.sqrt(), max_grad_norm, grad_scale)
+            if engine.layout.rule is not None:
+                engine.update(PLAIN, grads, groups, self.state, grad_scale, found_inf)
+                facts.perturbed = False
+            else:
+                self._step_base(grad_scale, found_inf)
+        facts.arrive()
+        forget_copies()
+        for group in self.param_groups if between else ():
+            group.update(memory)
+        for post_hook in list(_hooks(base, "post").values()):
+            post_hook(base, (), {})
+        if zero_grad:
+            self.zero_grad()
+        else:
+            mark_used(self.param_groups)
+        # Learning-rate schedulers, of either optimizer, look for this.
+        for optimizer in (self, facts.owner(), base):
+            optimizer._opt_called = True  # type: ignore[union-attr]
+
+    def _refuse_unknown_scale(self) -> None:
+        if self._when.needs_norm and self._is_scaled() and self._facts.scale is None:
+            self.restore()
+            raise RuntimeError(
+                f"{self._when} judges the size of the gradients at w, and their loss scale was not "
+                f"told: call first_step(scaler=scaler)"
+            )
+
+    def _step_base(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Return to w and let a base optimizer that has no rule step by itself."""
+        self.restore()
+        # Only here the host has to wait: the base optimizer cannot be told to skip on the device.
+        if found_inf is not None and found_inf.item() != 0:
+            return
+        if grad_scale is not None:
+            self._facts.engine.blend(PLAIN, grad_scale)
+        # Without torch's wrapper, which would run the global step hooks a second time.
+        step = type(self.base_optimizer).step
+        step = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
+        step(self.base_optimizer)
+
+    @torch.no_grad()
+    def _initialize_state(self) -> None:
+        """A base step that keeps the weights' bits: for who wants to see state before it is there.
+
+        Checkpoint libraries do it with zero gradients and every learning rate 0.
+        """
+        weights = [(p, p.detach().clone()) for g in self.param_groups for p in g["params"]]
+        self._descend()
+        for param, weight in weights:
+            param.copy_(weight)
+
+    def _wants_only_state(self) -> bool:
+        """Whether nothing but state can come of a step: there is none, and every lr is 0."""
+        rates = [group.get("lr") for group in self.param_groups]
+        numbers = [r for r in rates if not (isinstance(r, Tensor) and r.device.type != "cpu")]
+        return not self.state and len(numbers) == len(rates) and all(r == 0 for r in numbers)
+
+
+def _hooks(base: Optimizer, when: str) -> dict[int, Any]:
+    """The step hooks of a base optimizer, which may not have called Optimizer.__init__."""
+    hooks: dict[int, Any] = getattr(base, f"_optimizer_step_{when}_hooks", {})
+    return hooks
+
+
+class _Guard:
+    """A hook of the base optimizer's: it must not step from w + epsilon by itself."""
+
+    def __init__(self, facts: Facts) -> None:
+        self._facts = weakref.ref(facts)
+
+    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        facts = self._facts()
+        if facts is not None and facts.perturbed:
+            raise RuntimeError(
+                "base_optimizer.step() was called between first_step() and second_step(), and "
+                "would start from w + epsilon: call second_step() of the FusedSAM, or restore()"
+            )
