@@ -72,7 +72,8 @@ def build(name, dtype, target):
     types["saved_ptr"] = "*" + dtype
     types |= {"partials_ptr": compute, "hyper_ptr": compute, "total_ptr": "*fp64"}
     types |= dict.fromkeys(("grad_scale_ptr", "found_inf_ptr"))
-    constants = {"WEIGHT": triton_dtype(dtype)}
+    constants = {"MASTERS": False} if name == "ascend" or name in UPDATES else {}
+    constants |= {"WEIGHT": triton_dtype(dtype)}
     if name != "restore":
         constants["GRAD"] = triton_dtype(dtype)
     if name in UPDATES:

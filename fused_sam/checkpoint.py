@@ -104,7 +104,7 @@ class Checkpointing(Following):
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and deepcopy keep; the layout is built anew from it."""
         self._refuse_perturbed("pickling or copying")
-        keys = ("base_optimizer", "defaults", "_when", "_backend_name")
+        keys = ("base_optimizer", "defaults", "_when", "_backend_name", "_master_weights")
         # A deepcopy of the model in the same call finds its way to the copy of this one.
         return {**{key: getattr(self, key) for key in keys}, "_attached": self._facts.attached}
 

@@ -18,6 +18,7 @@ from .ascents import chosen
 from .choice import plain
 from .memory.window import extent, gradient_dtype, has_memory, is_dense, is_shared, trains
 from .options import MAX_GRAD_NORM, OPTIONS, check_values
+from .rules import RULES
 
 _COMPUTABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -68,6 +69,18 @@ def check_caller() -> None:
                 "ZeroRedundancyOptimizer, optimizer_class=torch.optim.SGD, ...)"
             )
         frame = frame.f_back
+
+
+def check_master_weights(value: Any, cls: type[Optimizer]) -> None:
+    """Raise unless ``value`` is a flag, and where it is set ``cls`` is fused."""
+    if not isinstance(value, bool):
+        raise TypeError(f"master_weights must be True or False, got {value!r}")
+    if value and cls not in RULES:
+        known = ", ".join(rule.__name__ for rule in RULES)
+        raise TypeError(
+            f"master_weights=True needs a base optimizer that is fused ({known}): "
+            f"{cls.__name__} steps by itself, and knows the parameters only; leave it out"
+        )
 
 
 def check_defaults(base: Optimizer) -> None:

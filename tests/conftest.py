@@ -24,7 +24,7 @@ BACKENDS = [name for name in ("reference", "triton", "native") if _runs_here(nam
 
 
 INTERPRETED = {"test_bits", "test_capture", "test_default_device", "test_grad_dtype"}
-INTERPRETED |= {"test_rounding", "test_table", "test_triton"}
+INTERPRETED |= {"test_masters", "test_rounding", "test_table", "test_triton"}
 """Modules for Triton's interpreter, which is slow: those about arithmetic, not about semantics."""
 
 

@@ -103,7 +103,7 @@ class Backend:
         plan = runs(bucket, present(grads))
         reduced = total.to(dtype).unbind()
         for run in plan:
-            run.of(bucket.saved).copy_(run.weights)
+            _save(bucket, run)
         bucket.climb.fill_(number)
         for run in plan:
             group = groups[run.row]
@@ -115,7 +115,7 @@ class Backend:
                 continue
             grad = run.gather(bucket, grads)
             for chunk in run.chunks():
-                weights = run.weights[chunk].to(dtype)
+                weights = run.of(bucket.saved)[chunk].to(dtype)
                 moved = ascent.move(weights, grad[chunk], *scalars)
                 # 0 * inf is NaN, and a scale of 0 must move nothing.
                 moved = torch.where(scale == 0, weights, moved)
@@ -164,8 +164,10 @@ class Backend:
                 run.weights.copy_(saved)
             if not has_grad:
                 continue
-            if frozen is not False and not perturbed:
-                saved.copy_(run.weights)
+            if not perturbed and (bucket.masters or frozen is not False):
+                _save(bucket, run)
+            home = saved if bucket.masters else run.weights
+            before = saved.clone() if bucket.masters and frozen is not False else saved
             if kernel is not None:
                 buffers = {name: bucket.state(name).flat for name in rule.kept(group)}
                 views = {name: run.split(bucket, name, flat) for name, flat in buffers.items()}
@@ -177,12 +179,14 @@ class Backend:
                 if grad_scale is not None:
                     grad.div_(grad_scale)
                 grad = blend.gradient(grad.neg_() if group["maximize"] else grad)
-                _update_run(bucket, run, rule, grad, group, fresh, found_inf)
+                _update_run(bucket, run, rule, home, grad, group, fresh, found_inf)
             # 0 * inf is NaN and -0.0 - -0.0 is 0.0: with lr 0 only a copy gives the bits back.
             if frozen is True:
-                run.weights.copy_(saved)
+                home.copy_(before)
             elif frozen is not False:
-                run.weights.copy_(torch.where(frozen, saved, run.weights))
+                home.copy_(torch.where(frozen, before, home))
+            if bucket.masters:
+                run.weights.copy_(home)
         bucket.climb.zero_()
 
     def blend_(
@@ -216,6 +220,18 @@ class Backend:
 def _all_of(sums: Sums, terms: Tensor) -> Tensor:
     """The sum of terms, or the largest; of a run without elements there are none."""
     return terms.amax() if sums.how == "max" and terms.numel() else terms.sum()
+
+
+def _save(bucket: Bucket, run: Run) -> None:
+    """Copy w to ``saved``: all of it, or where it is not the master, rounded, bit for bit."""
+    saved = run.of(bucket.saved)
+    if not bucket.masters:
+        saved.copy_(run.weights)
+        return
+    for chunk in run.chunks():
+        weights, master = run.weights[chunk], saved[chunk]
+        same = master.to(bucket.dtype).view(torch.int16) == weights.view(torch.int16)
+        master.copy_(torch.where(same, master, weights.float()))
 
 
 def _pieces(grad: Tensor) -> Sequence[Tensor]:
@@ -266,18 +282,19 @@ def _update_run(
     bucket: Bucket,
     run: Run,
     rule: Rule,
+    home: Tensor,
     grad: Tensor,
     group: Group,
     fresh: bool,
     found_inf: Tensor | None,
 ) -> None:
-    """The rule's texts on the flat buffers of a run."""
+    """The rule's texts on the flat buffers of a run; ``home`` holds w: its weights or masters."""
     kept = rule.kept(group)
     names = [state.name for state in rule.states]
     flat = {name: run.of(bucket.state(name).flat) for name in names if name in kept}
     scalars = _scalars(bucket, run, rule, group, fresh)
     for chunk in run.chunks():
-        targets = [run.weights[chunk], *[flat[n][chunk] if n in flat else None for n in names]]
+        targets = [home[chunk], *[flat[n][chunk] if n in flat else None for n in names]]
         param, *states = [None if t is None else t.to(grad.dtype) for t in targets]
         numbers = [s[chunk] if isinstance(s, Tensor) and s.dim() else s for s in scalars]
         values = rule.update(param, grad[chunk], *states, *numbers)
@@ -286,7 +303,7 @@ def _update_run(
                 if found_inf is not None:
                     value = torch.where(found_inf != 0, target.to(value.dtype), value)
                 target.copy_(value)
-    for buffer in (run.weights, *flat.values()):
+    for buffer in (home, *flat.values()):
         run.clear_padding(buffer)
 
 

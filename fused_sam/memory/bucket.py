@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from ..rules import MASTER
 from .gradients import Collector, Gradients
 from .slot import Slot
 from .state import StateBuffer
@@ -34,11 +35,14 @@ class Bucket:
         device: of all buffers.
         dtype: of the weights; it is real (complex64 parameters: float32), as all are.
         grad_dtype: of the gradients.
+        masters: whether ``saved`` holds float32 masters, the weights in full precision. They are
+            right whenever nothing is perturbed, but for weights that were changed from outside: a
+            weight that is not its master, rounded, is its own master.
         slots: one for each parameter; those that moved first, pinned ones last.
         rows: the indices of the groups that have parameters here, rising.
         size: elements of a flat buffer, padding included. Padding is zero and stays zero.
         weights: (size of the moved slots,), the flat buffer whose windows the parameters are.
-        saved: (size,), the weights w while the parameters hold w + epsilon.
+        saved: (size,), the weights w while the parameters hold w + epsilon; or the masters.
         climb: (1,) int64, the number of the climb that wrote ``saved``; 0 at w.
         perturbed: for each slot, whether it has been saved and perturbed and awaits its return.
         cache: what the backend derives from this bucket; it dies with the bucket.
@@ -49,11 +53,13 @@ class Bucket:
         members: Sequence[tuple[Tensor, int]],
         pinned: set[Tensor],
         like_grad: Collection[str] = (),
+        masters: bool = False,
     ) -> None:
         first = members[0][0]
         self.device = first.device
         self.dtype = first.dtype.to_real()
         self.grad_dtype = gradient_dtype(first).to_real()
+        self.masters = masters and self.dtype in (torch.bfloat16, torch.float16)
         self._like_grad = like_grad
         self.slots: list[Slot] = []
         start = moved = 0
@@ -67,7 +73,8 @@ class Bucket:
         self.size = start
         self.rows = sorted({slot.row for slot in self.slots})
         self.weights = torch.zeros(moved, dtype=self.dtype, device=self.device)
-        self.saved = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        kept_in = torch.float32 if self.masters else self.dtype
+        self.saved = torch.zeros(self.size, dtype=kept_in, device=self.device)
         self.climb = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.states: dict[str, StateBuffer] = {}
         self.cache: dict[Any, Any] = {}
@@ -86,11 +93,13 @@ class Bucket:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether gradients, and so all states, have the dtype of the weights."""
-        return self.grad_dtype == self.dtype
+        """Whether all that belongs to the weights has their dtype."""
+        return self.grad_dtype == self.dtype and not self.masters
 
     def state_dtype(self, name: str) -> torch.dtype:
-        """The dtype of a state: as torch.optim makes it, out of the parameter or its gradient."""
+        """The dtype of a state: float32 besides masters, else as torch.optim makes it."""
+        if self.masters:
+            return torch.float32
         return self.grad_dtype if name in self._like_grad else self.dtype
 
     def move_in(self) -> None:
@@ -100,6 +109,8 @@ class Bucket:
                 window = slot.shaped(make_window(slot.of(self.weights)))
                 window.copy_(slot.param.detach())
                 slot.param.data = window
+            if self.masters:
+                slot.of(self.saved).copy_(self.memory(slot))
         self._homes = list(map(Tensor.data_ptr, self.params))
 
     def memory(self, slot: Slot) -> Tensor:
@@ -188,7 +199,9 @@ class Bucket:
 
     def clear_unshown(self) -> None:
         """What nobody has been shown of the states is as it began: zero, whatever is there."""
-        for buffer in self.states.values():
+        for name, buffer in self.states.items():
+            if name == MASTER:
+                continue  # it began as the weight
             for window, there in zip(buffer.windows, buffer.present, strict=True):
                 if not there:
                     window.zero_()

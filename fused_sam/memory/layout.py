@@ -46,6 +46,7 @@ class Layout:
         rule: whose state the buckets hold, or None if the base optimizer keeps its own.
         state: the optimizer's state; what the rule knows of it moves into flat buffers too.
         old: the layout that this one replaces; saved weights of perturbed parameters pass over.
+        masters: whether half-precision weights get float32 masters.
 
     Attributes:
         buckets: of the parameters that were taken in.
@@ -60,6 +61,7 @@ class Layout:
         rule: Rule | None = None,
         state: State | None = None,
         old: Layout | None = None,
+        masters: bool = False,
     ) -> None:
         members = members_of(groups, old)
         carried = old.release() if old is not None else {}
@@ -71,7 +73,7 @@ class Layout:
             by_kind.setdefault(kind, []).append((param, row))
         self.rule = rule
         like_grad = [state.name for state in rule.states if state.like_grad] if rule else []
-        self.buckets = [Bucket(bucket, pinned, like_grad) for bucket in by_kind.values()]
+        self.buckets = [Bucket(bucket, pinned, like_grad, masters) for bucket in by_kind.values()]
         for bucket in self.buckets:
             bucket.move_in()
             bucket.carry(carried)

@@ -16,6 +16,9 @@ from ..text import Text
 Group = Mapping[str, Any]
 """A parameter group: the hyperparameters of ``torch.optim``, read anew at every step."""
 
+MASTER = "master_weight"
+"""The float32 weight that a half-precision parameter may have, in ``optimizer.state[p]``."""
+
 STEP = "step"
 """The one state that is a number per parameter, float32 (), and not a parameter-sized buffer."""
 

@@ -139,6 +139,8 @@ class NativeBackend(Backend):
 
     def restore_(self, bucket: Bucket) -> None:
         """As ``Backend.restore_``, in one launch."""
+        if bucket.masters:
+            return super().restore_(bucket)
         tables = _tables(bucket)
         torch.ops.fused_sam.restore_.default(
             bucket.weights,

@@ -265,13 +265,45 @@ def reduce_kernel(
 
 
 @triton.jit
-def _ascend_tile(weights, saved, grad, at, offs, mask, seed, scalars, MOVE: tl.constexpr):
+def _masters(weights, saved, offs, mask, use):
+    """The masters of a tile, and where it is the weights: those that were changed from outside.
+
+    Weights are looked at where ``use`` says, or ``mask`` if that is None.
+    """
+    master = tl.load(saved + offs, mask)
+    w = tl.load(weights + offs, mask if use is None else use)
+    rounded = master.to(w.dtype).to(tl.uint16, bitcast=True)
+    changed = rounded != w.to(tl.uint16, bitcast=True)
+    if use is not None:
+        changed = changed & use
+    return tl.where(changed, w.to(tl.float32), master), changed
+
+
+@triton.jit
+def _ascend_tile(
+    weights,
+    saved,
+    grad,
+    at,
+    offs,
+    mask,
+    seed,
+    scalars,
+    MOVE: tl.constexpr,
+    MASTERS: tl.constexpr,
+):
     scale = scalars[0]
-    w = _load(weights + offs, mask, scale.dtype)
+    if MASTERS:
+        w, changed = _masters(weights, saved, offs, mask, None)
+    else:
+        w = _load(weights + offs, mask, scale.dtype)
     g = _load(grad + offs, mask, scale.dtype)
     # 0 * inf is NaN, and a scale of 0 must move nothing.
     moved = tl.where(scale == 0, w, MOVE(w, g, *scalars))
-    _store(saved + offs, w, mask)
+    if MASTERS:
+        _store(saved + offs, w, changed if mask is None else changed & mask)
+    else:
+        _store(saved + offs, w, mask)
     _store_stochastically(weights + offs, moved, at + offs, seed, mask)
 
 
@@ -294,6 +326,7 @@ def ascend_kernel(
     MOVE: tl.constexpr,
     NUMBERS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    MASTERS: tl.constexpr,
     WEIGHT: tl.constexpr,
     GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -320,7 +353,8 @@ def ascend_kernel(
                 g = _aligned(grad, begin, 16)
                 for tile in range(TILES):
                     offs = tile * BLOCK + lanes
-                    _ascend_tile(w, s, g, start + begin, offs, None, seed, scalars, MOVE)
+                    at = start + begin
+                    _ascend_tile(w, s, g, at, offs, None, seed, scalars, MOVE, MASTERS)
             else:
                 w = weights + begin
                 s = saved_ptr + start + begin
@@ -328,7 +362,8 @@ def ascend_kernel(
                 for tile in range(tl.cdiv(count, BLOCK).to(tl.int32)):
                     offs = tile * BLOCK + lanes
                     mask = offs < count
-                    _ascend_tile(w, s, g, start + begin, offs, mask, seed, scalars, MOVE)
+                    at = start + begin
+                    _ascend_tile(w, s, g, at, offs, mask, seed, scalars, MOVE, MASTERS)
 
 
 # --------------------------------------------------------------------------------------- restore_
@@ -336,7 +371,7 @@ def ascend_kernel(
 
 @triton.jit
 def _restore_tile(weights, saved, offs, mask):
-    tl.store(weights + offs, tl.load(saved + offs, mask), mask)
+    _store(weights + offs, tl.load(saved + offs, mask), mask)
 
 
 @triton.jit
@@ -424,11 +459,18 @@ def _update_tile(
     limits,
     lr,
     descent,
+    perturbed,
     scalars,
     RULE: tl.constexpr,
     KEPT: tl.constexpr,
+    MASTERS: tl.constexpr,
 ):
-    w = _load(source + offs, mask, descent.dtype)
+    if MASTERS:
+        # Away from w only the masters are right; at w the weights are looked at, too.
+        at_w = (offs >= 0) & (perturbed == 0)
+        w, _ = _masters(weights, source, offs, mask, at_w if mask is None else at_w & mask)
+    else:
+        w = _load(source + offs, mask, descent.dtype)
     g = descent * _load(grad + offs, mask, descent.dtype)
     state = ()
     for i in tl.static_range(len(states)):
@@ -439,7 +481,10 @@ def _update_tile(
             state = state + (w,)  # nobody reads this
     new = _apply(RULE, w, g, state, scalars, KEPT)
     # 0 * inf is NaN and -0.0 - -0.0 is 0.0: with lr 0 only the same bits are the same.
-    _store(weights + offs, tl.where(lr == 0, w, new[0]), mask)
+    value = tl.where(lr == 0, w, new[0])
+    if MASTERS:
+        _store(source + offs, value, mask)
+    _store(weights + offs, value, mask)
     for i in tl.static_range(len(states)):
         if KEPT[i]:
             use = mask if limits is None else offs < limits[i]
@@ -469,6 +514,7 @@ def update_kernel(
     COLUMNS: tl.constexpr,
     KEPT: tl.constexpr,
     MIXED: tl.constexpr,
+    MASTERS: tl.constexpr,
     WEIGHT: tl.constexpr,
     GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -479,7 +525,8 @@ def update_kernel(
     A slot that is not perturbed takes w from its weights. Nothing is computed if ``found_inf`` is
     not 0: then perturbed slots are restored and no more.
 
-    ``saved`` and ``states`` are (size,) in the bucket's dtype; KEPT says which states some group
+    ``saved`` and ``states`` are (size,); with MASTERS ``saved`` holds them, and they are what is
+    stepped. KEPT says which states some group
     keeps, and the others point anywhere (Triton 3.6 takes no None in a tuple); in a MIXED launch
     the flags of a slot say which ones its group keeps. ``step`` (n,) float32 is incremented for
     the slots that step; ``ticket`` (1,) int32 is 0 before and after; ``climb`` (1,) int64 becomes
@@ -520,8 +567,11 @@ def update_kernel(
                 w = _aligned(weights, begin, 16)
                 g = _aligned(grad, begin, 16)
                 at = _aligned(start, begin, 64)
-                source = _either(perturbed, saved_ptr + at, w).to(saved_ptr.dtype)
-                source = tl.multiple_of(source, 16)
+                if MASTERS:
+                    source = saved_ptr + at
+                else:
+                    source = _either(perturbed, saved_ptr + at, w).to(saved_ptr.dtype)
+                    source = tl.multiple_of(source, 16)
                 for tile in range(TILES):
                     offs = tile * BLOCK + lanes
                     _update_tile(
@@ -535,15 +585,20 @@ def update_kernel(
                         limits,
                         lr,
                         descent,
+                        perturbed,
                         scalars,
                         RULE,
                         KEPT,
+                        MASTERS,
                     )
             else:
                 w = weights + begin
                 g = grad + begin
                 at = start + begin
-                source = _either(perturbed, saved_ptr + at, w).to(saved_ptr.dtype)
+                if MASTERS:
+                    source = saved_ptr + at
+                else:
+                    source = _either(perturbed, saved_ptr + at, w).to(saved_ptr.dtype)
                 for tile in range(tl.cdiv(count, BLOCK).to(tl.int32)):
                     offs = tile * BLOCK + lanes
                     _update_tile(
@@ -557,9 +612,11 @@ def update_kernel(
                         limits,
                         lr,
                         descent,
+                        perturbed,
                         scalars,
                         RULE,
                         KEPT,
+                        MASTERS,
                     )
         elif perturbed:
             _restore(weights, saved_ptr, start, begin, count, wide, lanes, BLOCK, TILES)

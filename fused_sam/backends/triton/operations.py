@@ -174,7 +174,8 @@ class TritonBackend(Backend):
             )
             constants = (
                 *(compiled(ascent.scalars), compiled(ascent.move)),
-                *(len(ascent.sums.chain), _width(ascent.sums), *launcher.types),
+                *(len(ascent.sums.chain), _width(ascent.sums)),
+                *(bucket.masters, *launcher.types),
             )
             launcher.launch(kernels.ascend_kernel, args, constants)
 
@@ -210,7 +211,8 @@ class TritonBackend(Backend):
             )
             constants = (
                 *(compiled(rule.scalars), compiled(rule.update), 1 + len(rule.column_names)),
-                *(tuple([buffer is not None for buffer in buffers]), mixed, *launcher.types),
+                *(tuple([buffer is not None for buffer in buffers]), mixed),
+                *(bucket.masters, *launcher.types),
             )
             roomy = launcher.itemsize == 8 or (launcher.itemsize == 2 and mixed)
             launcher.launch(kernels.update_kernel, args, constants, roomy)
