@@ -55,7 +55,10 @@ class _Launcher(Tables):
     def __init__(self, bucket: Bucket) -> None:
         super().__init__(bucket, CHUNK)
         self.n_slots = len(bucket.slots)
-        self.itemsize = bucket.dtype.itemsize
+        # Of the widest that a tile holds: of the others an access is narrower.
+        held = (bucket.dtype, bucket.grad_dtype, bucket.saved.dtype)
+        self.itemsize = max([dtype.itemsize for dtype in held])
+        self.half = bucket.dtype.itemsize == 2
         self.types = TYPES[bucket.dtype], TYPES[bucket.grad_dtype]
         self.programs = max(1, min(self.num_chunks, _max_programs(self.device)))
         self.partials = torch.zeros(self.programs, dtype=self.dtype, device=self.device)
@@ -214,7 +217,7 @@ class TritonBackend(Backend):
                 *(tuple([buffer is not None for buffer in buffers]), mixed),
                 *(bucket.masters, *launcher.types),
             )
-            roomy = launcher.itemsize == 8 or (launcher.itemsize == 2 and mixed)
+            roomy = launcher.itemsize == 8 or (launcher.half and mixed)
             launcher.launch(kernels.update_kernel, args, constants, roomy)
 
     def restore_(self, bucket: Bucket) -> None:
