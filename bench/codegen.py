@@ -24,10 +24,11 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_sam.ascents import ASCENTS, SQUARES
+from fused_sam.ascents import ASCENTS, GRAM, SQUARES
 from fused_sam.backends.triton import kernels
 from fused_sam.backends.triton import operations as backend
 from fused_sam.backends.triton.words import compiled as text
+from fused_sam.blends import BLENDS
 from fused_sam.rules import ADAM, RMSPROP, SGD
 
 TARGETS = {
@@ -47,20 +48,31 @@ UPDATES = {
     "rmsprop-all": (RMSPROP, (True, True, True)),
 }
 """Rule and the state buffers that it keeps."""
+BLENDED = {"sgd-momentum-gsam": "sgd-momentum", "adamw-gsam": "adamw"}
+"""Updates that see a blend of both gradients."""
+UPDATES |= {name: UPDATES[plain] for name, plain in BLENDED.items()}
 REDUCES = {
     "reduce": (ASCENTS["sam"].sums, False),
     "reduce-asam": (ASCENTS["sam"].sums, True),
     "squares": (SQUARES, False),
     "reduce-max": (ASCENTS["p-norm"].sums.chain[0], False),
     "reduce-p-norm": (ASCENTS["p-norm"].sums, False),
+    "reduce-gram": (GRAM, True),
 }
-"""The sum, and whether it reads the weights."""
-CLIMBS = {"ascend": ASCENTS["sam"], "ascend-p-norm": ASCENTS["p-norm"]}
+"""The sum, and whether it reads the weights, or what is kept."""
+CLIMBS = {
+    "ascend": ASCENTS["sam"],
+    "ascend-p-norm": ASCENTS["p-norm"],
+    "ascend-keep": ASCENTS["sam"],
+}
 KERNELS = [*REDUCES, *CLIMBS, *UPDATES, "restore"]
 MASTERS = ("ascend", "sgd-momentum", "adamw", "restore")
 """Compiled for bfloat16 weights and gradients with float32 masters and states, too."""
-EVERYWHERE = ("reduce", "ascend", "sgd-momentum", "adamw", "rmsprop")
-NOT_ALIGNED = ("total_ptr", "earlier_ptr", "grad_scale_ptr", "found_inf_ptr")
+EVERYWHERE = (
+    *("reduce", "ascend", "sgd-momentum", "adamw", "rmsprop"),
+    *("reduce-gram", "ascend-keep", "sgd-momentum-gsam"),
+)
+NOT_ALIGNED = ("total_ptr", "earlier_ptr", "numbers_ptr", "grad_scale_ptr", "found_inf_ptr")
 REGISTER_FILE, THREADS = 65536, {"sm_80": 2048, "sm_90": 2048, "sm_100": 2048, "sm_120": 1536}
 """Per multiprocessor (CUDA programming guide, table of compute capabilities)."""
 
@@ -89,27 +101,37 @@ def build(name, dtype, target):
         constants |= {"COLUMNS": 1 + len(rule.column_names), "MIXED": False}
         types["states"] = ("*" + wide,) * len(kept)
         types["step_ptr"] = "*fp32" if rule.counts else None
+        blend = BLENDS["gsam"] if name in BLENDED else None
+        constants["COEFFICIENTS"] = None if blend is None else text(blend.coefficients)
+        constants["BLEND_COLUMNS"] = 0 if blend is None else len(blend.column_names)
+        if blend is not None:
+            types |= {"kept_ptr": "*" + dtype, "numbers_ptr": "*fp64", "blend_ptr": compute}
         function = kernels.update_kernel
     elif name in REDUCES:
         sums, reads = REDUCES[name]
         constants |= {"TERMS": text(sums.terms), "COLUMNS": len(sums.column_names), "READS": reads}
-        constants |= {"MAX": sums.how == "max", "EARLIER": sums.earlier}
+        constants |= {"COUNT": sums.count, "MAX": sums.how == "max", "EARLIER": sums.earlier}
         types["earlier_ptr"] = "*fp64" if sums.earlier else None
+        types["kept_ptr"] = "*" + dtype if sums.reads_kept else None
+        types["partials_ptr"] = "*fp64" if sums.wide else compute
         function = kernels.reduce_kernel
     elif name in CLIMBS:
         ascent = CLIMBS[name]
         constants |= {"SCALARS": text(ascent.scalars), "MOVE": text(ascent.move)}
         constants |= {"NUMBERS": len(ascent.sums.chain)}
+        types["kept_ptr"] = "*" + dtype if name == "ascend-keep" else None
         constants["COLUMNS"] = len(ascent.sums.column_names)
         function = kernels.ascend_kernel
     else:
         function = kernels.restore_kernel
-    constants["BLOCK"] = backend.TILE_BYTES[function.__name__] // ITEMSIZE[wide]
+    in_double = name in REDUCES and REDUCES[name][0].wide
+    tile = backend.WIDE_TILE_BYTES if in_double else backend.TILE_BYTES[function.__name__]
+    constants["BLOCK"] = tile // ITEMSIZE[wide]
     constants["TILES"] = backend.CHUNK // constants["BLOCK"]
     options = {"num_warps": backend.THREADS // target.warp_size}
     if target.backend == "cuda":
         options |= backend.CUDA_OPTIONS
-        if name in UPDATES and dtype == "fp64":
+        if (name in UPDATES and dtype == "fp64") or wide:
             options |= backend.MANY_REGISTERS
     source = ASTSource(function, *signature(function, types, constants))
     return triton.compile(source, target=target, options=options), constants["BLOCK"]

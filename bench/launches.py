@@ -14,7 +14,6 @@ from fused_sam import FusedSAM, backends
 from fused_sam.ascents import ASCENTS
 from fused_sam.backends import capture
 from fused_sam.backends.triton import operations as triton
-from fused_sam.blends import PLAIN
 
 from .device import DEVICE
 from .peers import BASES, RHO, parameters
@@ -77,7 +76,7 @@ def _launches_of(optimizer: Any, base: str) -> dict[str, Work]:
     # So that update_ and restore_ read `saved`, as they do after ascend_.
     bucket.begin_climb(1, grads)
     bucket.end_climb()
-    update = functools.partial(backend.update_, bucket, layout.rule, PLAIN, grads, groups)
+    update = functools.partial(backend.update_, bucket, layout.rule, None, grads, groups)
     if base != "SGD":
         return {f"update_ {base}": update}
 

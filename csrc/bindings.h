@@ -66,16 +66,42 @@ inline int64_t check_index(int64_t index, int64_t count, const char* what) {
 #define FUSED_SAM_COUNTS(value) value::kCounts,
 #define FUSED_SAM_EARLIER(value) value::kEarlier,
 #define FUSED_SAM_MAX(value) value::kMax,
+#define FUSED_SAM_COUNT(value) value::kCount,
+#define FUSED_SAM_WIDE(value) value::kWide,
+#define FUSED_SAM_READS_KEPT(value) value::kReadsKept,
 #define FUSED_SAM_NUMBERS(value) value::kNumbers,
 constexpr int kSumsColumns[] = {FUSED_SAM_SUMS(FUSED_SAM_COLUMNS)};
 constexpr int kSumsEarlier[] = {FUSED_SAM_SUMS(FUSED_SAM_EARLIER)};
 constexpr bool kSumsMax[] = {FUSED_SAM_SUMS(FUSED_SAM_MAX)};
+constexpr int kSumsCount[] = {FUSED_SAM_SUMS(FUSED_SAM_COUNT)};
+constexpr bool kSumsWide[] = {FUSED_SAM_SUMS(FUSED_SAM_WIDE)};
+constexpr bool kSumsReadsKept[] = {FUSED_SAM_SUMS(FUSED_SAM_READS_KEPT)};
+constexpr int kBlendColumns[] = {FUSED_SAM_BLENDS(FUSED_SAM_COLUMNS)};
 constexpr int kAscentNumbers[] = {FUSED_SAM_ASCENTS(FUSED_SAM_NUMBERS)};
 constexpr int kAscentColumns[] = {FUSED_SAM_ASCENTS(FUSED_SAM_COLUMNS)};
 constexpr int kRuleColumns[] = {FUSED_SAM_RULES(FUSED_SAM_COLUMNS)};
 constexpr unsigned kRuleAlways[] = {FUSED_SAM_RULES(FUSED_SAM_ALWAYS)};
 constexpr int kRuleStates[] = {FUSED_SAM_RULES(FUSED_SAM_STATES)};
 constexpr bool kRuleCounts[] = {FUSED_SAM_RULES(FUSED_SAM_COUNTS)};
+
+// What is kept of the gradients at w; null where nothing is.
+inline void* check_kept(const std::optional<Tensor>& kept, const Tensor& saved) {
+  if (kept) check(*kept, "kept", saved.scalar_type(), saved.numel(), saved);
+  return memory(kept);
+}
+
+// A blend and what its coefficients are made of: all of it is there, or nothing is.
+inline void check_blend(const std::optional<Tensor>& kept, const std::optional<Tensor>& numbers,
+                        const std::optional<Tensor>& blend_hyper, const Tensor& saved, int64_t rows,
+                        int64_t blend) {
+  if (blend < 0) return;
+  check_index(blend, kNumBlends, "blend");
+  STD_TORCH_CHECK(kept && numbers && blend_hyper,
+                  "fused_sam: a blend needs kept, numbers and its hyperparameters");
+  check(*numbers, "numbers", ScalarType::Double, 3, saved);
+  check(*blend_hyper, "blend_hyper", compute_type(dtype_of(saved)), rows * kBlendColumns[blend],
+        saved);
+}
 
 // The numbers that were reduced before a sum, on the weights' device; null where it needs none.
 inline const double* check_earlier(const std::optional<Tensor>& earlier, int64_t sums,

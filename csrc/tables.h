@@ -23,6 +23,8 @@ constexpr int32_t kMissing = 4;      // there is no gradient
 constexpr int32_t kAligned = 8;      // weights and gradient allow 128-bit accesses
 constexpr int32_t kMaximize = 16;    // the group goes uphill
 constexpr int32_t kReadsParam = 32;  // the terms of the sum need the weights
+constexpr int32_t kHeld = 64;        // the gradient at w is in `kept`
+constexpr int32_t kBlends = 128;     // the rule sees a blend of the gradients
 constexpr int kKeptShift = 8;        // from here on: which of the rule's states the group keeps
 
 }  // namespace fused_sam

@@ -84,7 +84,8 @@ class Attached:
         if facts is not None and facts.perturbed:
             raise RuntimeError(
                 "saving or copying the model while the weights are perturbed would keep "
-                "w + epsilon; call optimizer.second_step() or optimizer.restore() first"
+                "w + epsilon; call optimizer.second_step() or optimizer.restore() first; with "
+                "ascent=MSAM() optimizer.eval()"
             )
 
     def __reduce__(self) -> Any:

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from .facts import Facts
 from .following import Following
+from .memory.state import check_states
+from .modes import working
 from .options import OPTIONS
+from .rules import RULES, check_options
 
 
 class Checkpointing(Following):
@@ -38,7 +41,8 @@ class Checkpointing(Following):
 
         Raises:
             RuntimeError: the weights are perturbed.
-            ValueError: the groups do not fit; the optimizer is as it was.
+            ValueError: the groups or the state do not fit, or are those of another class; the
+                optimizer is as it was.
         """
         self._refuse_perturbed("load_state_dict()")
         state_dict = state_dict.copy()
@@ -51,13 +55,29 @@ class Checkpointing(Following):
         rates = [group.get("lr") for group in self.param_groups]
         names = (*OPTIONS, *self.when.memory)
         kept = [{name: group[name] for name in names} for group in self.param_groups]
-        self.base_optimizer.load_state_dict(state_dict)
-        self._keep_wide(state_dict)
-        for group, options in zip(self.param_groups, kept, strict=False):
-            for name, value in options.items():
-                group.setdefault(name, value)
+        base, rule = self.base_optimizer, RULES.get(type(self.base_optimizer))
+        before = {"state": base.state, "param_groups": base.param_groups}
+        try:
+            base.load_state_dict(state_dict)
+            self._keep_wide(state_dict)
+            for group, options in zip(base.param_groups, kept, strict=False):
+                for name, value in options.items():
+                    group.setdefault(name, value)
+            if rule is not None:
+                for group in base.param_groups:
+                    check_options(rule, group)
+            check_states(rule, base.param_groups, base.state)
+        except BaseException as error:
+            if rule is not None:
+                base.__dict__.update(before)
+            if isinstance(error, KeyError):
+                raise ValueError(
+                    f"the checkpoint is not one of {type(base).__name__}, it lacks {error}"
+                ) from error
+            raise
         if self._facts.captures.have_seen(self._facts.engine.layout):
-            self._load_into_graphs(rates)
+            with working():
+                self._load_into_graphs(rates)
         for load_hook in self._optimizer_load_state_dict_post_hooks.values():
             load_hook(self)
 
@@ -80,7 +100,6 @@ class Checkpointing(Following):
                 ):
                     self.state[param][name] = value.to(param.device, copy=True)
 
-    @torch.no_grad()
     def _load_into_graphs(self, rates: list[Any]) -> None:
         """Put what was loaded where captured graphs read it: a replay asks nobody.
 
@@ -118,7 +137,7 @@ class Checkpointing(Following):
         if self._facts.perturbed:
             raise RuntimeError(
                 f"{what} while the weights are perturbed would keep w + epsilon; "
-                f"call second_step() or restore() first"
+                f"call second_step() or restore() first; with ascent=MSAM() optimizer.eval()"
             )
 
 

@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from .ascents import chosen
+from . import blends
+from .ascents import ASCENTS, MSAM, chosen
 from .choice import plain
 from .memory.window import extent, gradient_dtype, has_memory, is_dense, is_shared, trains
 from .options import MAX_GRAD_NORM, OPTIONS, check_values
-from .rules import RULES
+from .rules import RULES, Rule
+from .schedule import Always, When
 
 _COMPUTABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -137,6 +139,29 @@ def check_keywords(cls: type[Optimizer], options: Mapping[str, Any], ours: Itera
             )
 
 
+def check_ahead(
+    rule: Rule | None, groups: Sequence[Mapping[str, Any]], base: Optimizer, when: When
+) -> None:
+    """Raise if the groups ask for an ascent along the momentum, and it has no meaning here."""
+    for group in groups:
+        ascent = ASCENTS.get(group["ascent"] or "")
+        if ascent is None or not ascent.along_momentum:
+            continue
+        momentum = rule.momentum if rule is not None else None
+        if rule is None or momentum not in rule.kept(group):
+            raise ValueError(
+                f"ascent={MSAM()} climbs along the momentum, and {type(base).__name__} has none "
+                f"here; use SGD with momentum > 0, Adam or AdamW of torch.optim"
+            )
+        if group["adaptive"]:
+            raise ValueError(f"ascent={MSAM()} is not defined with adaptive=True; leave it out")
+        if not isinstance(when, Always):
+            raise ValueError(
+                f"ascent={MSAM()} has one pass in every step, so when={when} has no meaning; "
+                f"leave it out"
+            )
+
+
 def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
     """Raise unless every parameter that trains can be optimized, and none of them overlap.
 
@@ -158,7 +183,12 @@ def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
     _check_overlap([param for param in training if param.numel()])
     for group in groups:
         check_ascent(group)
-    chosen(groups)
+    blend = blends.chosen(groups)
+    if blend is not None and chosen(groups).along_momentum:
+        raise ValueError(
+            f"blend={blend.key!r} needs a gradient at w, which ascent={chosen(groups).key!r} does "
+            f"not take; choose another ascent, or blend=None"
+        )
 
 
 def as_groups(params: Any) -> list[dict[str, Any]]:

@@ -16,8 +16,9 @@ class Choice:
     Groups and checkpoints have plain data only: ``options()``.
 
     Attributes:
-        kind: the group's option that names the member: "ascent".
+        kind: the group's option that names the member: "ascent" or "blend".
         key: its value there.
+        prefix: of the group's options that the fields are.
 
     Raises:
         TypeError, ValueError: an option cannot be used.
@@ -25,14 +26,16 @@ class Choice:
 
     kind: ClassVar[str]
     key: ClassVar[str]
+    prefix: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            OPTIONS[name].check(name, value)
+            OPTIONS[self.prefix + name].check(name, value)
 
     def options(self) -> dict[str, Any]:
         """What a parameter group holds of it."""
-        return {self.kind: self.key, **dataclasses.asdict(self)}
+        fields = dataclasses.asdict(self).items()
+        return {self.kind: self.key, **{self.prefix + name: value for name, value in fields}}
 
 
 def with_defaults(**options: Any) -> dict[str, Any]:

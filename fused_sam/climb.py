@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
-from .ascents import SQUARES, chosen
+from . import ascents, blends
+from .ascents import SQUARES
 from .caches import forget_copies
 from .checks import check_clipping
 from .gradients import pairs_of, put_aside
@@ -14,6 +14,7 @@ from .modes import working
 from .options import CLIMBS, MAX_GRAD_NORM, agreed_max_grad_norm, check_values, numbers, to_numbers_
 from .passes import Passes
 from .scaler import Handed
+from .schedule import NO_CLIMB
 
 
 class Climb(Passes):
@@ -55,10 +56,15 @@ class Climb(Passes):
                 to_numbers_(group)
                 check_values(group)
             _ = self.max_grad_norm  # before anything moves
-            ascent = chosen(groups)
-            climbing = next((g for g in groups if g["ascent"] is not None), {})
+            ascent, blend = ascents.chosen(groups), blends.chosen(groups)
             facts.scale = scale
-            facts.decision = self._when.decide(groups[0], lambda: self._sq_norm(grads))
+            facts.scale_matters = self._when.needs_norm or ascent.scale_matters
+            if ascent.scale_matters and scale is not None:
+                groups = [{**group, "rho": group["rho"] / scale} for group in groups]
+            if ascent.along_momentum:
+                facts.decision = NO_CLIMB
+            else:
+                facts.decision = self._when.decide(groups[0], lambda: self._sq_norm(grads))
             if not facts.decision.climbs:
                 facts.begin_second()
                 facts.aside = put_aside(groups) if zero_grad else pairs_of(groups)
@@ -67,8 +73,9 @@ class Climb(Passes):
                 # From here on restore() is needed. Which weights are away the buckets know.
                 number = groups[0][CLIMBS] = groups[0].get(CLIMBS, 0) + 1
                 facts.leave()
-                facts.total = facts.engine.climb(ascent, grads, groups, number)
-                facts.norm = functools.partial(ascent.norm, climbing)
+                keep = blend is not None
+                total = facts.engine.climb(ascent, grads, groups, number, keep)
+                facts.climbed(ascent, groups, total)
             except BaseException:
                 self.restore()
                 raise
@@ -78,10 +85,9 @@ class Climb(Passes):
         return True
 
     def _closure_scale(self) -> float | None:
-        """The loss scale that ``scaler.step(optimizer, closure)`` tells, where it is asked for."""
-        if not (self._when.needs_norm and self._is_scaled()):
-            return None
-        return float(self.grad_scale)
+        """The loss scale that ``scaler.step(optimizer, closure)`` tells, where it matters."""
+        matters = self._when.needs_norm or ascents.chosen(self.param_groups).scale_matters
+        return float(self.grad_scale) if matters and self._is_scaled() else None
 
     def _is_scaled(self) -> bool:
         """Whether a GradScaler has said that the gradients are scaled."""

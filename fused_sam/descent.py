@@ -10,16 +10,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .ascents import SQUARES
-from .blends import PLAIN
+from .backends import Groups
+from .blends import Blending, chosen
 from .caches import forget_copies
-from .climb import Climb
 from .facts import Facts
 from .gradients import are_there, mark_used, put_back
 from .modes import working
+from .onepass import OnePass, decay_ahead
+from .rules import check_options
 from .scaling import clip_scale, found_nonfinite
 
 
-class Descent(Climb):
+class Descent(OnePass):
     """The part of ``FusedSAM`` that returns and updates."""
 
     # GradScaler then calls step() in every case and hands over grad_scale and found_inf: so that
@@ -53,8 +55,14 @@ class Descent(Climb):
         there = are_there(self.param_groups)
         if between:
             self._refuse_unknown_scale()
-        if climbed:
+        ahead = self._follows()
+        blend = chosen(self.param_groups) if climbed and ahead is None else None
+        if ahead is not None:
+            self._check_ahead()
+        elif climbed:
             facts.scaler.check_descent()
+            if blend is not None:
+                facts.scaler.check_blend(blend.key)
             if there:
                 facts.record.check_complete()
         if facts.aside and not there:
@@ -72,6 +80,11 @@ class Descent(Climb):
         with working():
             grads = self._gradients()
             engine, groups = facts.engine, self.param_groups
+            if (rule := engine.layout.rule) is not None:
+                for group in groups:
+                    check_options(rule, group)
+            rows: Groups = groups
+            blending = None if blend is None else engine.blending(blend, grads, groups)
             if check_finite or max_grad_norm is not None:
                 sq_norm = engine.number(engine.reduce(SQUARES, grads, groups))
                 if check_finite:
@@ -79,13 +92,20 @@ class Descent(Climb):
                     first = sq_norm if total is None else engine.number(total.sum())
                     found_inf = found_nonfinite(first, sq_norm, found_inf)
                 if max_grad_norm is not None:
+                    if blending is not None:
+                        sq_norm = blending.sq_norm(sq_norm, groups)
                     grad_scale = clip_scale(sq_norm.sqrt(), max_grad_norm, grad_scale)
-            if engine.layout.rule is not None:
-                engine.update(PLAIN, grads, groups, self.state, grad_scale, found_inf)
+            if rule is not None:
+                if ahead is not None:
+                    grads, rows = decay_ahead(engine.buckets, grads, groups, grad_scale)
+                engine.update(blending, grads, rows, self.state, grad_scale, found_inf)
                 facts.perturbed = False
             else:
-                self._step_base(grad_scale, found_inf)
+                self._step_base(blending, grad_scale, found_inf)
         facts.arrive()
+        if ahead is not None:
+            with working():
+                self._go_ahead(ahead, [bucket_grads.present for bucket_grads in grads])
         forget_copies()
         for group in self.param_groups if between else ():
             group.update(memory)
@@ -100,21 +120,25 @@ class Descent(Climb):
             optimizer._opt_called = True  # type: ignore[union-attr]
 
     def _refuse_unknown_scale(self) -> None:
-        if self._when.needs_norm and self._is_scaled() and self._facts.scale is None:
+        facts = self._facts
+        if facts.scale_matters and self._is_scaled() and facts.scale is None:
             self.restore()
             raise RuntimeError(
-                f"{self._when} judges the size of the gradients at w, and their loss scale was not "
-                f"told: call first_step(scaler=scaler)"
+                f"the step depends on the size of the gradients at w (ascent="
+                f"{self.param_groups[0]['ascent']!r}, when={self._when}), and their loss scale was "
+                f"not told: call first_step(scaler=scaler)"
             )
 
-    def _step_base(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _step_base(
+        self, blending: Blending | None, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
         """Return to w and let a base optimizer that has no rule step by itself."""
         self.restore()
         # Only here the host has to wait: the base optimizer cannot be told to skip on the device.
         if found_inf is not None and found_inf.item() != 0:
             return
-        if grad_scale is not None:
-            self._facts.engine.blend(PLAIN, grad_scale)
+        if grad_scale is not None or blending is not None:
+            self._facts.engine.blend(blending, self.param_groups, grad_scale)
         # Without torch's wrapper, which would run the global step hooks a second time.
         step = type(self.base_optimizer).step
         step = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .ascents import Ascent, Sums
+from .ascents import GRAM, Ascent, Sums
 from .backends import Backend, Groups, combine
-from .blends import Blend
+from .blends import Blend, Blending
 from .devices import moved
 from .memory import Bucket, Gradients, Layout
 from .memory.state import State, check_states
@@ -48,26 +48,43 @@ class Engine:
         return total if earlier is None else torch.cat([earlier, total])
 
     def climb(
-        self, ascent: Ascent, grads: Sequence[Gradients], groups: Groups, number: int
+        self,
+        ascent: Ascent,
+        grads: Sequence[Gradients],
+        groups: Groups,
+        number: int,
+        keep: bool = False,
     ) -> Tensor:
         """Save w and climb, under a number; returns what was reduced, (k,) float64.
 
-        Groups whose ``ascent`` is None take no part.
+        Groups whose ``ascent`` is None take no part. ``keep``: the gradients are kept for a blend.
         """
         grads = [_climbing(b, g, groups) for b, g in zip(self.buckets, grads, strict=True)]
         total = self.reduce(ascent.sums, grads, groups)
         for backend, bucket, bucket_grads in self._each(grads):
             here = moved(total, bucket.device, total.dtype)
             bucket.settle()
-            bucket.begin_climb(number, bucket_grads)
-            backend.ascend_(bucket, ascent, bucket_grads, groups, here, number)
+            kept = bucket.begin_climb(number, bucket_grads, keep)
+            backend.ascend_(bucket, ascent, bucket_grads, groups, here, number, kept)
             bucket.end_climb()
             bucket.bump_versions(bucket_grads)
         return total
 
+    def take_in(self, state: State, groups: Groups) -> None:
+        """Notice optimizer state that was replaced since the last step."""
+        states = self.layout.states
+        if not states.is_current(state):
+            check_states(self.layout.rule, groups, state)
+            states.adopt(state, groups)
+
+    def blending(self, blend: Blend, grads: Sequence[Gradients], groups: Groups) -> Blending:
+        """What a blend needs to know of these gradients at w + epsilon and those that are kept."""
+        climbing = [_climbing(b, g, groups) for b, g in zip(self.buckets, grads, strict=True)]
+        return Blending(blend, self.reduce(GRAM, climbing, groups))
+
     def update(
         self,
-        blend: Blend,
+        blending: Blending | None,
         grads: Sequence[Gradients],
         groups: Groups,
         state: State,
@@ -77,9 +94,7 @@ class Engine:
         """Return to w and step by the rule, which there must be."""
         rule, states = self.layout.rule, self.layout.states
         assert rule is not None
-        if not states.is_current(state):
-            check_states(rule, groups, state)
-            states.adopt(state, groups)
+        self.take_in(state, groups)
         for backend, bucket, bucket_grads in self._each(grads):
             bucket.settle()
             away = bucket.perturbed
@@ -88,7 +103,7 @@ class Engine:
                 backend.update_(
                     bucket,
                     rule,
-                    blend,
+                    _there(bucket, blending),
                     bucket_grads,
                     groups,
                     grad_scale=_on(bucket, grad_scale, bucket.compute_dtype),
@@ -105,11 +120,12 @@ class Engine:
                     states.expose(bucket, bucket_grads, groups, state, found_inf)
                 raise
 
-    def blend(self, blend: Blend, grad_scale: Tensor) -> None:
+    def blend(self, blending: Blending | None, groups: Groups, grad_scale: Tensor | None) -> None:
         """Give a base optimizer without a rule the gradients that it is to see."""
         for backend, bucket in zip(self.backends, self.buckets, strict=True):
             grads = [slot.param.grad for slot in bucket.slots]
-            backend.blend_(bucket, blend, grads, _on(bucket, grad_scale, bucket.compute_dtype))
+            scale = _on(bucket, grad_scale, bucket.compute_dtype)
+            backend.blend_(bucket, _there(bucket, blending), grads, groups, scale)
 
     def restore(self) -> list[str]:
         """Return to w, without any check; each bucket whatever becomes of the others.
@@ -149,6 +165,13 @@ def _climbing(bucket: Bucket, grads: Gradients, groups: Groups) -> Gradients:
     present = tuple([grad is not None for grad in tensors])
     places = tuple([a if part else 0 for a, part in zip(grads.addresses, takes_part, strict=True)])
     return Gradients(tensors, present, all(present), places)
+
+
+def _there(bucket: Bucket, blending: Blending | None) -> Blending | None:
+    if blending is None:
+        return None
+    numbers = blending.numbers
+    return Blending(blending.blend, moved(numbers, bucket.device, numbers.dtype))
 
 
 def _on(bucket: Bucket, value: Tensor | None, dtype: torch.dtype) -> Tensor | None:

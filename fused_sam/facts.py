@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .ascents import Ascent
 from .attached import Attached
+from .backends import Groups
 from .backends.capture import Captures
 from .engine import Engine
 from .memory import Layout
@@ -32,8 +35,12 @@ class Facts:
         decision: what the schedule said of the last step that began.
         aside: the gradients of a half-done step at w: its own, unless a second backward comes.
         scale: the loss scale of the gradients at w, as far as first_step was told; else None.
+        scale_matters: whether the step under way depends on it.
         total: (k,) float64, what the last climb reduced; None before the first.
         norm: which norm that is: of ``total``, ().
+        training: whether the weights of a one-pass member belong ahead of w.
+        ahead: which ones were taken there last, for each slot of each bucket.
+        versions: of all parameters, torch's count of writes to each, as they were left there.
         attached: the model, if it is known.
         record: the random states of the first pass.
         owner: the optimizer, and no proxy of it.
@@ -55,8 +62,12 @@ class Facts:
         self.decision = Decision(True, {})
         self.aside: list[tuple[Tensor, Tensor]] = []
         self.scale: float | None = None
+        self.scale_matters = False
         self.total: Tensor | None = None
         self.norm: Callable[[Tensor], Tensor] = torch.sum  # before the first climb nobody asks
+        self.training = True
+        self.ahead: list[tuple[bool, ...]] = []
+        self.versions: list[int] = []
 
     def devices(self) -> list[torch.device]:
         """Where random numbers may be drawn: the parameters' devices, and all GPUs in use."""
@@ -64,6 +75,11 @@ class Facts:
         if torch.cuda.is_initialized():
             devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
         return devices
+
+    def climbed(self, ascent: Ascent, groups: Groups, total: Tensor) -> None:
+        """A climb was made, by what ``total`` says."""
+        climbing = next((g for g in groups if g["ascent"] is not None), {})
+        self.total, self.norm = total, functools.partial(ascent.norm, climbing)
 
     def leave(self) -> None:
         """The weights are at w + epsilon: the second pass begins."""

@@ -38,7 +38,11 @@ def are_fresh(groups: Groups) -> bool:
 
 def are_there(groups: Groups) -> bool:
     """Whether some parameter has a gradient."""
-    return any([p.grad is not None for group in groups for p in group["params"]])
+    for group in groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                return True
+    return False
 
 
 def pairs_of(groups: Groups) -> list[tuple[Tensor, Tensor]]:

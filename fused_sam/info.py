@@ -18,11 +18,18 @@ from .backends import missing
 
 def availability() -> dict[str, str | None]:
     """Each backend on each kind of device; None where it runs, else why not and what to do."""
-    found = {"reference": None, "native (cpu)": missing("native", torch.device("cpu"))}
+    found = {"reference": None, "native (cpu)": _missing("native", "cpu")}
     no_gpu = None if torch.cuda.is_available() else "this torch sees no GPU"
     for name in ("native", "triton"):
-        found[f"{name} (cuda)"] = missing(name, torch.device("cuda")) or no_gpu
+        found[f"{name} (cuda)"] = _missing(name, "cuda") or no_gpu
     return found
+
+
+def _missing(name: str, device: str) -> str | None:
+    try:
+        return missing(name, torch.device(device))
+    except ValueError as error:  # of FUSED_SAM_CPU
+        return f"{error}; unset it"
 
 
 def report() -> str:

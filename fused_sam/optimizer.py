@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import blends
 from .ascents import Choice
 from .caches import forget_copies
 from .checks import (
@@ -30,7 +31,16 @@ from .compiling import opaque, prepare
 from .descent import Descent
 from .gradients import are_fresh, are_there, mark_used
 from .modes import working
-from .options import ADAPTIVE, ASCENT, ETA, MAX_GRAD_NORM, RHO, agreed_max_grad_norm, numbers
+from .options import (
+    ADAPTIVE,
+    ASCENT,
+    BLEND,
+    ETA,
+    MAX_GRAD_NORM,
+    RHO,
+    agreed_max_grad_norm,
+    numbers,
+)
 from .schedule import Always, When, check_when
 from .ways import WAYS
 
@@ -73,6 +83,8 @@ class FusedSAM(Descent):
         ascent: which climb, a member of ``fused_sam.ascents``. None: these parameters take no part
             in the climb, neither in the norm, and step all the same. That is for some of the
             groups: SAM-ON (Mueller et al. 2023) leaves it to the layers that normalise.
+        blend: which gradient the base optimizer sees, a member of ``fused_sam.blends``. None: the
+            one at w + epsilon. A blend keeps the gradient at w: one more copy of the parameters.
         max_grad_norm: clip the second gradient to this L2 norm, as
             ``torch.nn.utils.clip_grad_norm_`` does.
         backend: ``"auto"`` or the name of one; ``optimizer.backend`` tells which runs.
@@ -101,6 +113,7 @@ class FusedSAM(Descent):
         *,
         eta: float = ETA.default,
         ascent: Choice | str | None = ASCENT.default,
+        blend: blends.Choice | str | None = BLEND.default,
         max_grad_norm: float | None = None,
         backend: str = "auto",
         model: nn.Module | None = None,
@@ -109,7 +122,12 @@ class FusedSAM(Descent):
         **base_kwargs: Any,
     ) -> None:
         options = with_defaults(
-            rho=rho, adaptive=adaptive, eta=eta, ascent=ascent, max_grad_norm=max_grad_norm
+            rho=rho,
+            adaptive=adaptive,
+            eta=eta,
+            ascent=ascent,
+            blend=blend,
+            max_grad_norm=max_grad_norm,
         )
         check_caller()
         base_optimizer, base_kwargs = unfolded(base_optimizer, numbers(base_kwargs))
@@ -133,6 +151,7 @@ class FusedSAM(Descent):
         *,
         eta: float = ETA.default,
         ascent: Choice | str | None = ASCENT.default,
+        blend: blends.Choice | str | None = BLEND.default,
         max_grad_norm: float | None = None,
         backend: str = "auto",
         model: nn.Module | None = None,
@@ -149,7 +168,12 @@ class FusedSAM(Descent):
                 f"got {type(optimizer).__name__}"
             )
         options = with_defaults(
-            rho=rho, adaptive=adaptive, eta=eta, ascent=ascent, max_grad_norm=max_grad_norm
+            rho=rho,
+            adaptive=adaptive,
+            eta=eta,
+            ascent=ascent,
+            blend=blend,
+            max_grad_norm=max_grad_norm,
         )
         check_base(type(optimizer))
         groups = [{**options, **numbers(group)} for group in optimizer.param_groups]
@@ -305,16 +329,19 @@ class FusedSAM(Descent):
                 no gradient, or comes after ``GradScaler.unscale_``.
         """
         facts = self._facts
+        one_pass = self._follows() is not None
         finishing = facts.between or facts.finishing
         if closure is None:
-            if finishing:
-                self._descend()
-            elif self._wants_only_state():
+            if not finishing and self._wants_only_state():
                 self._initialize_state()
+            elif finishing or one_pass:
+                self._descend()
             else:
                 raise RuntimeError(f"step() without first_step() before, nor a closure. {WAYS}")
             return None
         facts.scaler.check_closure()
+        if one_pass and not finishing:
+            return self._step_once(closure)
         scaled = hasattr(self, "found_inf")
         loss, found_inf, theirs = None, getattr(self, "found_inf", None), True
         attached = facts.attached.model is not None
@@ -335,15 +362,27 @@ class FusedSAM(Descent):
                     self._run(closure, self.second_pass() if twice and attached else None)
             self._descend(found_inf, check_finite=scaled)
         except BaseException:
-            self.restore()
-            if not theirs:
-                self.zero_grad()  # or half a gradient would be taken for that of w
-            # What a GradScaler has set it takes back only after a step that returns.
-            facts.scaler.handed.clear()
+            try:
+                self.restore()
+            finally:
+                if not theirs:
+                    self.zero_grad()  # or half a gradient would be taken for that of w
+                # What a GradScaler has set it takes back only after a step that returns.
+                facts.scaler.handed.clear()
             raise
         return loss
 
     step.hooked = True  # type: ignore[attr-defined]  # torch does not wrap it once more
+
+    def _step_once(self, closure: Closure) -> Any:
+        """A step of one pass: nothing moves before the closure has returned."""
+        try:
+            value = self._run(closure)
+            self._descend(check_finite=hasattr(self, "found_inf"))
+        except BaseException:
+            self._facts.scaler.handed.clear()
+            raise
+        return value
 
     def _run(self, closure: Closure, block: AbstractContextManager[Any] | None = None) -> Any:
         with torch.enable_grad(), block or nullcontext():

@@ -29,7 +29,11 @@ def check_size(name: str, value: Any) -> None:
     """Raise unless ``value`` is a finite number >= 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and value >= 0):
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite and >= 0, got an int beyond all floats") from None
+    if not (finite and value >= 0):
         raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
 
 
@@ -63,9 +67,12 @@ ETA = Option("eta", 0.0, check_size)
 ASCENT = Option("ascent", "sam", _check_member)
 MAX_GRAD_NORM = Option("max_grad_norm", None, _check_clip)
 P = Option("p", 2.0, _check_p)
+BLEND = Option("blend", None, _check_member)
+BLEND_ALPHA = Option("blend_alpha", 0.0, check_size)
 
 OPTIONS: Mapping[str, Option] = {
-    option.name: option for option in (RHO, ADAPTIVE, ETA, ASCENT, P, MAX_GRAD_NORM)
+    option.name: option
+    for option in (RHO, ADAPTIVE, ETA, ASCENT, P, BLEND, BLEND_ALPHA, MAX_GRAD_NORM)
 }
 """What a group holds besides the base optimizer's options, by name."""
 

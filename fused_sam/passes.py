@@ -13,6 +13,7 @@ from torch import nn
 from .attached import check_model
 from .batchnorm import frozen_running_stats
 from .checkpoint import Checkpointing
+from .checkup import Checkup, examine
 from .gradients import are_fresh, put_aside, put_back
 
 NoSync = Callable[[], AbstractContextManager[Any]]
@@ -159,6 +160,24 @@ class Passes(Checkpointing):
             self.restore()
             raise
         return returned
+
+    def check(self, model: nn.Module, forward_backward: Callable[[], Any]) -> Checkup:
+        """Try a step, take it back, and tell whether it would be SAM's; print what it returns.
+
+        Does the second pass see w + epsilon, does it draw the same random numbers and leave running
+        statistics alone, which share of rho is left after rounding, what keeps copies of the
+        weights? Weights, state, gradients, buffers and random states are as before.
+
+        Args:
+            model: whose buffers are looked at; attached or not.
+            forward_backward: computes the loss of one batch, the same each time, and calls
+                backward. It runs four times.
+
+        Raises:
+            RuntimeError: the weights are perturbed; ``forward_backward`` leaves no gradient.
+        """
+        self._refuse_away("check()")
+        return examine(self, model, forward_backward)
 
     def _each_climbs(self) -> bool:
         """Whether the micro-batches of the step that begins climb, each by itself."""

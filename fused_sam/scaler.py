@@ -57,6 +57,15 @@ class ScalerFacts:
                 "is fine; or pass max_grad_norm=... to FusedSAM. restore() goes back to w"
             )
 
+    def check_blend(self, blend: str) -> None:
+        """Raise if the gradients at w + epsilon are unscaled and those that are kept may not be."""
+        if self._unscaled_away:
+            raise RuntimeError(
+                f"scaler.unscale_(optimizer) was called after first_step(), and blend={blend!r} "
+                f"needs the gradients of both passes at one scale: leave it out (to clip, pass "
+                f"max_grad_norm=... to FusedSAM). restore() goes back to w"
+            )
+
 
 class Handed:
     """An attribute that a GradScaler sets for a step; a proxy of the optimizer shares it."""

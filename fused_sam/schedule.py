@@ -87,6 +87,8 @@ class Always(When):
 
 
 _ALWAYS = Decision(True, {})
+NO_CLIMB = Decision(False, {})
+"""For members that have one pass."""
 
 
 @dataclass(frozen=True)

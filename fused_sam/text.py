@@ -29,6 +29,8 @@ def where(condition: Value, x: Value, y: Value) -> Value:
     """``x`` where the condition holds, else ``y``; what is not chosen may be NaN or infinite."""
     if not isinstance(condition, Tensor):
         return x if condition else y
+    if not (isinstance(x, Tensor) or isinstance(y, Tensor)):
+        x = condition.new_full((), x, dtype=torch.float64)  # or torch takes them for float32
     return torch.where(condition, x, y)
 
 

@@ -57,7 +57,17 @@ def real(tensor):
 
 
 def params_of(opt):
-    return [p for group in opt.param_groups for p in group["params"]]
+    return [p for group in groups_of(opt) for p in group["params"]]
+
+
+def groups_of(opt):
+    """The groups; a parameter that stands there several times belongs where it stands first."""
+    groups, seen = [], set()
+    for group in opt.param_groups:
+        params = list({id(p): p for p in group["params"] if id(p) not in seen}.values())
+        seen.update(map(id, params))
+        groups.append({**group, "params": params})
+    return groups
 
 
 def kept_dtype(cls, name, p):
@@ -187,20 +197,57 @@ def climb(groups, weights, grads):
     return expected, Expected(norm, norm * coarse)
 
 
+def blend(groups, first, second):
+    """The gradients that the base optimizer sees, {param: Expected or None}.
+
+    Args:
+        first, second: {param: gradient or None} of both passes; {} where there was no first.
+    """
+    exactly = {
+        p: Expected(exact(g), real(exact(g)).abs()) for p, g in second.items() if g is not None
+    }
+    climbing = [p for group in groups if group["ascent"] for p in group["params"]]
+    alpha = next((g["blend_alpha"] for g in groups if g["ascent"] and g["blend"] == "gsam"), None)
+    if alpha is None or not first:
+        return exactly
+    # Zhuang et al. 2022: g = parallel + orthogonal to g', by scalar products over all parameters.
+    both = [
+        (real(exact(first[p])), real(exactly[p].value))
+        for p in climbing
+        if p in exactly and first.get(p) is not None
+    ]
+    squares = sum(real(exactly[p].value).square().sum() for p in climbing if p in exactly)
+    share = sum((g * h).sum() for g, h in both) / squares if both else torch.zeros(())
+    if not share.isfinite():
+        return exactly
+    for p in climbing:
+        if p in exactly:
+            h = exactly[p].value
+            g = torch.zeros_like(h) if first.get(p) is None else exact(first[p])
+            orthogonal = g - share * h
+            terms = real(h).abs() * (1 + (alpha * share).abs()) + alpha * real(g).abs()
+            exactly[p] = Expected(h - alpha * orthogonal, terms)
+    return exactly
+
+
 def descend(
     cls, groups, weights, state, grads, *, grad_scale=1.0, found_inf=False, max_grad_norm=None
 ):
     """One step of the torch.optim class ``cls`` in float64 from ``weights`` with ``grads``.
 
-    Returns {param: Expected} and {param: {name: Expected}}.
+    The gradients are as ``blend`` gives them. Returns {param: Expected} and
+    {param: {name: Expected}}.
     """
-    twins = {}
+    twins, terms_of = {}, {}
     for p, w in weights.items():
         twins[p] = w.clone().requires_grad_()
         if grads.get(p) is not None:
-            twins[p].grad = exact(grads[p]) / grad_scale
+            twins[p].grad = grads[p].value / grad_scale
+            terms_of[p] = grads[p].magnitude / grad_scale
     if max_grad_norm is not None:
-        torch.nn.utils.clip_grad_norm_(list(twins.values()), max_grad_norm, foreach=False)
+        norm = torch.nn.utils.clip_grad_norm_(list(twins.values()), max_grad_norm, foreach=False)
+        clip = (max_grad_norm / (norm + 1e-6)).clamp_max(1.0)
+        terms_of = {p: terms * clip for p, terms in terms_of.items()}
     base = TEXTBOOKS.get(cls, cls)(
         [{**_options(group), "params": [twins[p] for p in group["params"]]} for group in groups]
     )
@@ -224,7 +271,8 @@ def descend(
                 g = twins[p].grad
                 compute = torch.float64 if p.dtype == torch.float64 else torch.float32
                 bound = OPERATIONS * torch.finfo(compute).eps / 2
-                weight, terms = _magnitudes(cls, group, weights[p], g, old[p], new, bound)
+                magnitudes = _magnitudes(cls, group, weights[p], g, terms_of[p], old[p], new, bound)
+                weight, terms = magnitudes
             if not stepped or group["lr"] == 0:
                 new_weights[p] = Expected(weights[p], 0.0)
             else:
@@ -245,11 +293,11 @@ def _options(group):
     return options
 
 
-def _magnitudes(cls, group, w, g, old, new, bound):
+def _magnitudes(cls, group, w, g, g_terms, old, new, bound):
     """The magnitude of the terms of the new weights, and of each state: see the module."""
     group = _options(group)
     signed = real(g) * (-1 if group["maximize"] else 1), {k: real(v) for k, v in old.items()}
-    w, g = real(w).abs(), real(g).abs()
+    w, g = real(w).abs(), g_terms
     old = {k: real(v).abs() for k, v in old.items()}
     new = {k: real(v) for k, v in new.items()}
     lr, weight_decay = group["lr"], group["weight_decay"]
@@ -338,7 +386,7 @@ class Textbook:
 
     def __init__(self, opt):
         self.opt = opt
-        self.weights, self.state, self.climbed = {}, {}, set()
+        self.weights, self.state, self.climbed, self.first = {}, {}, set(), {}
         self._skipped = set()  # parameters whose first step was skipped: they have no state yet
         self.check()
 
@@ -394,6 +442,7 @@ class Textbook:
         self.opt.restore()
         assert not self.opt.is_perturbed
         self.climbed.clear()
+        self.first = {}
         self.check()
 
     def first_step(self, grads):
@@ -403,7 +452,7 @@ class Textbook:
         grads = {p: grads.get(p) for p in params}
         inject(grads)
         # A group added to the base optimizer takes the defaults.
-        groups = [{**{k: opt.defaults[k] for k in ASCENT}, **group} for group in opt.param_groups]
+        groups = [{**{k: opt.defaults[k] for k in ASCENT}, **group} for group in groups_of(opt)]
         expected, norm = climb(groups, {p: exact(self.weights[p]) for p in params}, grads)
         opt.first_step()
         assert opt.is_perturbed
@@ -415,6 +464,7 @@ class Textbook:
         assert_close(opt.grad_norm, norm, "grad_norm")
         climbing = {p for group in groups if group["ascent"] for p in group["params"]}
         self.climbed = {p for p in climbing if grads[p] is not None}
+        self.first = {p: grads[p] for p in climbing}
 
     def second_step(self, grads, run=None, *, grad_scale=1.0, found_inf=False):
         """``opt.second_step()``, or ``run()``, with these gradients and no others, checked."""
@@ -423,10 +473,10 @@ class Textbook:
         grads = {p: grads.get(p) for p in params}
         expected, expected_state = descend(
             type(opt.base_optimizer),
-            opt.param_groups,
+            groups_of(opt),
             {p: exact(self.weights[p]) for p in params},
             {p: self.state[p] for p in params},
-            grads,
+            blend(opt.param_groups, self.first, grads),
             grad_scale=grad_scale,
             found_inf=found_inf,
             max_grad_norm=opt.max_grad_norm,
@@ -435,6 +485,7 @@ class Textbook:
         (run or opt.second_step)()
         assert not opt.is_perturbed
         self.climbed.clear()
+        self.first = {}
         stepped = {p for p in params if grads[p] is not None}
         if found_inf:
             self._skipped |= {p for p in stepped if not self.state[p]}

@@ -17,7 +17,8 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
 ARCHS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]
 BUDGET = {"reduce": 1, "ascend": 4, "sgd-momentum": 5, "adamw": 7}
-"""Accesses to each element: the traffic budget of docs/predicted.md."""
+BUDGET |= {"ascend-keep": 5, "reduce-gram": 2, "sgd-momentum-gsam": 6}
+"""Accesses to each element: the traffic budget of docs/predicted.md, and with a blend."""
 
 
 def _run(script, *args):
@@ -44,7 +45,7 @@ def test_traffic_is_the_budget(kernel, dtype, arch, kernels):
     loads_and_stores, *others = kernels[kernel, dtype, arch]["loops"]
     assert sum(loads_and_stores) == BUDGET[kernel]
     # The other path of update_: a parameter without a gradient is read and written once.
-    assert others == ([] if kernel in ("reduce", "ascend") else [[1, 1]])
+    assert others == ([] if kernel.startswith(("reduce", "ascend")) else [[1, 1]])
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -101,7 +102,10 @@ def test_small_numbers_are_not_flushed_to_zero(kernels):
 
 def test_registers_leave_half_of_the_threads_on_sm_90(kernels):
     crowded = {k: r["occupancy"] for k, r in kernels.items() if r["arch"] == "sm_90"}
-    assert len(crowded) == 22
+    assert len(crowded) == 36
+    # Three float64 sums for each element of an access: of half precision that is eight.
+    assert crowded.pop(("reduce-gram", "fp32", "sm_90")) == 0.25
+    assert crowded.pop(("reduce-gram", "bf16", "sm_90")) == 0.25
     assert all(share >= 0.5 for share in crowded.values()), crowded
 
 

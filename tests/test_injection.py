@@ -55,6 +55,8 @@ def interrupted(at):
         assert len(events) == at
     finally:
         sys.settrace(before)
+        # Traced, a with statement can be left without its exit, where no signal would come.
+        torch.set_grad_enabled(True)
 
 
 def worth_it(events):

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -11,11 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_sam import FusedSAM, info
+from fused_sam import FusedSAM, backends, info
 from fused_sam.ascents import ASCENTS
 from fused_sam.backends import native, resolve, tables
 from fused_sam.backends.native import library, operations, translate
-from fused_sam.blends import PLAIN
 from fused_sam.memory import Bucket
 from fused_sam.memory.window import must_stay
 from fused_sam.rules import ADAM, SGD
@@ -64,14 +64,14 @@ def test_operations_do_what_their_schemas_say(pinned):
     )
     start = bucket.weights, own.pinned, bucket.saved
     ops = torch.ops.fused_sam
-    torch.library.opcheck(ops.reduce.default, (*start, None, *places, *ascent, 0))
+    torch.library.opcheck(ops.reduce.default, (*start, None, None, None, *places, *ascent, 0))
     total = torch.ones(1, dtype=torch.float64)
     torch.library.opcheck(
-        ops.ascend_.default, (*start, bucket.climb, *places, *ascent, total, 1, 0)
+        ops.ascend_.default, (*start, None, bucket.climb, *places, *ascent, total, 1, 0)
     )
     adam = dict(torch.optim.AdamW(params, amsgrad=True).param_groups[0])
     numbers, _ = tables.rule_rows(ADAM, [adam], [0])
-    flags = own.flags({0: tables.rule_bits(ADAM, adam)}, (True, True), grads)
+    flags = own.flags({0: tables.rule_bits(ADAM, adam, False)}, (True, True), grads)
     states = [torch.zeros_like(bucket.saved) for _ in ADAM.states]
     torch.library.opcheck(
         ops.update_.default,
@@ -84,9 +84,10 @@ def test_operations_do_what_their_schemas_say(pinned):
                 None,
                 bucket.climb,
                 bucket.saved,
+                None,
             ),
-            *(*places, flags, own.hyper("adam", 1, numbers)),
-            *(torch.tensor(2.0), torch.zeros(()), operations._RULES["Adam"]),
+            *(*places, flags, own.hyper("adam", 1, numbers), None, None),
+            *(torch.tensor(2.0), torch.zeros(()), operations._RULES["Adam"], -1),
         ),
     )
     torch.library.opcheck(
@@ -116,7 +117,7 @@ def test_operations_refuse_tables_that_do_not_fit():
     grads = bucket.gradients()
     addresses, flags = own.addresses(grads).table, own.flags({0: 0}, bucket.perturbed, grads)
     hyper = tables.sums_table(own, bucket, ASCENTS["sam"].sums, opt.param_groups)
-    good = [bucket.weights, [], bucket.saved, None, own.slots, addresses, flags, hyper]
+    good = [bucket.weights, [], bucket.saved, *[None] * 3, own.slots, addresses, flags, hyper]
     slots = own.slots.clone()
     slots[1] += bucket.size  # numel of the first slot
     overflowing = own.slots.clone()
@@ -127,15 +128,17 @@ def test_operations_refuse_tables_that_do_not_fit():
         (0, bucket.weights[:-64]),
         (0, bucket.weights.double()),
         (2, bucket.saved[:-64]),
-        (4, slots),
-        (4, overflowing),
-        (4, bad_row),
-        (4, own.slots[:-4]),
-        (5, addresses.int()),
-        (6, flags[1:]),
-        (6, flags.long()),
-        (7, hyper[:-1]),
-        (7, hyper.double()),
+        (3, bucket.saved[:-64]),  # what is kept
+        (4, torch.zeros(1, dtype=torch.float64)),  # numbers of which the sum needs none
+        (6, slots),
+        (6, overflowing),
+        (6, bad_row),
+        (6, own.slots[:-4]),
+        (7, addresses.int()),
+        (8, flags[1:]),
+        (8, flags.long()),
+        (9, hyper[:-1]),
+        (9, hyper.double()),
     ):
         with pytest.raises(RuntimeError, match="fused_sam"):
             torch.ops.fused_sam.reduce.default(*good[:i], wrong, *good[i + 1 :], 0)
@@ -148,8 +151,26 @@ def test_operations_refuse_tables_that_do_not_fit():
         with pytest.raises(RuntimeError, match="of which one is missing or unknown"):
             torch.ops.fused_sam.update_.default(
                 *(bucket.weights, [], None, None, None, None, None, bucket.climb, bucket.saved),
-                *(own.slots, addresses, kept, own.hyper("sgd", 1, sgd), None, None),
-                operations._RULES["Sgd"],
+                *(None, own.slots, addresses, kept, own.hyper("sgd", 1, sgd), *[None] * 4),
+                *(operations._RULES["Sgd"], -1),
+            )
+    flags = own.flags({0: 0}, bucket.perturbed, grads)
+    numbers = torch.zeros(3, dtype=torch.float64)
+    good = (bucket.saved.clone(), numbers, torch.zeros(1), 0)
+    for kept, three, hyper, blend in (
+        (None, *good[1:]),
+        (good[0][:-64], *good[1:]),
+        (good[0], None, *good[2:]),
+        (good[0], numbers[:2], *good[2:]),
+        (*good[:2], None, 0),
+        (*good[:2], torch.zeros(2), 0),
+        (*good[:3], len(operations._BLENDS)),
+    ):
+        with pytest.raises(RuntimeError, match=r"fused_sam: .*(blend|kept|numbers)"):
+            torch.ops.fused_sam.update_.default(
+                *(bucket.weights, [], None, None, None, None, None, bucket.climb, bucket.saved),
+                *(kept, own.slots, addresses, flags, own.hyper("sgd", 1, sgd), three, hyper),
+                *(None, None, operations._RULES["Sgd"], blend),
             )
 
 
@@ -166,8 +187,8 @@ def test_states_that_adam_always_keeps_must_be_there_and_in_the_flags():
         flags = own.flags({0: kept << tables.KEPT_SHIFT}, bucket.perturbed, grads)
         torch.ops.fused_sam.update_.default(
             *(bucket.weights, [], *states, torch.zeros(len(SIZES)), None, bucket.climb),
-            *(bucket.saved, own.slots, own.addresses(grads).table, flags),
-            *(own.hyper("adam", 1, numbers), None, None, operations._RULES["Adam"]),
+            *(bucket.saved, None, own.slots, own.addresses(grads).table, flags),
+            *(own.hyper("adam", 1, numbers), *[None] * 4, operations._RULES["Adam"], -1),
         )
 
     for states in ((state, None, None), (None, state, state)):
@@ -188,8 +209,8 @@ def test_the_climb_has_its_number_until_the_return():
     total = backend.reduce(bucket, ASCENTS["sam"].sums, grads, groups)
     for number, back in (
         (3, lambda: backend.restore_(bucket)),
-        (4, lambda: backend.update_(bucket, SGD, PLAIN, grads, groups)),
-        (5, lambda: backend.update_(bucket, SGD, PLAIN, grads, groups, found_inf=torch.ones(()))),
+        (4, lambda: backend.update_(bucket, SGD, None, grads, groups)),
+        (5, lambda: backend.update_(bucket, SGD, None, grads, groups, found_inf=torch.ones(()))),
     ):
         assert bucket.climb.item() == 0
         backend.ascend_(bucket, ASCENTS["sam"], grads, groups, total, number)
@@ -389,6 +410,99 @@ def test_a_library_that_cannot_be_loaded_says_so(monkeypatch, tmp_path):
         assert f"cannot be loaded ({error.value})" in native.missing("cpu")
     finally:
         native.missing.cache_clear()
+
+
+@needs_native
+@pytest.mark.parametrize("left", [0, 63, 64, 0.5, -1])
+def test_a_library_that_is_cut_short_is_not_loaded(left, monkeypatch, tmp_path):
+    """The loader ended the process, by a bus error; and "auto" said nothing of an empty one."""
+    if sys.platform != "linux":
+        pytest.skip("loaders of other systems look for themselves")
+    whole = library._library("_native").read_bytes()
+    short = tmp_path / "_native.abi3.so"
+    short.write_bytes(whole[: int(left * len(whole)) if isinstance(left, float) else left])
+    native.missing.cache_clear()
+    monkeypatch.setattr(library, "_library", lambda name: short)
+    monkeypatch.setattr(library, "_is_registered", lambda device_type: False)
+    backends._say_once.cache_clear()
+    try:
+        assert "is cut short, or empty; build it again" in native.missing("cpu")
+        with pytest.warns(UserWarning, match=r"cut short.*the slower 'reference'"):
+            assert resolve("auto", torch.device("cpu")).name == "reference"
+        assert resolve("auto", torch.device("cpu")).name == "reference"  # it is said once
+    finally:
+        native.missing.cache_clear()
+        backends._say_once.cache_clear()
+
+
+def test_info_tells_of_a_bad_wish_for_kernels():
+    """It ended in a traceback."""
+    done = subprocess.run(
+        [sys.executable, "-m", "fused_sam.info"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "FUSED_SAM_CPU": "sse9"},
+    )
+    assert done.returncode == 0, done.stderr
+    if library._library("_native") is not None:
+        assert "missing: FUSED_SAM_CPU='sse9' names no kernels" in done.stdout
+
+
+FEATURES = {
+    "SSE3": "sse3",
+    "SSSE3": "ssse3",
+    "SSE4_1": "sse4.1",
+    "SSE4_2": "sse4.2",
+    "POPCNT": "popcnt",
+    "GCC_HAVE_SYNC_COMPARE_AND_SWAP_16": "has_cx16",
+    "LAHF_SAHF": "has_lahf",
+    "AVX": "avx",
+    "AVX2": "avx2",
+    "FMA": "fma",
+    "BMI": "bmi",
+    "BMI2": "bmi2",
+    "F16C": "has_f16c",
+    "LZCNT": "has_lzcnt",
+    "MOVBE": "has_movbe",
+    "AVX512F": "avx512f",
+    "AVX512BW": "avx512bw",
+    "AVX512CD": "avx512cd",
+    "AVX512DQ": "avx512dq",
+    "AVX512VL": "avx512vl",
+}
+"""What dispatch.cpp calls the features whose macros a compiler defines."""
+OTHERS = {"SSE", "SSE2", "SSE_MATH", "SSE2_MATH", "MMX", "FXSR", "k8"}  # every x86-64 has them
+NO_INSTRUCTIONS = {"XSAVE", "EVEX512", "CRC32"}
+"""What the system does, a length of vectors, and a part of SSE4.2."""
+
+
+@pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="csrc/ is not here")
+@pytest.mark.parametrize("level", ["v2", "v3", "v4"])
+def test_the_cpu_is_asked_for_all_that_the_compiler_was_allowed(level):
+    """LZCNT, MOVBE and F16C were not asked for: a CPU without them would stop at an instruction."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None or platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("needs a compiler for x86-64")
+
+    def macros(march):
+        told = subprocess.run(
+            [compiler, f"-march={march}", "-dM", "-E", "-x", "c++", os.devnull],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return set(re.findall(r"#define __(\w+?)(?:__)? 1$", told.stdout, re.MULTILINE))
+
+    before = {"v2": "x86-64", "v3": "x86-64-v2", "v4": "x86-64-v3"}[level]
+    new = macros(f"x86-64-{level}") - macros(before)
+    allowed = {macro for macro in new if not macro.startswith("FP_FAST")}
+    unknown = allowed - FEATURES.keys() - OTHERS - NO_INSTRUCTIONS
+    assert not unknown, f"a compiler may use {unknown}, of which this test does not know"
+    source = (ROOT / "csrc" / "cpu" / "dispatch.cpp").read_text()
+    body = source.split(f"static bool has_{level}() {{")[1].split("}")[0]
+    for feature in allowed & FEATURES.keys():
+        asked = FEATURES[feature]
+        assert f'"{asked}"' in body or re.search(rf"&& {asked}\b", body), feature
 
 
 @needs_native

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import fused_sam
-from fused_sam.ascents import ASCENTS, SUMS
+from fused_sam.ascents import ASCENTS, SQUARES, SUMS
 from fused_sam.backends.native.translate import rules
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +21,10 @@ CPU_SOURCES = [
     for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
     if path.name != "bindings.cpp"  # which needs torch
 ]
-ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+ADDRESS = [
+    "-fsanitize=address,undefined,float-cast-overflow",
+    "-fno-sanitize-recover=undefined,float-cast-overflow",
+]
 THREAD = ["-fsanitize=thread", "-DFLOAT_ONLY"]
 ARCHITECTURES = (80, 90, 100, 120)
 
@@ -112,7 +115,7 @@ def cuobjdump(*arguments):
     return done.stdout
 
 
-VALUES = [value.name for value in (*rules(), *SUMS, *ASCENTS)]
+VALUES = [value.name for value in (*rules(), *SUMS, *ASCENTS.values())]
 
 
 def kernel_name(mangled):
@@ -145,36 +148,45 @@ def budget(architecture):
     counts = {}
     copy = 2 + 1
     for dtype in DTYPES:
-        counts[f"reduce SamNorm {dtype}"] = (4 + 1) * (1 + 2), 0  # g; and for ASAM g and w
-        counts[f"reduce Squares {dtype}"] = (4 + 1) * 2, 0  # g, whether w is to be read or not
-        counts[f"ascend Sam {dtype}"] = ((2 + 1) * 2,) * 2  # w, g -> w, saved
+        for sums in SUMS:
+            # g; and g and w, or what is kept. The squares read g, whether the bit is set or not.
+            operands = 1 + 1 if sums is SQUARES else 1 + 2
+            counts[f"reduce {sums.name} {dtype}"] = (4 + 1) * operands, 0
+        for ascent in ASCENTS.values():
+            # w, g -> w, saved, and where g is kept
+            counts[f"ascend {ascent.name} {dtype}"] = (2 + 1) * 2, (2 + 1) * 3
         counts[f"restore {dtype}"] = 2 * copy, 2 * copy  # where nothing else is, it stands twice
         for rule in rules():
             loads = stores = copy
             for states in variants(rule):
                 loops = 2 + 1 if dtype == "float" and 2 not in states else 1
-                loads += loops * (2 + len(states))  # saved, g', states
+                loads += loops * (3 + len(states))  # saved, g', what is kept, states
                 stores += loops * (1 + len(states))  # w, states
             counts[f"update {rule.name} {dtype}"] = loads, stores
-    if architecture < 100:
-        _split(counts)
+    _split(counts, architecture < 100)
     return counts
 
 
-def _split(counts):
-    """For older GPUs ptxas 13.0 branches on options that are the same for a whole group.
+def _split(counts, older):
+    """ptxas 13.0 branches on options that are the same for a whole group, more so for older GPUs.
 
     Loads and stores behind such a branch stand in the code twice, and run once. On the other hand
-    the restore of bfloat16 and float16 stands once.
+    the restore of bfloat16 and float16 stands once in an older GPU's.
     """
     for dtype in DTYPES:
         half = dtype.endswith("16")
-        twice = {
-            f"reduce SamNorm {dtype}": (1 if dtype == "BFloat16" else 4 + 1, 0),  # adaptive
-            f"ascend Sam {dtype}": (0, 2 + 1) if half else (2, 2 + 1 + 2),  # adaptive
-            f"update Sgd {dtype}": {"float": (2, 3), "double": (2, 1)}.get(dtype, (0, 0)),  # decay
-            f"restore {dtype}": (-3, -3) if half else (0, 0),
-        }
+        if older:
+            twice = {
+                f"reduce SamNorm {dtype}": (1 if dtype == "BFloat16" else 4 + 1, 0),  # adaptive
+                f"reduce PNormMax {dtype}": (1 if half else 4 + 1, 0),  # adaptive
+                f"ascend Sam {dtype}": {"BFloat16": (0, 0), "Float16": (0, 2 + 1)}.get(
+                    dtype, (2, 2 + 1 + 2)
+                ),  # adaptive
+                f"update Sgd {dtype}": (2, 1) if dtype == "float" else (0, 0),  # decay
+                f"restore {dtype}": (-3, -3) if half else (0, 0),
+            }
+        else:
+            twice = {f"ascend Sam {dtype}": (0, 2 + 1) if half else (4, 4)}  # adaptive
         for name, (loads, stores) in twice.items():
             counts[name] = counts[name][0] + loads, counts[name][1] + stores
 

@@ -8,6 +8,7 @@ it so.
 import copy
 import io
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -194,6 +195,101 @@ class Training(RuleBasedStateMachine):
             p.clamp_(-1, 1)
         if p not in self.textbook.climbed:
             self.textbook.weights[p].clamp_(-1, 1)
+
+    # ---- what nobody should do
+
+    @rule()
+    def list_again(self):
+        """In its group or in another, by hand: it is one parameter, where it stands first."""
+        groups = self.opt.param_groups
+        groups[self.pick(len(groups))]["params"].append(self.some_param())
+
+    @rule()
+    @precondition(lambda self: len(params_of(self.opt)) > 3)
+    def lose(self):
+        p = self.some_param()
+        for group in self.opt.param_groups:
+            group["params"][:] = [q for q in group["params"] if q is not p]
+        p.grad = None
+        self.opt.state.pop(p, None)  # or torch's state_dict() ends in a KeyError
+        self.textbook.restore()
+        assert_same_bits(p, self.textbook.weights[p])
+
+    @rule()
+    def swap(self):
+        p = self.some_param()
+        p.grad = None
+        other = torch.nn.Parameter(self.random(p.shape).to(p.dtype), p.requires_grad)
+        torch.utils.swap_tensors(p, other)
+        if p not in self.textbook.climbed:
+            self.textbook.reread(p)
+
+    @rule(change=st.sampled_from(["shape", "integers", "storage"]))
+    def misfit(self, change):
+        """It cannot hold its w: all others return, and it is named; then it is put right."""
+        p = self.some_param()
+        was = p.requires_grad
+        p.grad = None
+        if change == "shape":
+            p.data = torch.ones(7, 3).to(p.dtype)
+        elif change == "integers":
+            p.requires_grad_(False)
+            p.data = p.data.to(torch.int32)
+        elif p.numel():
+            p.data = p.data.clone()
+            p.untyped_storage().resize_(0)
+        climbed = p in self.textbook.climbed
+        try:
+            self.opt.restore()
+        except RuntimeError as error:
+            assert climbed and "back at w, except" in str(error)
+        else:
+            assert not climbed or (change == "storage" and not p.numel())
+        assert not self.opt.is_perturbed
+        p.data = self.textbook.weights[p].clone()
+        p.requires_grad_(was)
+        self.textbook.climbed.clear()
+        self.textbook.check()
+
+    @at_w
+    @rule()
+    def gradient_of_another_shape(self):
+        p = self.some_param()
+        grads = self.grads()
+        if grads.get(p) is None:
+            return
+        inject({q: grads.get(q) for q in params_of(self.opt)})
+        p.grad.data = torch.ones(7, 3, dtype=p.dtype)
+        with pytest.raises(RuntimeError, match=r"gradient of shape \(7, 3\)"):
+            self.opt.first_step()
+        self.opt.zero_grad()
+        self.textbook.check()
+
+    @at_w
+    @rule()
+    def replace_state(self):
+        p = self.some_param()
+        for name, value in self.textbook.state[p].items():
+            if name != "step":
+                self.opt.state[p][name] = value * 0.5
+                self.textbook.state[p][name] = value * 0.5
+
+    @rule()
+    def state_that_does_not_fit(self):
+        p = self.some_param()
+        state = self.opt.state.get(p, {})
+        names = [name for name, value in state.items() if name != "step" and value is not None]
+        if not names or not p.requires_grad:
+            return
+        good, state[names[0]] = state[names[0]], torch.ones(7, 3)
+        with pytest.raises(ValueError, match=r"has shape \(7, 3\)"):
+            self.opt.second_step()
+        state[names[0]] = good
+        self.textbook.check()
+
+    @rule()
+    def hold_the_memory(self):
+        self.held = self.some_param().untyped_storage()
 
     @at_w
     @rule(dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))

@@ -12,6 +12,7 @@ from oracle import TEXTBOOKS, Textbook, assert_same_bits, exact, inject, params_
 
 from fused_sam import FusedSAM, Lion
 from fused_sam.ascents import SAM, PNorm
+from fused_sam.blends import GSAM
 
 SHAPES = [(), (1,), (0,), (3,), (63,), (64,), (65,), (7, 9)]
 NOT_INTERPRETED = [(1,), (63,), (64,)]
@@ -257,6 +258,76 @@ def test_no_ascent_climbs_by_numbers_that_are_not_finite_or_all_zero(value, asce
             assert opt.is_perturbed
             assert_same_bits(w, before)
             assert not (opt.grad_norm.isfinite() and opt.grad_norm > 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES + COMPLEX, ids=str)
+@pytest.mark.parametrize("rule", REPRESENTATIVES)
+def test_gsam(rule, dtype, backend):
+    """Guards both gradients' way into the rule, with groups, missing ones, changes of alpha."""
+    cls, options = RULES[rule]
+    params = make_params(dtype, backend)
+    flip = not options.get("maximize", False)
+    groups = [
+        {"params": params[:3], "lr": 0.01},
+        {"params": params[3:5], "ascent": None},
+        {"params": params[5:7], "maximize": flip, "rho": 0.1},
+        {"params": params[7:]},
+    ]
+    blend = GSAM(alpha=0.4)
+    opt = FusedSAM(groups, cls, rho=0.3, backend=backend, lr=0.04, blend=blend, **options)
+
+    def between(opt, i):
+        for group in opt.param_groups:
+            group["blend_alpha"] = (0.4, 0.0, 1.5, 0.2, 0.2, 0.2)[i]
+            group["blend"] = None if i == 5 else "gsam"
+
+    textbook = run(opt, between=between)
+    opt.param_groups[1]["ascent"] = None
+    textbook.second_step(random_grads(params, 77))  # no first one: nothing to blend with
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.5, 1e3], ids=["clips", "does-not-clip"])
+@pytest.mark.parametrize("rule", ["sgd-nesterov", "adamw"])
+def test_gsam_clips_what_the_rule_sees_and_is_unscaled(rule, max_grad_norm, backend):
+    """Guards the norm of a blend, which is made of three numbers, and groups that do not climb."""
+    cls, options = RULES[rule]
+    params = [p for t in (torch.float32, torch.bfloat16) for p in make_params(t, backend)]
+    groups = [{"params": params[:12]}, {"params": params[12:], "ascent": None}]
+    opt = FusedSAM(
+        groups,
+        cls,
+        blend=GSAM(alpha=0.7),
+        max_grad_norm=max_grad_norm,
+        backend=backend,
+        lr=0.05,
+        **options,
+    )
+    textbook = Textbook(opt)
+    for i, found_inf in enumerate([0.0, 1.0, 0.0]):
+        opt.grad_scale = torch.tensor(4.0)
+        opt.found_inf = torch.tensor(found_inf)
+        run_on(textbook, [((i,), (i + 3,))], grad_scale=4.0, found_inf=found_inf != 0)
+    del opt.grad_scale, opt.found_inf
+    run_on(textbook, [((), ())])
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gsam_is_sam_where_there_is_nothing_to_decompose(dtype, value, backend):
+    """Guards zero times infinity: what is kept of a first gradient that is not finite."""
+    params = make_params(dtype, backend)
+    opt = FusedSAM(params, SGD, rho=0.3, backend=backend, lr=0.05, blend=GSAM(alpha=0.5))
+    textbook = Textbook(opt)
+    for zero_second in (False, True):
+        first, second = random_grads(params, 0), random_grads(params, 1)
+        if value:
+            first[params[-1]][3, 4] = value
+        else:
+            first = {p: torch.zeros_like(p) for p in params}
+        if zero_second:
+            second = {p: torch.zeros_like(p) for p in params}
+        textbook.step(first, second)
+        assert all(p.isfinite().all() for p in params)
 
 
 @pytest.mark.parametrize("rule", REPRESENTATIVES)

@@ -78,32 +78,40 @@ double all_of(const void* values, int64_t n, bool max) {
   return static_cast<double>(static_cast<T>(all));
 }
 
-Tensor reduce(Tensor weights, std::vector<Tensor> pinned, Tensor saved,
+Tensor reduce(Tensor weights, std::vector<Tensor> pinned, Tensor saved, std::optional<Tensor> kept,
               std::optional<Tensor> earlier, std::optional<Tensor> /*ticket*/, Tensor slots,
               Tensor grads, Tensor flags, Tensor hyper, int64_t sums) {
   check_index(sums, kNumSums, "sums");
   Bucket bucket(weights, pinned, saved, slots, grads, flags, hyper, kSumsColumns[sums]);
   Problem& p = bucket.problem;
   p.earlier = check_earlier(earlier, sums, saved);
-  Tensor total = torch::stable::new_zeros(saved, {1}, ScalarType::Double);
+  const int count = kSumsCount[sums];
+  Tensor total = torch::stable::new_zeros(saved, {count}, ScalarType::Double);
+  STD_TORCH_CHECK(!kSumsReadsKept[sums] || kept, "fused_sam: the sum needs kept");
+  p.kept = check_kept(kept, saved);
   const int64_t spans = num_spans(p.size);
-  std::vector<double> partials(spans);  // of float or double
+  std::vector<double> partials(spans * count);  // of float or double
   const auto kernel = kernels().reduce[sums][static_cast<int>(bucket.dtype)];
   parallel_spans(p.size,
                  [&](int64_t begin, int64_t end) { kernel(p, partials.data(), begin, end); });
-  *static_cast<double*>(total.mutable_data_ptr()) =
-      bucket.dtype == Dtype::kFloat64 ? all_of<double>(partials.data(), spans, kSumsMax[sums])
-                                      : all_of<float>(partials.data(), spans, kSumsMax[sums]);
+  double* totals = static_cast<double*>(total.mutable_data_ptr());
+  const bool wide = kSumsWide[sums] || bucket.dtype == Dtype::kFloat64, max = kSumsMax[sums];
+  for (int i = 0; i < count; ++i) {
+    const void* all = partials.data();
+    totals[i] = wide ? all_of<double>(static_cast<const double*>(all) + i * spans, spans, max)
+                     : all_of<float>(static_cast<const float*>(all) + i * spans, spans, max);
+  }
   return total;
 }
 
-void ascend_(Tensor weights, std::vector<Tensor> pinned, Tensor saved, Tensor climb, Tensor slots,
-             Tensor grads, Tensor flags, Tensor hyper, Tensor total, int64_t number,
-             int64_t ascent) {
+void ascend_(Tensor weights, std::vector<Tensor> pinned, Tensor saved, std::optional<Tensor> kept,
+             Tensor climb, Tensor slots, Tensor grads, Tensor flags, Tensor hyper, Tensor total,
+             int64_t number, int64_t ascent) {
   check_index(ascent, kNumAscents, "ascent");
-  const Bucket bucket(weights, pinned, saved, slots, grads, flags, hyper, kAscentColumns[ascent]);
+  Bucket bucket(weights, pinned, saved, slots, grads, flags, hyper, kAscentColumns[ascent]);
   check(total, "total", ScalarType::Double, kAscentNumbers[ascent], saved);
   const double* numbers = static_cast<const double*>(total.const_data_ptr());
+  bucket.problem.kept = check_kept(kept, saved);
   set_climb(climb, saved, number);
   const auto kernel = kernels().ascend_[ascent][static_cast<int>(bucket.dtype)];
   const Problem& p = bucket.problem;
@@ -113,15 +121,22 @@ void ascend_(Tensor weights, std::vector<Tensor> pinned, Tensor saved, Tensor cl
 
 void update_(Tensor weights, std::vector<Tensor> pinned, std::optional<Tensor> state0,
              std::optional<Tensor> state1, std::optional<Tensor> state2, std::optional<Tensor> step,
-             std::optional<Tensor> /*ticket*/, Tensor climb, Tensor saved, Tensor slots,
-             Tensor grads, Tensor flags, Tensor hyper, std::optional<Tensor> grad_scale,
-             std::optional<Tensor> found_inf, int64_t rule) {
+             std::optional<Tensor> /*ticket*/, Tensor climb, Tensor saved,
+             std::optional<Tensor> kept, Tensor slots, Tensor grads, Tensor flags, Tensor hyper,
+             std::optional<Tensor> numbers, std::optional<Tensor> blend_hyper,
+             std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, int64_t rule,
+             int64_t blend) {
   check_index(rule, kNumRules, "rule");
   Bucket bucket(weights, pinned, saved, slots, grads, flags, hyper, kRuleColumns[rule]);
   Problem& p = bucket.problem;
   const unsigned has = check_update(state0, state1, state2, step, grad_scale, found_inf, saved,
                                     p.num_slots, rule, p.states);
   p.step = memory<float>(step);
+  check_blend(kept, numbers, blend_hyper, saved, hyper.numel() / kRuleColumns[rule], blend);
+  p.kept = check_kept(kept, saved);
+  p.numbers = memory<double>(numbers);
+  p.blend_hyper = memory(blend_hyper);
+  p.blend = static_cast<int>(blend);
   const bool skip = found_inf && *memory<float>(found_inf) != 0.0f;
   double scale = 1;
   if (grad_scale) {
@@ -155,7 +170,7 @@ void restore_(Tensor weights, std::vector<Tensor> pinned, Tensor climb, Tensor s
   set_climb(climb, saved, 0);
 }
 
-std::string cpu_kernels() { return kernels().name; }
+std::string cpu_kernels() { return run_here() ? kernels().name : "none"; }
 
 std::string mathematics() { return FUSED_SAM_MATHEMATICS; }
 
@@ -167,17 +182,19 @@ std::string mathematics() { return FUSED_SAM_MATHEMATICS; }
 // in fused_sam/backends/base.py.
 STABLE_TORCH_LIBRARY(fused_sam, m) {
   m.def(
-      "reduce(Tensor weights, Tensor[] pinned, Tensor saved, Tensor? earlier, Tensor(a!)? ticket, "
-      "Tensor slots, Tensor grads, Tensor flags, Tensor hyper, int sums) -> Tensor");
+      "reduce(Tensor weights, Tensor[] pinned, Tensor saved, Tensor? kept, Tensor? earlier, "
+      "Tensor(a!)? ticket, Tensor slots, Tensor grads, Tensor flags, Tensor hyper, int sums) "
+      "-> Tensor");
   m.def(
-      "ascend_(Tensor(a!) weights, Tensor(b!)[] pinned, Tensor(c!) saved, Tensor(d!) climb, "
-      "Tensor slots, Tensor grads, Tensor flags, Tensor hyper, Tensor total, int number, "
+      "ascend_(Tensor(a!) weights, Tensor(b!)[] pinned, Tensor(c!) saved, Tensor(e!)? kept, "
+      "Tensor(d!) climb, Tensor slots, Tensor grads, Tensor flags, Tensor hyper, Tensor total, int "
+      "number, "
       "int ascent) -> ()");
   m.def(
       "update_(Tensor(a!) weights, Tensor(b!)[] pinned, Tensor(c!)? state0, Tensor(d!)? state1, "
       "Tensor(e!)? state2, Tensor(f!)? step, Tensor(g!)? ticket, Tensor(h!) climb, Tensor saved, "
-      "Tensor slots, Tensor grads, Tensor flags, Tensor hyper, Tensor? grad_scale, "
-      "Tensor? found_inf, int rule) -> ()");
+      "Tensor? kept, Tensor slots, Tensor grads, Tensor flags, Tensor hyper, Tensor? numbers, "
+      "Tensor? blend_hyper, Tensor? grad_scale, Tensor? found_inf, int rule, int blend) -> ()");
   m.def(
       "restore_(Tensor(a!) weights, Tensor(b!)[] pinned, Tensor(c!) climb, Tensor saved, "
       "Tensor slots, Tensor flags) -> ()");

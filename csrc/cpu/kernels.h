@@ -16,16 +16,20 @@ constexpr int64_t kSpan = 16384;
 
 // A bucket's memory and tables; T is the compute type, S the storage type of the dtype.
 struct Problem {
-  void* weights;          // S (moved,)
-  void* const* pinned;    // the weights of the last slots, which stay where they are
-  void* saved;            // S (size,)
-  void* states[3];        // S (size,) or null
-  float* step;            // (num_slots,) or null
-  const Slot* slots;      // (num_slots,), by rising start
-  const int64_t* grads;   // (num_slots,): addresses of S (numel,); null for restore_
-  const int32_t* flags;   // (num_slots,)
-  const void* hyper;      // Columns<T> (rows,) of what is computed
-  const double* earlier;  // the numbers that a sum needs, or null
+  void* weights;            // S (moved,)
+  void* const* pinned;      // the weights of the last slots, which stay where they are
+  void* saved;              // S (size,)
+  void* kept;               // S (size,), gradients at w, or null
+  void* states[3];          // S (size,) or null
+  float* step;              // (num_slots,) or null
+  const Slot* slots;        // (num_slots,), by rising start
+  const int64_t* grads;     // (num_slots,): addresses of S (numel,); null for restore_
+  const int32_t* flags;     // (num_slots,)
+  const void* hyper;        // Columns<T> (rows,) of what is computed
+  const double* earlier;    // the numbers that a sum needs, or null
+  const double* numbers;    // what the coefficients of a blend are made of, or null
+  const void* blend_hyper;  // the blend's Columns<T> (rows,), or null
+  int blend;                // its number in FUSED_SAM_BLENDS; negative: none
   int64_t num_slots;
   int64_t num_moved;  // slots in the flat weights
   int64_t size;
@@ -34,7 +38,8 @@ struct Problem {
 
 inline int64_t num_spans(int64_t size) { return (size + kSpan - 1) / kSpan; }
 
-// partials: T (num_spans,). Writes those of the spans [begin, end).
+// partials: (count, num_spans) of T, or of double where the sums are wide. Writes those of the
+// spans [begin, end).
 using Reduce = void (*)(const Problem&, void* partials, int64_t begin, int64_t end);
 // numbers: those that the ascent's sums gave over all buckets. number: the climb's.
 using Ascend = void (*)(const Problem&, const double* numbers, int64_t number, int64_t begin,
@@ -53,5 +58,8 @@ struct Kernels {
 
 // The best set that this machine can run; FUSED_SAM_CPU names another one.
 const Kernels& kernels();
+
+// Whether this machine can run any of them.
+bool run_here();
 
 }  // namespace fused_sam

@@ -145,57 +145,73 @@ FUSED_SAM_INLINE void end_streaming() {
 
 // ------------------------------------------------------------------------------------------ reduce
 
-template <typename Sums, bool kReadsParam, typename S>
-FUSED_SAM_INLINE void add_terms(double (&sums)[kLanes], const S* weights, const S* grad, int64_t n,
-                                const typename Sums::template Columns<ComputeOf<S>>& group,
-                                const typename Sums::template Earlier<ComputeOf<S>>& earlier) {
-  using T = ComputeOf<S>;
+template <typename Sums, typename S>
+using TermOf = std::conditional_t<Sums::kWide, double, ComputeOf<S>>;
+
+// other: the weights, or what is kept of the gradients at w.
+template <typename Sums, bool kReads, typename S>
+FUSED_SAM_INLINE void add_terms(double (&sums)[Sums::kCount][kLanes], const S* other, const S* grad,
+                                int64_t n,
+                                const typename Sums::template Columns<TermOf<Sums, S>>& group,
+                                const typename Sums::template Earlier<TermOf<Sums, S>>& earlier) {
+  using T = TermOf<Sums, S>;
   using words::add;
+  constexpr int kCount = Sums::kCount;
   int64_t i = 0;
   while (i < n) {
-    alignas(64) T run[kLanes] = {};
+    alignas(64) T run[kCount][kLanes] = {};
     for (int k = 0; k < kRun && i + kLanes <= n; ++k, i += kLanes) {
       constexpr int64_t kStep = kLanes * sizeof(S), kNext = kAhead / sizeof(S);
       if (i + kNext + kLanes <= n) prefetch(grad + i + kNext, kStep);
       FUSED_SAM_VECTORIZE
       for (int lane = 0; lane < kLanes; ++lane) {
-        const T w = kReadsParam ? load(weights[i + lane]) : T(0);
-        const T term = Sums::template terms<kReadsParam>(w, load(grad[i + lane]), group, earlier);
-        run[lane] = add<Sums::kMax>(run[lane], term);
+        const T x = kReads ? T(load(other[i + lane])) : T(0);
+        T terms[kCount];
+        Sums::template terms<kReads>(x, T(load(grad[i + lane])), group, earlier, terms);
+        for (int c = 0; c < kCount; ++c) run[c][lane] = add<Sums::kMax>(run[c][lane], terms[c]);
       }
     }
     if (n - i < kLanes) {
       for (int lane = 0; i < n; ++lane, ++i) {
-        const T w = kReadsParam ? load(weights[i]) : T(0);
-        const T term = Sums::template terms<kReadsParam>(w, load(grad[i]), group, earlier);
-        run[lane] = add<Sums::kMax>(run[lane], term);
+        const T x = kReads ? T(load(other[i])) : T(0);
+        T terms[kCount];
+        Sums::template terms<kReads>(x, T(load(grad[i])), group, earlier, terms);
+        for (int c = 0; c < kCount; ++c) run[c][lane] = add<Sums::kMax>(run[c][lane], terms[c]);
       }
     }
-    FUSED_SAM_VECTORIZE
-    for (int lane = 0; lane < kLanes; ++lane) {
-      sums[lane] = add<Sums::kMax>(sums[lane], double(run[lane]));
+    for (int c = 0; c < kCount; ++c) {
+      FUSED_SAM_VECTORIZE
+      for (int lane = 0; lane < kLanes; ++lane) {
+        sums[c][lane] = add<Sums::kMax>(sums[c][lane], double(run[c][lane]));
+      }
     }
   }
 }
 
 template <typename Sums, typename S>
 void reduce(const Problem& p, void* partials, int64_t begin, int64_t end) {
-  using T = ComputeOf<S>;
+  using T = TermOf<Sums, S>;
+  static_assert(!Sums::kWide || Sums::kColumns == 0, "hyperparameters are in the compute type");
   const auto earlier = Sums::template earlier<T>(p.earlier);
   for (int64_t span = begin; span < end; ++span) {
-    alignas(64) double sums[kLanes] = {};
+    alignas(64) double sums[Sums::kCount][kLanes] = {};
     for_each_piece<S>(p, span * kSpan, (span + 1) * kSpan, [&](const Piece<S>& piece) {
       if (!piece.grad) return;
       const auto group = columns_of<Sums, T>(p, *piece.slot);
-      if (piece.flags & kReadsParam) {
-        add_terms<Sums, true>(sums, piece.weights, piece.grad, piece.numel, group, earlier);
+      const S* other = Sums::kReadsKept
+                           ? static_cast<const S*>(p.kept) + piece.slot->start + piece.offset
+                           : piece.weights;
+      if (piece.flags & (Sums::kReadsKept ? kHeld : kReadsParam)) {
+        add_terms<Sums, true>(sums, other, piece.grad, piece.numel, group, earlier);
       } else {
-        add_terms<Sums, false>(sums, piece.weights, piece.grad, piece.numel, group, earlier);
+        add_terms<Sums, false>(sums, other, piece.grad, piece.numel, group, earlier);
       }
     });
-    double sum = 0;
-    for (int lane = 0; lane < kLanes; ++lane) sum = words::add<Sums::kMax>(sum, sums[lane]);
-    static_cast<T*>(partials)[span] = T(sum);
+    for (int c = 0; c < Sums::kCount; ++c) {
+      double sum = 0;
+      for (int lane = 0; lane < kLanes; ++lane) sum = words::add<Sums::kMax>(sum, sums[c][lane]);
+      static_cast<T*>(partials)[c * num_spans(p.size) + span] = T(sum);
+    }
   }
 }
 
@@ -226,10 +242,12 @@ void ascend_(const Problem& p, const double* numbers, int64_t number, int64_t be
       const auto scalars = Ascent::scalars(columns_of<Ascent, T>(p, *piece.slot), numbers);
       const int64_t at = piece.slot->start + piece.offset;
       S* saved = static_cast<S*>(p.saved) + at;
+      S* kept = p.kept ? static_cast<S*>(p.kept) + at : nullptr;
       for (int64_t i = 0; i < piece.numel; i += kTile) {
         const int64_t n = piece.numel - i < kTile ? piece.numel - i : kTile;
         S* weights = piece.weights + i;
         (p.stream ? stream<S> : copy<S>)(saved + i, weights, n);
+        if (kept) (p.stream ? stream<S> : copy<S>)(kept + i, piece.grad + i, n);
         // 0 * inf is NaN, and a scale of 0 must move nothing.
         if (scalars.scale != T(0)) climb<Ascent>(weights, piece.grad + i, n, scalars, at + i, seed);
       }
@@ -256,9 +274,39 @@ void restore_(const Problem& p, int64_t begin, int64_t end) {
 
 // ----------------------------------------------------------------------------------------- update_
 
-// weights and from may be the same memory.
-template <typename Rule, unsigned kKept, typename S>
-FUSED_SAM_INLINE void step(S* weights, const S* from, const S* grad, S* const (&states)[kMaxStates],
+// What a blend makes of the gradients of a slot.
+template <typename T>
+FUSED_SAM_INLINE Coefficients coefficients_of(const Problem& p, const Slot& slot, int32_t flags) {
+  Coefficients found = {1, 0};
+  if (!(flags & kBlends)) return found;
+  int number = 0;
+#define FUSED_SAM_COEFFICIENTS(value)                                            \
+  if (p.blend == number++) {                                                     \
+    using Columns = value::Columns<T>;                                           \
+    const Columns& group = static_cast<const Columns*>(p.blend_hyper)[slot.row]; \
+    found = value::coefficients(group, p.numbers);                               \
+  }
+  FUSED_SAM_BLENDS(FUSED_SAM_COEFFICIENTS)
+#undef FUSED_SAM_COEFFICIENTS
+  if (!(flags & kHeld)) found.b = 0;
+  return found;
+}
+
+// a * grad + b * kept; where b is 0, what is kept may be anything.
+template <typename T, typename S>
+FUSED_SAM_INLINE void blend(T* blended, const S* grad, const S* kept, int64_t n,
+                            const Coefficients& coefficients) {
+  const T a = T(coefficients.a), b = T(coefficients.b);
+  FUSED_SAM_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) blended[i] = a * load(grad[i]);
+  if (b == T(0)) return;
+  FUSED_SAM_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) blended[i] += b * load(kept[i]);
+}
+
+// weights and from may be the same memory. G: the gradients' type, or T for what was blended.
+template <typename Rule, unsigned kKept, typename S, typename G>
+FUSED_SAM_INLINE void step(S* weights, const S* from, const G* grad, S* const (&states)[kMaxStates],
                            int64_t n, ComputeOf<S> descent, bool frozen,
                            const typename Rule::template Scalars<ComputeOf<S>>& scalars_) {
   using T = ComputeOf<S>;
@@ -307,6 +355,7 @@ void update_(const Problem& p, double grad_scale, bool skip, int64_t begin, int6
         Rule::scalars(group, p.step ? T(p.step[piece.index]) : T(1), (piece.flags & kFresh) != 0);
     const int64_t at = piece.slot->start + piece.offset;
     const S* from = piece.flags & kPerturbed ? static_cast<const S*>(p.saved) + at : piece.weights;
+    const Coefficients coefficients = coefficients_of<T>(p, *piece.slot, piece.flags);
     // Streamed where the old weights were not read from there.
     const bool streams = p.stream && from != piece.weights;
     with_kept<Rule>(unsigned(piece.flags) >> kKeptShift, [&](auto kept) {
@@ -317,8 +366,18 @@ void update_(const Problem& p, double grad_scale, bool skip, int64_t begin, int6
         for (int k = 0; k < kMaxStates; ++k) {
           if (kept.value & 1u << k) states[k] = static_cast<S*>(p.states[k]) + at + i;
         }
-        step<Rule, kept.value, S>(streams ? tile : piece.weights + i, from + i, piece.grad + i,
-                                  states, n, descent, group.lr == T(0), scalars);
+        const auto go = [&](const auto* grad) {
+          step<Rule, kept.value, S>(streams ? tile : piece.weights + i, from + i, grad, states, n,
+                                    descent, group.lr == T(0), scalars);
+        };
+        if (piece.flags & kBlends) {
+          const S* first = static_cast<const S*>(p.kept) + at + i;
+          alignas(64) T blended[kTile];
+          blend(blended, piece.grad + i, first, n, coefficients);
+          go(static_cast<const T*>(blended));
+        } else {
+          go(piece.grad + i);
+        }
         if (streams) stream(piece.weights + i, tile, n);
       }
     });

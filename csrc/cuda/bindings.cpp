@@ -64,13 +64,17 @@ int64_t* climb_of(const Tensor& climb, const Tensor& saved) {
 }
 
 Tensor reduce(Tensor weights, std::vector<Tensor> /*pinned*/, Tensor saved,
-              std::optional<Tensor> earlier, std::optional<Tensor> ticket, Tensor slots,
-              Tensor grads, Tensor flags, Tensor hyper, int64_t sums) {
+              std::optional<Tensor> kept, std::optional<Tensor> earlier,
+              std::optional<Tensor> ticket, Tensor slots, Tensor grads, Tensor flags, Tensor hyper,
+              int64_t sums) {
   check_index(sums, kNumSums, "sums");
   Bucket bucket(weights, saved, slots, grads, flags, hyper, kSumsColumns[sums]);
   bucket.problem.earlier = check_earlier(earlier, sums, saved);
-  Tensor partials = torch::stable::new_empty(saved, {kPartials}, ScalarType::Double);
-  Tensor total = torch::stable::new_empty(saved, {1}, ScalarType::Double);
+  STD_TORCH_CHECK(!kSumsReadsKept[sums] || kept, "fused_sam: the sum needs kept");
+  bucket.problem.kept = check_kept(kept, saved);
+  const int count = kSumsCount[sums];
+  Tensor partials = torch::stable::new_empty(saved, {count * kPartials}, ScalarType::Double);
+  Tensor total = torch::stable::new_empty(saved, {count}, ScalarType::Double);
   check_launch(launch_reduce(bucket.dtype, sums, bucket.problem,
                              static_cast<double*>(partials.mutable_data_ptr()),
                              static_cast<double*>(total.mutable_data_ptr()),
@@ -78,11 +82,12 @@ Tensor reduce(Tensor weights, std::vector<Tensor> /*pinned*/, Tensor saved,
   return total;
 }
 
-void ascend_(Tensor weights, std::vector<Tensor> /*pinned*/, Tensor saved, Tensor climb,
-             Tensor slots, Tensor grads, Tensor flags, Tensor hyper, Tensor total, int64_t number,
-             int64_t ascent) {
+void ascend_(Tensor weights, std::vector<Tensor> /*pinned*/, Tensor saved,
+             std::optional<Tensor> kept, Tensor climb, Tensor slots, Tensor grads, Tensor flags,
+             Tensor hyper, Tensor total, int64_t number, int64_t ascent) {
   check_index(ascent, kNumAscents, "ascent");
-  const Bucket bucket(weights, saved, slots, grads, flags, hyper, kAscentColumns[ascent]);
+  Bucket bucket(weights, saved, slots, grads, flags, hyper, kAscentColumns[ascent]);
+  bucket.problem.kept = check_kept(kept, saved);
   check(total, "total", ScalarType::Double, kAscentNumbers[ascent], saved);
   check_launch(launch_ascend_(bucket.dtype, ascent, bucket.problem,
                               static_cast<const double*>(total.const_data_ptr()),
@@ -91,15 +96,21 @@ void ascend_(Tensor weights, std::vector<Tensor> /*pinned*/, Tensor saved, Tenso
 
 void update_(Tensor weights, std::vector<Tensor> /*pinned*/, std::optional<Tensor> state0,
              std::optional<Tensor> state1, std::optional<Tensor> state2, std::optional<Tensor> step,
-             std::optional<Tensor> ticket, Tensor climb, Tensor saved, Tensor slots, Tensor grads,
-             Tensor flags, Tensor hyper, std::optional<Tensor> grad_scale,
-             std::optional<Tensor> found_inf, int64_t rule) {
+             std::optional<Tensor> ticket, Tensor climb, Tensor saved, std::optional<Tensor> kept,
+             Tensor slots, Tensor grads, Tensor flags, Tensor hyper, std::optional<Tensor> numbers,
+             std::optional<Tensor> blend_hyper, std::optional<Tensor> grad_scale,
+             std::optional<Tensor> found_inf, int64_t rule, int64_t blend) {
   check_index(rule, kNumRules, "rule");
   Bucket bucket(weights, saved, slots, grads, flags, hyper, kRuleColumns[rule]);
   DeviceProblem& p = bucket.problem;
   check_update(state0, state1, state2, step, grad_scale, found_inf, saved, p.num_slots, rule,
                p.states);
   p.step = memory<float>(step);
+  check_blend(kept, numbers, blend_hyper, saved, hyper.numel() / kRuleColumns[rule], blend);
+  p.kept = check_kept(kept, saved);
+  p.numbers = memory<double>(numbers);
+  p.blend_hyper = memory(blend_hyper);
+  p.blend = static_cast<int>(blend);
   check_launch(launch_update_(bucket.dtype, rule, p, memory(grad_scale), memory<float>(found_inf),
                               ticket_of(ticket, saved), climb_of(climb, saved), bucket.device,
                               bucket.stream));

@@ -167,72 +167,93 @@ __device__ __forceinline__ bool is_last(unsigned* ticket) {
 
 // ------------------------------------------------------------------------------------------ reduce
 
-template <typename Sums, bool kReadsParam, typename S>
-__device__ __forceinline__ ComputeOf<S> sum_terms(
-    const Piece<S>& piece, const typename Sums::template Columns<ComputeOf<S>>& group,
-    const typename Sums::template Earlier<ComputeOf<S>>& earlier) {
-  using T = ComputeOf<S>;
-  T sum = T(0);
+template <typename Sums, typename S>
+using TermOf = std::conditional_t<Sums::kWide, double, ComputeOf<S>>;
+
+// other: the weights, or what is kept of the gradients at w. Adds to `sums` what the piece gives.
+template <typename Sums, bool kReads, typename S>
+__device__ __forceinline__ void add_terms(
+    double (&sums)[Sums::kCount], const Piece<S>& piece, const S* other,
+    const typename Sums::template Columns<TermOf<Sums, S>>& group,
+    const typename Sums::template Earlier<TermOf<Sums, S>>& earlier) {
+  using T = TermOf<Sums, S>;
+  using words::add;
+  constexpr int kCount = Sums::kCount;
+  T part[kCount] = {};
   for_packs<S, 4>(piece.numel, piece.has(kAligned), [&](auto width, auto unroll, int i) {
     constexpr int kWidth = decltype(width)::value, kUnroll = decltype(unroll)::value;
     constexpr int kStride = kThreads * kWidth;
-    Pack<S, kWidth> weights[kUnroll], grad[kUnroll];
+    Pack<S, kWidth> others[kUnroll], grad[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (kReadsParam) weights[u] = read<kWidth>(piece.weights + i + u * kStride);
+      if (kReads) others[u] = read<kWidth>(other + i + u * kStride);
       grad[u] = read<kWidth>(piece.grad + i + u * kStride);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
-        const T w = kReadsParam ? load(weights[u].at[k]) : T(0);
-        const T term = Sums::template terms<kReadsParam>(w, load(grad[u].at[k]), group, earlier);
-        sum = words::add<Sums::kMax>(sum, term);
+        const T x = kReads ? T(load(others[u].at[k])) : T(0);
+        T terms[kCount];
+        Sums::template terms<kReads>(x, T(load(grad[u].at[k])), group, earlier, terms);
+#pragma unroll
+        for (int c = 0; c < kCount; ++c) part[c] = add<Sums::kMax>(part[c], terms[c]);
       }
     }
   });
-  return sum;
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) sums[c] = add<Sums::kMax>(sums[c], double(part[c]));
 }
 
-// partials: (kPartials,), scratch. In float64, so that how the grid cuts the sum does not show in a
-// total that is rounded to float32. total: what it comes to, in the compute dtype.
+// partials: (count, kPartials), scratch. In float64, so that how the grid cuts the sum does not
+// show in a total that is rounded to float32. totals: (count,), what it comes to, in the terms'
+// type.
 template <typename Sums, typename S>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    reduce_kernel(DeviceProblem p, double* partials, double* total, unsigned* ticket) {
-  using T = ComputeOf<S>;
+    reduce_kernel(DeviceProblem p, double* partials, double* totals, unsigned* ticket) {
+  using T = TermOf<Sums, S>;
+  static_assert(!Sums::kWide || Sums::kColumns == 0, "hyperparameters are in the compute type");
+  constexpr int kCount = Sums::kCount;
   const auto earlier = Sums::template earlier<T>(p.earlier);
-  double sum = 0;
+  double sums[kCount] = {};
   for (int chunk = blockIdx.x; chunk < p.num_chunks; chunk += gridDim.x) {
     const Piece<S> piece = piece_of<S>(p, chunk);
     if (piece.has(kMissing)) continue;
     const auto group = columns_of<Sums, T>(p, piece.slot);
-    const T part = piece.has(kReadsParam) ? sum_terms<Sums, true>(piece, group, earlier)
-                                          : sum_terms<Sums, false>(piece, group, earlier);
-    sum = words::add<Sums::kMax>(sum, double(part));
+    const S* other = Sums::kReadsKept ? static_cast<const S*>(p.kept) + piece.at : piece.weights;
+    if (piece.has(Sums::kReadsKept ? kHeld : kReadsParam)) {
+      add_terms<Sums, true>(sums, piece, other, group, earlier);
+    } else {
+      add_terms<Sums, false>(sums, piece, other, group, earlier);
+    }
   }
-  sum = block_all<Sums::kMax>(sum);
-  // The thread that takes the ticket has stored the partial sum.
-  if (threadIdx.x == 0) partials[blockIdx.x] = sum;
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) {
+    sums[c] = block_all<Sums::kMax>(sums[c]);
+    // The thread that takes the ticket has stored the partial sums.
+    if (threadIdx.x == 0) partials[c * kPartials + blockIdx.x] = sums[c];
+  }
   if (!is_last(ticket)) return;
-  sum = 0;
-  // Past the first-level cache, which may hold what was there before.
-  for (int i = threadIdx.x; i < int(gridDim.x); i += kThreads) {
-    sum = words::add<Sums::kMax>(sum, static_cast<volatile double*>(partials)[i]);
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) {
+    double sum = 0;
+    // Past the first-level cache, which may hold what was there before.
+    for (int i = threadIdx.x; i < int(gridDim.x); i += kThreads) {
+      const double partial = static_cast<volatile double*>(partials)[c * kPartials + i];
+      sum = words::add<Sums::kMax>(sum, partial);
+    }
+    sum = block_all<Sums::kMax>(sum);
+    if (threadIdx.x == 0) totals[c] = double(T(sum));
   }
-  sum = block_all<Sums::kMax>(sum);
-  if (threadIdx.x == 0) {
-    *total = double(T(sum));
-    *ticket = 0;
-  }
+  if (threadIdx.x == 0) *ticket = 0;
 }
 
 // ----------------------------------------------------------------------------------------- ascend_
 
 template <typename Ascent, typename S>
 __device__ __forceinline__ void climb(
-    S* saved, const Piece<S>& piece, const typename Ascent::template Scalars<ComputeOf<S>>& scalars,
-    uint32_t seed) {
+    S* saved, S* kept, const Piece<S>& piece,
+    const typename Ascent::template Scalars<ComputeOf<S>>& scalars, uint32_t seed) {
   const bool stays = scalars.scale == ComputeOf<S>(0);
   for_packs<S, 2>(piece.numel, piece.has(kAligned), [&](auto width, auto unroll, int i) {
     constexpr int kWidth = decltype(width)::value, kUnroll = decltype(unroll)::value;
@@ -246,6 +267,7 @@ __device__ __forceinline__ void climb(
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       write(saved + i + u * kStride, weights[u]);
+      if (kept) write(kept + i + u * kStride, grad[u]);
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
         const S old = weights[u].at[k];
@@ -285,7 +307,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     if (piece.has(kMissing)) continue;
     const auto scalars = Ascent::scalars(columns_of<Ascent, T>(p, piece.slot), numbers);
     S* saved = static_cast<S*>(p.saved) + piece.at;
-    climb<Ascent>(saved, piece, scalars, seed);
+    S* kept = p.kept ? static_cast<S*>(p.kept) + piece.at : nullptr;
+    climb<Ascent>(saved, kept, piece, scalars, seed);
   }
 }
 
@@ -309,10 +332,36 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
 // ----------------------------------------------------------------------------------------- update_
 
+// v = a * grad + b * kept; kept is null where b is 0: then it may be anything.
+template <typename S>
+struct Blended {
+  const S* kept;
+  ComputeOf<S> a, b;
+};
+
+// What a blend makes of the gradients of a piece.
+template <typename S>
+__device__ __forceinline__ Blended<S> blended_of(const DeviceProblem& p, const Piece<S>& piece) {
+  using T = ComputeOf<S>;
+  if (!piece.has(kBlends)) return {nullptr, T(1), T(0)};
+  Coefficients found = {1, 0};
+  int number = 0;
+#define FUSED_SAM_COEFFICIENTS(value)                                          \
+  if (p.blend == number++) {                                                   \
+    const auto* groups = static_cast<const value::Columns<T>*>(p.blend_hyper); \
+    found = value::coefficients(groups[piece.slot.row], p.numbers);            \
+  }
+  FUSED_SAM_BLENDS(FUSED_SAM_COEFFICIENTS)
+#undef FUSED_SAM_COEFFICIENTS
+  const bool looks = piece.has(kHeld) && found.b != 0;
+  return {looks ? static_cast<const S*>(p.kept) + piece.at : nullptr, T(found.a), T(found.b)};
+}
+
 // weights and from may be the same memory.
 template <typename Rule, unsigned kKept, typename S>
 __device__ __forceinline__ void update_piece(
-    const DeviceProblem& p, const Piece<S>& piece, const S* from, ComputeOf<S> descent, bool frozen,
+    const DeviceProblem& p, const Piece<S>& piece, const S* from, const Blended<S>& blended,
+    ComputeOf<S> descent, bool frozen,
     const typename Rule::template Scalars<ComputeOf<S>>& scalars) {
   using T = ComputeOf<S>;
   S* states[kMaxStates];
@@ -325,11 +374,12 @@ __device__ __forceinline__ void update_piece(
   for_packs<S, kMaxUnroll>(piece.numel, piece.has(kAligned), [&](auto width, auto unroll, int i) {
     constexpr int kWidth = decltype(width)::value, kUnroll = decltype(unroll)::value;
     constexpr int kStride = kThreads * kWidth;
-    Pack<S, kWidth> weights[kUnroll], grad[kUnroll], state[kMaxStates][kUnroll];
+    Pack<S, kWidth> weights[kUnroll], grad[kUnroll], kept[kUnroll], state[kMaxStates][kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       weights[u] = read<kWidth>(from + i + u * kStride);
       grad[u] = read<kWidth>(piece.grad + i + u * kStride);
+      if (blended.kept) kept[u] = read<kWidth>(blended.kept + i + u * kStride);
 #pragma unroll
       for (int s = 0; s < kMaxStates; ++s) {
         if (!(kKept & 1u << s)) continue;
@@ -346,8 +396,10 @@ __device__ __forceinline__ void update_piece(
           if (kKept & 1u << s) buffers[s] = load(state[s][u].at[k]);
         }
         const S old = weights[u].at[k];
-        const S updated = round_to<S>(Rule::template update<kKept>(
-            load(old), descent * load(grad[u].at[k]), buffers, scalars));
+        T gradient = blended.a * load(grad[u].at[k]);
+        if (blended.kept) gradient += blended.b * load(kept[u].at[k]);
+        const S updated = round_to<S>(
+            Rule::template update<kKept>(load(old), descent * gradient, buffers, scalars));
 #pragma unroll
         for (int s = 0; s < kMaxStates; ++s) {
           if (kKept & 1u << s) state[s][u].at[k] = round_to<S>(buffers[s]);
@@ -385,8 +437,9 @@ __device__ __forceinline__ void update_chunk(const DeviceProblem& p, ComputeOf<S
   const T descent = (piece.has(kMaximize) ? T(-1) : T(1)) / grad_scale;
   const S* from = piece.has(kPerturbed) ? static_cast<const S*>(p.saved) + piece.at : piece.weights;
   FUSED_SAM_ASSUME_GLOBAL(from);
+  const auto blended = blended_of(p, piece);
   with_kept<Rule>(unsigned(piece.flags) >> kKeptShift, [&](auto kept) {
-    update_piece<Rule, kept.value>(p, piece, from, descent, group.lr == T(0), scalars);
+    update_piece<Rule, kept.value>(p, piece, from, blended, descent, group.lr == T(0), scalars);
   });
 }
 

@@ -12,7 +12,7 @@ constexpr int kChunk = 4096;
 
 // Length of reduce's scratch: more blocks than a GPU holds at once, so that every block has its own
 // partial sum and the length does not depend on the GPU.
-constexpr int kPartials = 2048;
+constexpr int kPartials = 2048;  // for each number
 
 struct Chunk {
   int64_t slot;
@@ -22,6 +22,7 @@ struct Chunk {
 // A bucket's memory and tables on the device, as Problem in cpu/kernels.h.
 struct DeviceProblem {
   void* saved;
+  void* kept;
   void* states[3];
   float* step;
   const Slot* slots;
@@ -30,6 +31,9 @@ struct DeviceProblem {
   const int32_t* flags;
   const void* hyper;
   const double* earlier;
+  const double* numbers;
+  const void* blend_hyper;
+  int blend;
   int num_slots;
   int num_chunks;
 };

@@ -41,13 +41,17 @@ class Sums:
     Attributes:
         name: short name: the C++ struct is called so.
         terms: text, for each element: ``(param, grad, *earlier, *columns) -> number``. ``param`` is
-            None where no group reads it.
+            None where no group reads it. A tuple where there are several numbers.
         columns: a group's numbers in float64, in the order of the text's arguments.
         reads_param: whether ``terms`` needs the weights under a group's options.
         squares: whether ``terms`` are the squared gradients under a group's options: torch has a
             kernel for those.
         how: "sum", or "max": then the largest number, all being >= 0, and NaN if one is.
         after: what is reduced before; its numbers are ``earlier``.
+        count: how many numbers.
+        reads_kept: whether ``terms`` get what is kept of the gradient at w in place of the
+            weights; None where nothing is.
+        wide: whether all of it is in float64. There are no columns then.
     """
 
     name: str
@@ -57,6 +61,9 @@ class Sums:
     squares: Callable[[Group], bool] = _never
     how: Literal["sum", "max"] = "sum"
     after: Sums | None = None
+    count: int = 1
+    reads_kept: bool = False
+    wide: bool = False
 
     @property
     def chain(self) -> tuple[Sums, ...]:
@@ -94,6 +101,9 @@ class Ascent:
         norm: the norm that it climbs by, (), of a climbing group's options and all the numbers.
         real: whether a group's options leave complex parameters undefined.
         shared: options on which all groups that climb must agree.
+        scale_matters: whether a loss scale changes the climb: then it has to be told.
+        along_momentum: whether the climb follows a step, against the momentum, and stays until the
+            next one; ``grad`` is then the momentum.
     """
 
     key: str
@@ -105,6 +115,8 @@ class Ascent:
     kernel: Callable[[Group], Kernel | None] = _no_kernel
     real: Callable[[Group], bool] = _never
     shared: tuple[str, ...] = ()
+    scale_matters: bool = False
+    along_momentum: bool = False
 
 
 Kernel = Callable[[list[Tensor], list[Tensor], Tensor], None]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 import torch
 
 from . import capture, native
@@ -43,7 +46,18 @@ def _fastest(device: torch.device) -> str:
     # Triton's interpreter, the only way it has on a CPU, is for tests; and the native backend's
     # CUDA kernels wait for their measurement on a GPU, until then they have to be asked for.
     fastest = {"cpu": "native", **dict.fromkeys(_TRITON_DEVICES, "triton")}.get(device.type)
-    return fastest if fastest and missing(fastest, device) is None else "reference"
+    if fastest and missing(fastest, device) is None:
+        return fastest
+    if fastest == "native" and native.is_spoilt(device.type):
+        _say_once(
+            f"{missing(fastest, device)}. Until then backend='auto' is the slower 'reference'"
+        )
+    return "reference"
+
+
+@functools.cache
+def _say_once(what: str) -> None:
+    warnings.warn(f"FusedSAM: the native backend cannot be used: {what}", stacklevel=2)
 
 
 def _make(name: str) -> Backend:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from ..ascents import Ascent, Sums
-from ..blends import Blend
+from ..blends import Blending
 from ..memory import Bucket, Gradients
 from ..rules import STEP, Group, Rule
 from .rounding import HALVES, round_stochastically, seed_of
@@ -53,13 +53,15 @@ class Backend:
                 buckets; None where that is None.
 
         Returns:
-            (1,) float64, on the bucket's device; infinite where the compute dtype cannot hold it.
+            (sums.count,) float64, on the bucket's device; infinite where the compute dtype cannot
+            hold it.
         """
-        dtype = bucket.compute_dtype
+        dtype = torch.float64 if sums.wide else bucket.compute_dtype
         before = () if earlier is None else earlier.to(dtype).unbind()
         norms: list[Tensor] = []
         parts: list[Tensor] = []
-        for run in runs(bucket, present(grads)):
+        held = bucket.held if sums.reads_kept else None
+        for run in runs(bucket, present(grads, held)):
             group = groups[run.row]
             if sums.squares(group) and bucket.grad_dtype.itemsize <= dtype.itemsize:
                 pieces = [piece for grad in run.pick(grads.tensors) for piece in _pieces(grad)]
@@ -67,14 +69,18 @@ class Backend:
                 continue
             grad, columns = run.gather(bucket, grads), sums.numbers(group)
             for chunk in run.chunks():
-                param = run.weights[chunk].to(dtype) if sums.reads_param(group) else None
-                terms = sums.terms(param, grad[chunk], *before, *columns)
+                other = run.weights if sums.reads_param(group) else None
+                if sums.reads_kept and run.kind[1] and bucket.kept is not None:
+                    other = run.of(bucket.kept)
+                other = None if other is None else other[chunk].to(dtype)
+                terms = sums.terms(other, grad[chunk].to(dtype), *before, *columns)
+                terms = torch.stack(terms) if sums.count > 1 else terms.unsqueeze(0)
                 parts.append(_all_of(sums, terms))
         if norms:
-            parts += torch.stack(norms).square_().unbind()
+            parts.append(torch.stack(norms).square_().sum(0, keepdim=True))
         if not parts:
-            return torch.zeros(1, dtype=torch.float64, device=bucket.device)
-        return _all_of(sums, torch.stack(parts)).double().reshape(1)
+            return torch.zeros(sums.count, dtype=torch.float64, device=bucket.device)
+        return _all_of(sums, torch.stack(parts, 1)).double()
 
     def ascend_(
         self,
@@ -84,6 +90,7 @@ class Backend:
         groups: Groups,
         total: Tensor,
         number: int,
+        kept: Tensor | None = None,
     ) -> None:
         """Save w, write the climb's number, then climb.
 
@@ -98,6 +105,7 @@ class Backend:
             groups: rho and the other options of each row.
             total: (k,) float64, on the bucket's device: ``ascent.sums.chain`` over all buckets.
             number: the climb's.
+            kept: (bucket.size,), gets the gradients as they are; None if nobody wants them.
         """
         dtype = bucket.compute_dtype
         plan = runs(bucket, present(grads))
@@ -107,6 +115,9 @@ class Backend:
         bucket.climb.fill_(number)
         for run in plan:
             group = groups[run.row]
+            if kept is not None:
+                copies = run.split(bucket, "kept", kept)
+                torch._foreach_copy_(copies, run.pick(grads.tensors))
             scalars = ascent.scalars(*reduced, *ascent.sums.numbers(group))
             scale = scalars[0]
             kernel = ascent.kernel(group) if _has_fused(bucket) else None
@@ -128,7 +139,7 @@ class Backend:
         self,
         bucket: Bucket,
         rule: Rule,
-        blend: Blend,
+        blending: Blending | None,
         grads: Gradients,
         groups: Groups,
         *,
@@ -142,7 +153,8 @@ class Backend:
         Args:
             bucket: weights and states, in place; ``climb`` is 0 afterwards.
             rule: the base optimizer's.
-            blend: which gradient it sees.
+            blending: which gradient the groups that climb see; its numbers are on the bucket's
+                device. None: the one that is there, as those see that do not climb.
             grads: as for ``reduce``; may be overwritten.
             groups: the hyperparameters of each row.
             grad_scale: (), compute dtype, on the bucket's device: gradients are divided by it.
@@ -150,14 +162,18 @@ class Backend:
         """
         # torch's kernels take a float32 grad_scale, and skip only if found_inf is exactly 1.
         kernel = rule.kernel if _has_fused(bucket) else None
-        if grad_scale is not None and bucket.dtype != torch.float32:
+        # They unscale in place, which is once too often where two parameters have one gradient.
+        known = [address for address in grads.addresses if address]
+        if grad_scale is not None and (
+            bucket.dtype != torch.float32 or len(set(known)) < len(known)
+        ):
             kernel = None
         if found_inf is not None:
             found_inf = (found_inf != 0).float()
         if rule.counts:
             _count_steps(bucket, grads, found_inf)
         for run in runs(bucket, _kinds(bucket, rule, grads, groups)):
-            has_grad, perturbed, fresh = run.kind
+            has_grad, perturbed, held, fresh = run.kind
             group, saved = groups[run.row], run.of(bucket.saved)
             frozen = _is_zero(group["lr"])
             if perturbed:
@@ -168,7 +184,8 @@ class Backend:
                 _save(bucket, run)
             home = saved if bucket.masters else run.weights
             before = saved.clone() if bucket.masters and frozen is not False else saved
-            if kernel is not None:
+            blends = blending is not None and group["ascent"] is not None
+            if kernel is not None and not blends:
                 buffers = {name: bucket.state(name).flat for name in rule.kept(group)}
                 views = {name: run.split(bucket, name, flat) for name, flat in buffers.items()}
                 kernel(
@@ -176,9 +193,13 @@ class Backend:
                 )
             else:
                 grad = run.gather(bucket, grads)
+                if blends:
+                    kept = run.of(bucket.kept) if held and bucket.kept is not None else None
+                    grad = _blended(blending, group, grad, kept)
                 if grad_scale is not None:
                     grad.div_(grad_scale)
-                grad = blend.gradient(grad.neg_() if group["maximize"] else grad)
+                if group["maximize"]:
+                    grad.neg_()
                 _update_run(bucket, run, rule, home, grad, group, fresh, found_inf)
             # 0 * inf is NaN and -0.0 - -0.0 is 0.0: with lr 0 only a copy gives the bits back.
             if frozen is True:
@@ -192,23 +213,33 @@ class Backend:
     def blend_(
         self,
         bucket: Bucket,
-        blend: Blend,
+        blending: Blending | None,
         grads: Sequence[Tensor | None],
+        groups: Groups,
         grad_scale: Tensor | None,
     ) -> None:
         """Give a base optimizer that has no rule the gradient that it is to see, in place.
 
         Args:
-            bucket: at w.
-            blend: which gradient it is.
+            bucket: whose they are.
+            blending: as for ``update_``.
             grads: the parameters' own; overwritten.
+            groups: the options of each row.
             grad_scale: (), compute dtype, on the bucket's device: gradients are divided by it.
         """
-        for grad in grads:
-            if grad is not None:
-                # In the compute dtype: float16 does not hold every scale.
-                value = grad.to(torch.promote_types(grad.dtype, bucket.compute_dtype))
-                grad.copy_(blend.gradient(value if grad_scale is None else value / grad_scale))
+        done = set()  # two parameters may have one gradient
+        for slot, held, grad in zip(bucket.slots, bucket.held, grads, strict=True):
+            if grad is None or (address := Tensor.data_ptr(grad)) in done:
+                continue
+            done.add(address)
+            # In the compute dtype: float16 does not hold every scale.
+            value = grad.to(torch.promote_types(grad.dtype, bucket.compute_dtype))
+            group = groups[slot.row]
+            if blending is not None and group["ascent"] is not None:
+                kept = bucket.kept if held else None
+                there = None if kept is None else slot.shaped(slot.of(kept))
+                value = _blended(blending, group, value, there)
+            grad.copy_(value if grad_scale is None else value / grad_scale)
 
     def restore_(self, bucket: Bucket) -> None:
         """Return the perturbed slots to w; ``climb`` is 0 afterwards."""
@@ -218,8 +249,8 @@ class Backend:
 
 
 def _all_of(sums: Sums, terms: Tensor) -> Tensor:
-    """The sum of terms, or the largest; of a run without elements there are none."""
-    return terms.amax() if sums.how == "max" and terms.numel() else terms.sum()
+    """Of terms (k, n) the sums, or the largest, (k,); of a run without elements there are none."""
+    return terms.amax(1) if sums.how == "max" and terms.numel() else terms.sum(1)
 
 
 def _save(bucket: Bucket, run: Run) -> None:
@@ -259,14 +290,25 @@ def _has_fused(bucket: Bucket) -> bool:
 
 
 def _kinds(bucket: Bucket, rule: Rule, grads: Gradients, groups: Groups) -> tuple[Hashable, ...]:
-    """For each slot (has a gradient, is perturbed, has no state yet), or None if untouched."""
+    """For each slot (has a gradient, is perturbed, is kept, has no state yet); None: untouched."""
     fresh = bucket.fresh({name for row in bucket.rows for name in rule.kept(groups[row])})
     return tuple(
         [
             kind if kind[0] or kind[1] else None
-            for kind in zip(grads.present, bucket.perturbed, fresh, strict=True)
+            for kind in zip(grads.present, bucket.perturbed, bucket.held, fresh, strict=True)
         ]
     )
+
+
+def _blended(blending: Blending | None, group: Group, grad: Tensor, kept: Tensor | None) -> Tensor:
+    """A * grad + b * kept."""
+    assert blending is not None
+    a, b = [x.to(grad.dtype) for x in blending.coefficients(group)]
+    blended = a * grad
+    if kept is None:
+        return blended
+    # 0 * inf is NaN: where b is 0, what is kept may be anything.
+    return torch.where(b == 0, blended, blended + b * kept.to(grad.dtype))
 
 
 def _count_steps(bucket: Bucket, grads: Gradients, found_inf: Tensor | None) -> None:

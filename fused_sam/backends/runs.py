@@ -88,8 +88,10 @@ class Run:
             memory.index_fill_(0, self.padding, 0)
 
 
-def present(grads: Gradients) -> tuple[Hashable, ...]:
-    """The kinds that leave out the slots without a gradient."""
+def present(grads: Gradients, held: tuple[bool, ...] | None = None) -> tuple[Hashable, ...]:
+    """The kinds that leave out the slots without a gradient; ``held`` tells others apart."""
+    if held is not None:
+        return tuple([kind if kind[0] else None for kind in zip(grads.present, held, strict=True)])
     return grads.present if grads.complete else tuple([there or None for there in grads.present])
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..ascents import Sums
+from ..blends import Blend
 from ..memory import Bucket, Gradients
 from ..rules import Group, Rule
 from . import capture
@@ -37,6 +38,10 @@ MAXIMIZE = 16
 """Its group goes uphill."""
 READS_PARAM = 32
 """The terms of a sum need its weights."""
+HELD = 64
+"""Its gradient at w is in ``kept``."""
+BLENDS = 128
+"""The rule sees a blend of its gradients."""
 KEPT_SHIFT = 8
 """From this bit on: which of the rule's states its group keeps."""
 
@@ -132,6 +137,7 @@ class Tables:
         perturbed: tuple[bool, ...],
         grads: Gradients | None = None,
         fresh: tuple[bool, ...] = (),
+        held: tuple[bool, ...] = (),
     ) -> Tensor:
         """The bits of each slot, (slots,) int32.
 
@@ -140,10 +146,11 @@ class Tables:
             perturbed: for each slot, whether its weights are in ``saved``.
             grads: which are missing, and how the others lie; None if none is read.
             fresh: for each slot, whether its state is as it began; empty if none is.
+            held: for each slot, whether its gradient at w is kept; empty if none is.
         """
         present = grads.present if grads is not None else (False,) * len(perturbed)
         aligned = self._weights_aligned if grads is None else self.addresses(grads).aligned
-        key = (tuple(bits.items()), perturbed, present, fresh, aligned)
+        key = (tuple(bits.items()), perturbed, present, fresh, held, aligned)
 
         def make() -> Tensor:
             values = [
@@ -152,6 +159,7 @@ class Tables:
                 | MISSING * (not present[i])
                 | ALIGNED * aligned[i]
                 | FRESH * (bool(fresh) and fresh[i])
+                | HELD * (bool(held) and held[i])
                 for i, row in enumerate(self.rows)
             ]
             return self._upload(values, torch.int32)
@@ -224,10 +232,11 @@ class Tables:
         return into
 
 
-def rule_bits(rule: Rule, group: Group) -> int:
-    """The bits that a rule and a group's options give to its slots."""
+def rule_bits(rule: Rule, group: Group, blends: bool) -> int:
+    """The bits that a rule, a blend and a group's options give to its slots."""
     kept = sum(1 << i for i, state in enumerate(rule.states) if state.is_kept(group))
-    return kept << KEPT_SHIFT | MAXIMIZE * bool(group["maximize"])
+    blends = blends and group["ascent"] is not None
+    return kept << KEPT_SHIFT | MAXIMIZE * bool(group["maximize"]) | BLENDS * blends
 
 
 def rule_rows(
@@ -248,3 +257,9 @@ def sums_table(tables: Tables, bucket: Bucket, sums: Sums, groups: Groups) -> Te
     """The numbers that a sum, or the ascent that it is for, needs of each group."""
     rows = {row: sums.numbers(groups[row]) for row in bucket.rows}
     return tables.hyper(sums.name, len(groups), rows)
+
+
+def blend_table(tables: Tables, bucket: Bucket, blend: Blend, groups: Groups) -> Tensor:
+    """The numbers that a blend needs of each group."""
+    rows = {row: blend.numbers(groups[row]) for row in bucket.rows}
+    return tables.hyper(blend.name, len(groups), rows)

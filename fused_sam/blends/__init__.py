@@ -1,8 +1,21 @@
-"""The gradients that a base optimizer may be given: one file each."""
+"""The gradients that a base optimizer may be given: one file each, listed here."""
 
 from __future__ import annotations
 
-from .base import Blend
-from .plain import PLAIN
+from collections.abc import Iterable, Mapping
 
-__all__ = ["PLAIN", "Blend"]
+from ..agreement import agreed
+from ..rules.base import Group
+from .base import Blend, Blending, Choice
+from .gsam import BLEND as _GSAM
+from .gsam import GSAM
+
+__all__ = ["BLENDS", "GSAM", "Blend", "Blending", "Choice", "chosen"]
+
+BLENDS: Mapping[str, Blend] = {blend.key: blend for blend in (_GSAM,)}
+"""By what a group's ``blend`` says. None is SAM's: the gradient at w + epsilon."""
+
+
+def chosen(groups: Iterable[Group]) -> Blend | None:
+    """The blend of the groups that climb; raises ValueError if they do not agree."""
+    return agreed("blend", BLENDS, groups)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,8 @@ class Bucket:
         size: elements of a flat buffer, padding included. Padding is zero and stays zero.
         weights: (size of the moved slots,), the flat buffer whose windows the parameters are.
         saved: (size,), the weights w while the parameters hold w + epsilon; or the masters.
+        kept: (size,) in their dtype, gradients at w, where a blend wants them; None before.
+        held: for each slot, whether the last climb has put its gradient into ``kept``.
         climb: (1,) int64, the number of the climb that wrote ``saved``; 0 at w.
         perturbed: for each slot, whether it has been saved and perturbed and awaits its return.
         cache: what the backend derives from this bucket; it dies with the bucket.
@@ -75,13 +77,14 @@ class Bucket:
         self.weights = torch.zeros(moved, dtype=self.dtype, device=self.device)
         kept_in = torch.float32 if self.masters else self.dtype
         self.saved = torch.zeros(self.size, dtype=kept_in, device=self.device)
+        self.kept: Tensor | None = None
         self.climb = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.states: dict[str, StateBuffer] = {}
         self.cache: dict[Any, Any] = {}
         self.params = [slot.param for slot in self.slots]
         self._collector = Collector(self.slots)
         self._at_w = (False,) * len(self.slots)
-        self.perturbed = self._at_w
+        self.perturbed = self.held = self._at_w
         self._number = 0
         self._moving: tuple[bool, ...] | None = None
         self._homes: list[int] = []
@@ -134,9 +137,17 @@ class Bucket:
     # begin_... comes before an operation and end_... after it. If an exception comes between,
     # settle() finds out from the device how far the operation came.
 
-    def begin_climb(self, number: int, grads: Gradients) -> None:
-        """A climb of the slots that have a gradient is about to be made under this number."""
+    def begin_climb(self, number: int, grads: Gradients, keep: bool) -> Tensor | None:
+        """A climb of the slots that have a gradient is about to be made under this number.
+
+        Returns:
+            Where it keeps the gradients, if it is to.
+        """
+        if keep and self.kept is None:
+            self.kept = self.saved.new_zeros(self.size, dtype=self.grad_dtype)
         self._number, self._moving = number, grads.present
+        self.held = grads.present if keep else self._at_w
+        return self.kept if keep else None
 
     def end_climb(self) -> None:
         """The climb is made."""
@@ -178,8 +189,16 @@ class Bucket:
                 slot.param.detach().copy_(slot.shaped(slot.of(self.saved)))
         return lost
 
-    def carry(self, saved: dict[Tensor, Tensor]) -> None:
-        """Take over the saved weights of perturbed parameters, out of those of another bucket."""
+    def carry(self, saved: dict[Tensor, Tensor], kept: Mapping[Tensor, Tensor]) -> None:
+        """Take over the saved weights of perturbed parameters, out of those of another bucket.
+
+        And what is kept of gradients.
+        """
+        self.held = tuple([slot.param in kept for slot in self.slots])
+        if any(self.held):
+            self.kept = self.saved.new_zeros(self.size, dtype=self.grad_dtype)
+            for slot in itertools.compress(self.slots, self.held):
+                slot.shaped(slot.of(self.kept)).copy_(kept[slot.param])
         perturbed = tuple([slot.param in saved for slot in self.slots])
         if any(perturbed):
             for slot in self.slots:

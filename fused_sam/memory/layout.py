@@ -64,7 +64,7 @@ class Layout:
         masters: bool = False,
     ) -> None:
         members = members_of(groups, old)
-        carried = old.release() if old is not None else {}
+        carried, kept = old.release() if old is not None else ({}, {})
         check_states(rule, groups, {} if state is None else state)
         pinned = {p for p, _ in members if must_stay(p)}
         by_kind: dict[Any, list[tuple[Tensor, int]]] = {}
@@ -76,7 +76,7 @@ class Layout:
         self.buckets = [Bucket(bucket, pinned, like_grad, masters) for bucket in by_kind.values()]
         for bucket in self.buckets:
             bucket.move_in()
-            bucket.carry(carried)
+            bucket.carry(carried, kept)
         for param, saved in carried.items():
             param.data.copy_(saved)  # it left the groups while it was perturbed
         self._groups = [list(group["params"]) for group in groups]
@@ -114,17 +114,20 @@ class Layout:
         self._unchanged = same_kind(self.params) if same else None
         return same
 
-    def release(self) -> dict[Tensor, Tensor]:
+    def release(self) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
         """Let go of the parameters' memory; return the saved weights of the perturbed ones.
+
+        And what is kept of their gradients.
 
         Raises:
             ValueError: one of these cannot hold them any more.
         """
-        carried = {}
+        carried, kept = {}, {}
         for bucket in self.buckets:
             bucket.settle()
             bucket.cache = {}  # a captured graph may keep what was in it
-            for slot, perturbed in zip(bucket.slots, bucket.perturbed, strict=True):
+            flags = zip(bucket.slots, bucket.perturbed, bucket.held, strict=True)
+            for slot, perturbed, held in flags:
                 if perturbed:
                     if (why := slot.misfit()) is not None:
                         raise ValueError(
@@ -132,7 +135,9 @@ class Layout:
                             f"all others"
                         )
                     carried[slot.param] = slot.shaped(slot.of(bucket.saved))
-        return carried
+                    if held and bucket.kept is not None:
+                        kept[slot.param] = slot.shaped(slot.of(bucket.kept))
+        return carried, kept
 
 
 def _look(param: Tensor) -> tuple[Any, ...]:

@@ -111,6 +111,7 @@ ADAM = Rule(
     scalars=_scalars,
     update=_update,
     kernel=_kernel,
+    momentum="exp_avg",
 )
 
 ADAMW = dataclasses.replace(ADAM, optimizer=torch.optim.AdamW)

@@ -64,6 +64,8 @@ class Rule:
             ``grad`` is unscaled and points uphill for what is minimised; a state that no group
             keeps is None. Where groups differ, a state may be there that this one does not keep:
             then the options must decide, and what becomes of that state is not stored.
+        momentum: the state along which the weights move, for climbs that follow it; None if there
+            is none.
         kernel: a torch kernel that computes the same, for the reference backend, or None:
             ``(params, grads, {name: tensors}, group, fresh, grad_scale, found_inf)``.
     """
@@ -76,6 +78,7 @@ class Rule:
     scalars: Text
     update: Text
     kernel: Kernel | None = None
+    momentum: str | None = None
 
     @functools.cached_property
     def state_names(self) -> tuple[str, ...]:

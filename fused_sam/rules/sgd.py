@@ -65,4 +65,5 @@ SGD = Rule(
     scalars=_scalars,
     update=_update,
     kernel=_kernel,
+    momentum="momentum_buffer",
 )

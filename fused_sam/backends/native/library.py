@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import functools
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,16 @@ _BUILD = (
     "in a checkout, `FUSED_SAM_BUILD={} pip install --no-build-isolation --force-reinstall "
     "--no-deps --no-cache-dir .`"
 )
+
+
+_ELF = struct.Struct("<40xQ10xHH2x")
+"""Of the header of a 64-bit ELF file: where its table of sections is, an entry's size, how many."""
+
+
+def is_spoilt(device_type: str) -> bool:
+    """Whether a library is there that cannot be used."""
+    name = "_native" if device_type == "cpu" else "_native_cuda"
+    return _library(name) is not None and missing(device_type) is not None
 
 
 @functools.cache
@@ -62,6 +73,11 @@ def _load(library: Path, device_type: str) -> str | None:
             f"process, and it is not the same as {library}; import one copy, or make both the "
             f"same version"
         )
+    if not _is_whole(library):
+        return (
+            f"its {device_type} library {library} is cut short, or empty; build it again: "
+            f"{_BUILD.format(device_type)}"
+        )
     try:
         torch.ops.load_library(library)
     except OSError as error:
@@ -85,6 +101,8 @@ def _misfit(library: Path, device_type: str) -> str | None:
             f"again: {_BUILD.format(device_type)}"
         )
     found, wanted = operations.cpu_kernels(), os.environ.get("FUSED_SAM_CPU")
+    if found == "none":
+        return "this CPU is older than x86-64-v2, for which it is built; use backend='reference'"
     if device_type == "cpu" and wanted and wanted != found:
         raise ValueError(f"FUSED_SAM_CPU={wanted!r} names no kernels that this CPU can run")
     return None
@@ -96,6 +114,21 @@ def _is_registered(device_type: str) -> bool:
     return torch._C._dispatch_has_kernel(name) and torch._C._dispatch_has_kernel_for_dispatch_key(
         name, device_type.upper()
     )
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a library goes on to its end: the loader of Linux ends the process if it does not.
+
+    The table of sections comes last in an ELF file, and the header tells where.
+    """
+    with library.open("rb") as file:
+        header = file.read(_ELF.size)
+    if not header.startswith(b"\x7fELF\x02\x01"):
+        return bool(header)  # of another system: its loader finds out
+    if len(header) < _ELF.size:
+        return False
+    start, size, count = _ELF.unpack(header)
+    return bool(start + size * count <= library.stat().st_size)
 
 
 def _is_same(library: Path, other: str) -> bool:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...ascents import ASCENTS, SUMS, Ascent, Sums
-from ...blends import Blend
+from ...ascents import KERNELS, SUMS, Ascent, Sums
+from ...blends import BLENDS, Blending
 from ...memory import Bucket, Gradients
 from ...rules import STEP, Rule
 from ..base import Backend, Groups
-from ..tables import READS_PARAM, Tables, rule_bits, rule_rows, sums_table
+from ..tables import READS_PARAM, Tables, blend_table, rule_bits, rule_rows, sums_table
 from .translate import MAX_STATES, rules
 
 CHUNK = 4096
 """Elements that a block of threads takes at a time: ``kChunk`` in csrc/cuda/launch.h."""
 
 _SUMS = {sums.name: i for i, sums in enumerate(SUMS)}
-_ASCENTS = {ascent.name: i for i, ascent in enumerate(ASCENTS.values())}
+_ASCENTS = {ascent.name: i for i, ascent in enumerate(KERNELS)}
 _RULES = {rule.name: i for i, rule in enumerate(rules())}
+_BLENDS = {blend.name: i for i, blend in enumerate(BLENDS.values())}
 """The numbers of the values in csrc/mathematics.h."""
 
 
@@ -54,18 +55,19 @@ class NativeBackend(Backend):
     ) -> Tensor:
         """As ``Backend.reduce``, in one launch."""
         if not bucket.is_uniform:
-            return super().reduce(bucket, sums, grads, groups)
+            return super().reduce(bucket, sums, grads, groups, earlier)
         tables = _tables(bucket)
         bits = {row: READS_PARAM * sums.reads_param(groups[row]) for row in bucket.rows}
         total: Tensor = torch.ops.fused_sam.reduce.default(
             bucket.weights,
             tables.pinned,
             bucket.saved,
+            bucket.kept if sums.reads_kept else None,
             earlier,
             tables.ticket,
             tables.slots,
             tables.addresses(grads).table,
-            tables.flags(bits, bucket.perturbed, grads),
+            tables.flags(bits, bucket.perturbed, grads, held=bucket.held),
             sums_table(tables, bucket, sums, groups),
             _SUMS[sums.name],
         )
@@ -79,15 +81,17 @@ class NativeBackend(Backend):
         groups: Groups,
         total: Tensor,
         number: int,
+        kept: Tensor | None = None,
     ) -> None:
         """As ``Backend.ascend_``, in one launch."""
         if not bucket.is_uniform:
-            return super().ascend_(bucket, ascent, grads, groups, total, number)
+            return super().ascend_(bucket, ascent, grads, groups, total, number, kept)
         tables = _tables(bucket)
         torch.ops.fused_sam.ascend_.default(
             bucket.weights,
             tables.pinned,
             bucket.saved,
+            kept,
             bucket.climb,
             tables.slots,
             tables.addresses(grads).table,
@@ -102,7 +106,7 @@ class NativeBackend(Backend):
         self,
         bucket: Bucket,
         rule: Rule,
-        blend: Blend,
+        blending: Blending | None,
         grads: Gradients,
         groups: Groups,
         *,
@@ -112,12 +116,13 @@ class NativeBackend(Backend):
         """As ``Backend.update_``, in one launch."""
         if not bucket.is_uniform:
             scaling = {"grad_scale": grad_scale, "found_inf": found_inf}
-            return super().update_(bucket, rule, blend, grads, groups, **scaling)
+            return super().update_(bucket, rule, blending, grads, groups, **scaling)
         tables = _tables(bucket)
         names = {name for row in bucket.rows for name in rule.kept(groups[row])}
         fresh = bucket.fresh(names)
         states = [bucket.state(s.name).flat if s.name in names else None for s in rule.states]
-        bits = {row: rule_bits(rule, groups[row]) for row in bucket.rows}
+        blend = None if blending is None else blending.blend
+        bits = {row: rule_bits(rule, groups[row], blend is not None) for row in bucket.rows}
         numbers, rates = rule_rows(rule, groups, bucket.rows)
         torch.ops.fused_sam.update_.default(
             bucket.weights,
@@ -128,13 +133,17 @@ class NativeBackend(Backend):
             tables.ticket,
             bucket.climb,
             bucket.saved,
+            None if blending is None else bucket.kept,
             tables.slots,
             tables.addresses(grads).table,
-            tables.flags(bits, bucket.perturbed, grads, fresh),
+            tables.flags(bits, bucket.perturbed, grads, fresh, bucket.held),
             tables.hyper(rule.name, len(groups), numbers, rates),
+            None if blending is None else blending.numbers,
+            None if blend is None else blend_table(tables, bucket, blend, groups),
             grad_scale,
             found_inf,
             _RULES[rule.name],
+            -1 if blend is None else _BLENDS[blend.name],
         )
 
     def restore_(self, bucket: Bucket) -> None:

@@ -28,6 +28,8 @@ FRESH: tl.constexpr = tl.constexpr(tables.FRESH)
 MISSING: tl.constexpr = tl.constexpr(tables.MISSING)
 ALIGNED: tl.constexpr = tl.constexpr(tables.ALIGNED)
 MAXIMIZE: tl.constexpr = tl.constexpr(tables.MAXIMIZE)
+HELD: tl.constexpr = tl.constexpr(tables.HELD)
+BLENDS: tl.constexpr = tl.constexpr(tables.BLENDS)
 KEPT_SHIFT: tl.constexpr = tl.constexpr(tables.KEPT_SHIFT)
 
 
@@ -178,21 +180,33 @@ def _all_of(terms, MAX: tl.constexpr):
 
 @triton.jit
 def _reduce_tile(
-    acc,
+    all,
     grad,
-    weights,
+    others,
     offs,
     mask,
+    held,
     numbers,
     columns,
     TERMS: tl.constexpr,
     MAX: tl.constexpr,
     READS: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
-    g = _load(grad + offs, mask, acc.dtype)
-    w = _load(weights + offs, mask, acc.dtype) if READS else None
+    dtype = all[0].dtype
+    g = _load(grad + offs, mask, dtype)
+    x = _load(others + offs, mask, dtype) if READS else None
+    if KEPT:
+        x = tl.where(held, x, 0.0).to(dtype)
     # Lanes without an element hold zeros, of which terms make zeros.
-    return _add(acc, TERMS(w, g, *numbers, *columns), MAX)
+    terms = TERMS(x, g, *numbers, *columns)
+    new = ()
+    if len(all) == 1:
+        new = (_add(all[0], terms, MAX),)
+    else:
+        for i in tl.static_range(len(all)):
+            new = new + (_add(all[i], terms[i], MAX),)
+    return new
 
 
 @triton.jit(
@@ -202,6 +216,7 @@ def reduce_kernel(
     total_ptr,
     partials_ptr,
     ticket_ptr,
+    kept_ptr,
     earlier_ptr,
     slots_ptr,
     grads_ptr,
@@ -210,6 +225,7 @@ def reduce_kernel(
     n_chunks,
     n_slots,
     TERMS: tl.constexpr,
+    COUNT: tl.constexpr,
     MAX: tl.constexpr,
     EARLIER: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -219,46 +235,59 @@ def reduce_kernel(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """The sum of TERMS over all elements, or their maximum, goes to ``total`` (1,) float64.
+    """The sums of TERMS over all elements, or the maximum, go to ``total`` (COUNT,) float64.
 
     ``earlier`` (EARLIER,) float64 are the numbers that TERMS need; None where they need none.
-    ``partials`` (programs,) in the compute dtype is scratch; ``ticket`` (1,) int32 is 0 before and
-    after. READS: whether some group's terms need the weights.
+    ``partials`` (COUNT, programs) in the dtype of the terms is scratch; ``ticket`` (1,) int32
+    is 0 before and after. READS: whether some group's terms need the weights, or, where
+    ``kept`` is not None, what is in there of the slots whose flags say so.
     """
     dtype = partials_ptr.dtype.element_ty
-    acc = tl.zeros([BLOCK], dtype)
+    all = ()
+    for _ in tl.static_range(COUNT):
+        all = all + (tl.zeros([BLOCK], dtype),)
     lanes = tl.arange(0, BLOCK)
     numbers = _numbers(earlier_ptr, dtype, EARLIER)
+    KEPT: tl.constexpr = kept_ptr is not None
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
-        slot, weights, _, begin, count, wide, row, flags = _locate(
+        slot, weights, start, begin, count, wide, row, flags = _locate(
             slots_ptr, flags_ptr, chunk, n_slots, WEIGHT, BLOCK * TILES
         )
         if (flags & MISSING) == 0:
             grad = tl.load(grads_ptr + slot).to(tl.pointer_type(GRAD))
             columns = _columns(hyper_ptr, row, COLUMNS)
+            held = (flags & HELD) != 0
+            others = kept_ptr + start if KEPT else weights
             if wide:
                 g = _aligned(grad, begin, 16)
-                w = _aligned(weights, begin, 16)
+                x = _aligned(others, begin, 16)
                 for tile in range(TILES):
                     offs = tile * BLOCK + lanes
-                    acc = _reduce_tile(acc, g, w, offs, None, numbers, columns, TERMS, MAX, READS)
+                    all = _reduce_tile(
+                        *(all, g, x, offs, None, held, numbers, columns, TERMS, MAX, READS, KEPT)
+                    )
             else:
                 g = grad + begin
-                w = weights + begin
+                x = others + begin
                 for tile in range(tl.cdiv(count, BLOCK).to(tl.int32)):
                     offs = tile * BLOCK + lanes
-                    acc = _reduce_tile(
-                        acc, g, w, offs, offs < count, numbers, columns, TERMS, MAX, READS
+                    all = _reduce_tile(
+                        *(all, g, x, offs, offs < count, held, numbers, columns),
+                        *(TERMS, MAX, READS, KEPT),
                     )
-    tl.store(partials_ptr + tl.program_id(0), _all_of(acc, MAX))
+    for c in tl.static_range(COUNT):
+        place = partials_ptr + c * tl.num_programs(0)
+        tl.store(place + tl.program_id(0), _all_of(all[c], MAX))
     if _is_last(ticket_ptr):
-        sums = tl.zeros([BLOCK], dtype)
-        for i in range(0, tl.num_programs(0), BLOCK):
-            there = i + lanes < tl.num_programs(0)
-            # From the L2 cache, where the other programs' sums are.
-            part = tl.load(partials_ptr + i + lanes, there, 0.0, cache_modifier=".cg")
-            sums = _add(sums, part, MAX)
-        tl.store(total_ptr, _all_of(sums, MAX).to(tl.float64))
+        for c in tl.static_range(COUNT):
+            place = partials_ptr + c * tl.num_programs(0)
+            sums = tl.zeros([BLOCK], dtype)
+            for i in range(0, tl.num_programs(0), BLOCK):
+                there = i + lanes < tl.num_programs(0)
+                # From the L2 cache, where the other programs' sums are.
+                part = tl.load(place + i + lanes, there, 0.0, cache_modifier=".cg")
+                sums = _add(sums, part, MAX)
+            tl.store(total_ptr + c, _all_of(sums, MAX).to(tl.float64))
 
 
 # --------------------------------------------------------------------------------------- ascend_
@@ -283,8 +312,9 @@ def _masters(weights, saved, offs, mask, use):
 def _ascend_tile(
     weights,
     saved,
-    grad,
+    kept,
     at,
+    grad,
     offs,
     mask,
     seed,
@@ -294,16 +324,18 @@ def _ascend_tile(
 ):
     scale = scalars[0]
     if MASTERS:
-        w, changed = _masters(weights, saved, offs, mask, None)
+        w, changed = _masters(weights, saved + at, offs, mask, None)
     else:
         w = _load(weights + offs, mask, scale.dtype)
     g = _load(grad + offs, mask, scale.dtype)
+    if kept is not None:
+        _store(kept + at + offs, g, mask)
     # 0 * inf is NaN, and a scale of 0 must move nothing.
     moved = tl.where(scale == 0, w, MOVE(w, g, *scalars))
     if MASTERS:
-        _store(saved + offs, w, changed if mask is None else changed & mask)
+        _store(saved + at + offs, w, changed if mask is None else changed & mask)
     else:
-        _store(saved + offs, w, mask)
+        _store(saved + at + offs, w, mask)
     _store_stochastically(weights + offs, moved, at + offs, seed, mask)
 
 
@@ -313,6 +345,7 @@ def _ascend_tile(
 )
 def ascend_kernel(
     saved_ptr,
+    kept_ptr,
     climb_ptr,
     total_ptr,
     slots_ptr,
@@ -332,7 +365,10 @@ def ascend_kernel(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Save w and climb by ``total`` (NUMBERS,) float64; ``number`` goes to ``climb`` (1,) int64."""
+    """Save w and climb by ``total`` (NUMBERS,) float64; ``number`` goes to ``climb`` (1,) int64.
+
+    ``kept`` gets the gradients; None where nobody wants them.
+    """
     dtype = hyper_ptr.dtype.element_ty
     lanes = tl.arange(0, BLOCK)
     if tl.program_id(0) == 0:
@@ -349,21 +385,23 @@ def ascend_kernel(
             scalars = SCALARS(*numbers, *_columns(hyper_ptr, row, COLUMNS))
             if wide:
                 w = _aligned(weights, begin, 16)
-                s = saved_ptr + _aligned(start, begin, 64)
+                at = _aligned(start, begin, 64)
                 g = _aligned(grad, begin, 16)
                 for tile in range(TILES):
                     offs = tile * BLOCK + lanes
-                    at = start + begin
-                    _ascend_tile(w, s, g, at, offs, None, seed, scalars, MOVE, MASTERS)
+                    _ascend_tile(
+                        *(w, saved_ptr, kept_ptr, at, g, offs, None, seed, scalars, MOVE, MASTERS)
+                    )
             else:
                 w = weights + begin
-                s = saved_ptr + start + begin
+                at = start + begin
                 g = grad + begin
                 for tile in range(tl.cdiv(count, BLOCK).to(tl.int32)):
                     offs = tile * BLOCK + lanes
                     mask = offs < count
-                    at = start + begin
-                    _ascend_tile(w, s, g, at, offs, mask, seed, scalars, MOVE, MASTERS)
+                    _ascend_tile(
+                        *(w, saved_ptr, kept_ptr, at, g, offs, mask, seed, scalars, MOVE, MASTERS)
+                    )
 
 
 # --------------------------------------------------------------------------------------- restore_
@@ -460,6 +498,9 @@ def _update_tile(
     lr,
     descent,
     perturbed,
+    kept,
+    a,
+    b,
     scalars,
     RULE: tl.constexpr,
     KEPT: tl.constexpr,
@@ -471,7 +512,12 @@ def _update_tile(
         w, _ = _masters(weights, source, offs, mask, at_w if mask is None else at_w & mask)
     else:
         w = _load(source + offs, mask, descent.dtype)
-    g = descent * _load(grad + offs, mask, descent.dtype)
+    g = _load(grad + offs, mask, descent.dtype)
+    if kept is not None:
+        # 0 * inf is NaN: where b is 0, what is kept may be anything.
+        first = tl.where(b == 0, 0.0, b * _load(kept + at + offs, mask, descent.dtype))
+        g = a * g + first.to(descent.dtype)
+    g = descent * g
     state = ()
     for i in tl.static_range(len(states)):
         if KEPT[i]:
@@ -493,10 +539,11 @@ def _update_tile(
 
 @triton.jit(
     do_not_specialize=["n_chunks", "n_slots"],
-    do_not_specialize_on_alignment=["grad_scale_ptr", "found_inf_ptr"],
+    do_not_specialize_on_alignment=["grad_scale_ptr", "found_inf_ptr", "numbers_ptr"],
 )
 def update_kernel(
     saved_ptr,
+    kept_ptr,
     states,
     step_ptr,
     ticket_ptr,
@@ -505,13 +552,17 @@ def update_kernel(
     grads_ptr,
     flags_ptr,
     hyper_ptr,
+    numbers_ptr,
+    blend_ptr,
     grad_scale_ptr,
     found_inf_ptr,
     n_chunks,
     n_slots,
     SCALARS: tl.constexpr,
     RULE: tl.constexpr,
+    COEFFICIENTS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    BLEND_COLUMNS: tl.constexpr,
     KEPT: tl.constexpr,
     MIXED: tl.constexpr,
     MASTERS: tl.constexpr,
@@ -531,6 +582,10 @@ def update_kernel(
     the flags of a slot say which ones its group keeps. ``step`` (n,) float32 is incremented for
     the slots that step; ``ticket`` (1,) int32 is 0 before and after; ``climb`` (1,) int64 becomes
     0; ``grad_scale`` and ``found_inf`` are () float32; None where there is none.
+
+    Where ``kept`` (size,), gradients at w, is not None, g is a blend of both gradients in the slots
+    whose flags say so: ``numbers`` (3,) float64 and ``blend``, the hyperparameters, give its
+    COEFFICIENTS.
     """
     dtype = hyper_ptr.dtype.element_ty
     lanes = tl.arange(0, BLOCK)
@@ -551,6 +606,14 @@ def update_kernel(
         if ((flags & MISSING) == 0) & steps:
             grad = tl.load(grads_ptr + slot).to(tl.pointer_type(GRAD))
             descent = tl.where((flags & MAXIMIZE) != 0, -unscale, unscale)
+            a = tl.full([], 1, dtype)
+            b = tl.full([], 0, dtype)
+            if kept_ptr is not None:
+                options = _columns(blend_ptr, row, BLEND_COLUMNS)
+                found = COEFFICIENTS(*_numbers(numbers_ptr, tl.float64, 3), *options)
+                blends = (flags & BLENDS) != 0
+                a = tl.where(blends, found[0], 1.0).to(dtype)
+                b = tl.where(blends & ((flags & HELD) != 0), found[1], 0.0).to(dtype)
             columns = _columns(hyper_ptr, row, COLUMNS)
             lr = columns[0]
             step = tl.full([], 1, dtype)
@@ -586,6 +649,9 @@ def update_kernel(
                         lr,
                         descent,
                         perturbed,
+                        kept_ptr,
+                        a,
+                        b,
                         scalars,
                         RULE,
                         KEPT,
@@ -613,6 +679,9 @@ def update_kernel(
                         lr,
                         descent,
                         perturbed,
+                        kept_ptr,
+                        a,
+                        b,
                         scalars,
                         RULE,
                         KEPT,

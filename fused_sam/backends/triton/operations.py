@@ -10,12 +10,12 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from ...ascents import Ascent, Sums
-from ...blends import Blend
+from ...blends import Blending
 from ...devices import on
 from ...memory import Bucket, Gradients
 from ...rules import STEP, Rule
 from ..base import Backend, Groups
-from ..tables import Tables, rule_bits, rule_rows, sums_table
+from ..tables import Tables, blend_table, rule_bits, rule_rows, sums_table
 from . import kernels
 from .words import compiled
 
@@ -35,11 +35,14 @@ TILE_BYTES = {
     "restore_kernel": 2048,
 }
 """Bytes of an operand in a tile: for each of 128 threads an access of 16, 2 for a lone operand."""
+WIDE_TILE_BYTES = 2048
+"""Where sums are in float64 and several, an access of each operand: they take the registers."""
 CUDA_OPTIONS = {"maxnreg": 64, "enable_reflect_ftz": False}
 """At most 64 registers, or fewer than half of a multiprocessor's threads would fit; and square
 roots of denormal numbers are not zero."""
 MANY_REGISTERS = {"maxnreg": 128}
-"""For the updates that would spill some of 64: float64, and what is rare in half precision."""
+"""For kernels that would spill some of 64: float64, three sums in it, and what is rare in half
+precision."""
 TYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -61,19 +64,34 @@ class _Launcher(Tables):
         self.half = bucket.dtype.itemsize == 2
         self.types = TYPES[bucket.dtype], TYPES[bucket.grad_dtype]
         self.programs = max(1, min(self.num_chunks, _max_programs(self.device)))
-        self.partials = torch.zeros(self.programs, dtype=self.dtype, device=self.device)
+        self.partials: dict[Any, Tensor] = {}
         self.ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.totals: dict[str, Tensor] = {}
         self.compiled: dict[Any, Any] = {}
 
-    def total(self, name: str) -> Tensor:
-        """Where the sum of this name goes, (1,) float64."""
-        if name not in self.totals:
-            self.totals[name] = torch.zeros(1, dtype=torch.float64, device=self.device)
-        return self.totals[name]
+    def total(self, sums: Sums) -> Tensor:
+        """Where these sums go, (count,) float64."""
+        if sums.name not in self.totals:
+            total = torch.zeros(sums.count, dtype=torch.float64, device=self.device)
+            self.totals[sums.name] = total
+        return self.totals[sums.name]
+
+    def scratch(self, sums: Sums) -> Tensor:
+        """Where the programs put what they have of these sums, (count, programs)."""
+        dtype = torch.float64 if sums.wide else self.dtype
+        key = sums.count, dtype
+        if key not in self.partials:
+            shape = sums.count, self.programs
+            self.partials[key] = torch.zeros(shape, dtype=dtype, device=self.device)
+        return self.partials[key]
 
     def launch(
-        self, kernel: Any, args: tuple[Any, ...], constants: tuple[Any, ...], roomy: bool = False
+        self,
+        kernel: Any,
+        args: tuple[Any, ...],
+        constants: tuple[Any, ...],
+        roomy: bool = False,
+        wide: bool = False,
     ) -> None:
         """Run a kernel over the bucket's chunks.
 
@@ -83,6 +101,7 @@ class _Launcher(Tables):
                 pointer that it does without is None.
             constants: its compile-time arguments but the last two, BLOCK and TILES.
             roomy: whether it gets MANY_REGISTERS; follows from dtype and constants.
+            wide: whether its sums are in float64; follows from the constants.
         """
         grid = (self.programs, 1, 1)
         args = (*args, self.num_chunks, self.n_slots)
@@ -92,7 +111,8 @@ class _Launcher(Tables):
             function, full = known
             function[grid](*args, *full)
             return
-        block = min(TILE_BYTES[kernel.fn.__name__] // self.itemsize, CHUNK)
+        tile = WIDE_TILE_BYTES if wide else TILE_BYTES[kernel.fn.__name__]
+        block = min(tile // self.itemsize, CHUNK)
         full = (*constants, block, CHUNK // block)
         function = kernel[grid](*args, *full, **_options(self.device, roomy))
         # Everything that Triton specializes on is in the key: the rest is the same for a bucket, or
@@ -140,20 +160,23 @@ class TritonBackend(Backend):
         """As ``Backend.reduce``, in one launch."""
         launcher = _launcher(bucket)
         with on(bucket.device):
-            reads = any([sums.reads_param(groups[row]) for row in bucket.rows])
-            total = launcher.total(sums.name)
+            kept = bucket.kept if sums.reads_kept else None
+            reads = kept is not None or any([sums.reads_param(groups[row]) for row in bucket.rows])
+            total = launcher.total(sums)
             args = (
-                *(total, launcher.partials, launcher.ticket, earlier),
+                *(total, launcher.scratch(sums), launcher.ticket, kept, earlier),
                 launcher.slots,
                 launcher.addresses(grads).table,
-                launcher.flags(dict.fromkeys(bucket.rows, 0), bucket.perturbed, grads),
+                launcher.flags(
+                    dict.fromkeys(bucket.rows, 0), bucket.perturbed, grads, held=bucket.held
+                ),
                 sums_table(launcher, bucket, sums, groups),
             )
             constants = (
-                *(compiled(sums.terms), sums.how == "max"),
+                *(compiled(sums.terms), sums.count, sums.how == "max"),
                 *(sums.earlier, _width(sums), reads, *launcher.types),
             )
-            launcher.launch(kernels.reduce_kernel, args, constants)
+            launcher.launch(kernels.reduce_kernel, args, constants, sums.wide, sums.wide)
         return total
 
     def ascend_(
@@ -164,12 +187,13 @@ class TritonBackend(Backend):
         groups: Groups,
         total: Tensor,
         number: int,
+        kept: Tensor | None = None,
     ) -> None:
         """As ``Backend.ascend_``, in one launch."""
         launcher = _launcher(bucket)
         with on(bucket.device):
             args = (
-                *(bucket.saved, bucket.climb, total, launcher.slots),
+                *(bucket.saved, kept, bucket.climb, total, launcher.slots),
                 launcher.addresses(grads).table,
                 launcher.flags(dict.fromkeys(bucket.rows, 0), bucket.perturbed, grads),
                 sums_table(launcher, bucket, ascent.sums, groups),
@@ -186,7 +210,7 @@ class TritonBackend(Backend):
         self,
         bucket: Bucket,
         rule: Rule,
-        blend: Blend,
+        blending: Blending | None,
         grads: Gradients,
         groups: Groups,
         *,
@@ -200,20 +224,27 @@ class TritonBackend(Backend):
             names = {name for row in kept for name in row}
             mixed = any([row != kept[0] for row in kept])
             buffers = [bucket.state(s.name).flat if s.name in names else None for s in rule.states]
-            bits = {row: rule_bits(rule, groups[row]) for row in bucket.rows}
+            blend = None if blending is None else blending.blend
+            bits = {row: rule_bits(rule, groups[row], blend is not None) for row in bucket.rows}
             numbers, rates = rule_rows(rule, groups, bucket.rows)
             args = (
                 bucket.saved,
+                None if blend is None else bucket.kept,
                 tuple([bucket.saved if buffer is None else buffer for buffer in buffers]),
                 bucket.state(STEP).flat if rule.counts else None,
                 *(launcher.ticket, bucket.climb, launcher.slots),
                 launcher.addresses(grads).table,
-                launcher.flags(bits, bucket.perturbed, grads, bucket.fresh(names)),
+                launcher.flags(bits, bucket.perturbed, grads, bucket.fresh(names), bucket.held),
                 launcher.hyper(rule.name, len(groups), numbers, rates),
+                None if blending is None else blending.numbers,
+                None if blend is None else blend_table(launcher, bucket, blend, groups),
                 *(grad_scale, found_inf),
             )
             constants = (
-                *(compiled(rule.scalars), compiled(rule.update), 1 + len(rule.column_names)),
+                *(compiled(rule.scalars), compiled(rule.update)),
+                None if blend is None else compiled(blend.coefficients),
+                1 + len(rule.column_names),
+                0 if blend is None else len(blend.column_names),
                 *(tuple([buffer is not None for buffer in buffers]), mixed),
                 *(bucket.masters, *launcher.types),
             )

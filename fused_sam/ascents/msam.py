@@ -1,0 +1,25 @@
+"""Momentum-SAM (Becker et al. 2024, arXiv 2401.12033): SAM at the price of the base optimizer.
+
+The weights live at w - rho * v / ||v||, v being the base optimizer's momentum: where the coming
+step leads. The gradient is taken there, once; the step is made from w. The norm is over the
+parameters that have a gradient in the step. ``fused_sam/onepass.py`` is the way there and back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .base import Choice
+from .sam import ASCENT as SAM_ASCENT
+
+
+@dataclass(frozen=True)
+class MSAM(Choice):
+    """One pass: the weights live ahead of w, along the momentum. 0.3 to 10 are usual for rho."""
+
+    key: ClassVar[str] = "msam"
+
+
+ASCENT = dataclasses.replace(SAM_ASCENT, key=MSAM.key, along_momentum=True)

@@ -1,0 +1,31 @@
+"""USAM, SAM without its norm (Andriushchenko & Flammarion, ICML 2022): epsilon = rho * g.
+
+For groups that are adaptive epsilon = rho * T**2 * g, with ASAM's T. The climb is as long as the
+gradient says, so it depends on a loss scale, which has to be told.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..text import is_finite, where
+from .base import Choice
+from .sam import ASCENT as SAM_ASCENT
+
+
+@dataclass(frozen=True)
+class USAM(Choice):
+    """The climb is rho times the gradient; groups with ``adaptive=True``: rho * T**2 * gradient."""
+
+    key: ClassVar[str] = "usam"
+
+
+def _scalars(sq_norm, rho, adaptive, eta):
+    return where(is_finite(sq_norm), rho, 0.0), adaptive, eta
+
+
+ASCENT = dataclasses.replace(
+    SAM_ASCENT, key=USAM.key, name="Usam", scalars=_scalars, scale_matters=True
+)

@@ -1,0 +1,154 @@
+"""Blends around the step: other base optimizers, scalers, checkpoints, changes between passes."""
+
+import copy
+import io
+
+import pytest
+import torch
+from oracle import Textbook, assert_same_bits, blend, exact, inject, params_of
+
+from fused_sam import FusedSAM
+from fused_sam.ascents import MSAM, SAM
+from fused_sam.blends import GSAM
+
+SGD = torch.optim.SGD
+
+
+def make(backend, base=SGD, **options):
+    params = [torch.nn.Parameter(torch.randn(n)) for n in (3, 65, 7)]
+    groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.02}]
+    return FusedSAM(groups, base, lr=0.05, backend=backend, blend=GSAM(alpha=0.4), **options)
+
+
+def some_grads(opt, seed, missing=()):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        p: None if i in missing else torch.randn(p.shape, generator=generator)
+        for i, p in enumerate(params_of(opt))
+    }
+
+
+def test_a_value_checks_itself_and_prints_what_it_is():
+    assert str(GSAM(alpha=0.2)) == "GSAM(alpha=0.2)"
+    assert GSAM(0.2).options() == {"blend": "gsam", "blend_alpha": 0.2}
+    with pytest.raises(ValueError, match=r"alpha must be finite and >= 0, got -1"):
+        GSAM(-1)
+    p = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(TypeError, match=r"blend=SAM\(\): that is for ascent="):
+        FusedSAM([{"params": [p], "blend": SAM()}], lr=0.1)
+    with pytest.raises(ValueError, match=r"blend='mix' is not known; choose from \['gsam'\], or N"):
+        FusedSAM([p], lr=0.1, blend="mix")
+    q = torch.nn.Parameter(torch.ones(1))
+    groups = [{"params": [p]}, {"params": [q], "blend": None}]
+    with pytest.raises(ValueError, match=r"blend='gsam' and None"):
+        FusedSAM(groups, lr=0.1, blend=GSAM(0.1))
+    FusedSAM([{"params": [p]}, {"params": [q], "ascent": None}], lr=0.1, blend=GSAM(0.1))
+    with pytest.raises(ValueError, match=r"blend='gsam' needs a gradient at w.*'momentum'"):
+        FusedSAM([p], lr=0.1, momentum=0.9, ascent=MSAM(), blend=GSAM(0.1))
+
+
+@pytest.mark.parametrize("scale", [None, 4.0])
+def test_a_base_optimizer_without_a_rule_sees_the_blend(scale, backend):
+    """Guards the gradients that it finds, with hooks that look at w, and a loss scale."""
+    opt = make(backend, torch.optim.Adamax)
+    first, second = some_grads(opt, 1, missing=(0,)), some_grads(opt, 2, missing=(1,))
+    seen = blend(opt.param_groups, first, second)
+    inject(first)
+    opt.first_step()
+    inject(second)
+    if scale is not None:
+        opt.grad_scale = torch.tensor(scale)
+    opt.base_optimizer.register_step_pre_hook(lambda *_: None)
+    opt.second_step()
+    for p in params_of(opt):
+        if second[p] is not None:
+            want = seen[p].value / (scale or 1)
+            assert (exact(p.grad) - want).abs().max() <= 1e-6 * seen[p].magnitude.max()
+
+
+def test_hooks_that_need_w_do_not_lose_what_is_kept(backend):
+    """Guards the way back that comes before the update: the blend is the same."""
+    opt = make(backend, momentum=0.9)
+    twin = copy.deepcopy(opt)
+    opt.base_optimizer.register_step_pre_hook(lambda *_: None)
+    for one in (opt, twin):
+        inject(some_grads(one, 1))
+        one.first_step()
+        inject(some_grads(one, 2))
+        one.second_step()
+    for p, q in zip(params_of(opt), params_of(twin), strict=True):
+        assert_same_bits(p, q)
+
+
+def test_a_layout_that_is_built_anew_between_the_passes_keeps_the_gradients(backend):
+    opt = make(backend, momentum=0.9)
+    textbook = Textbook(opt)
+    textbook.first_step(some_grads(opt, 1, missing=(1,)))
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.randn(9))]})
+    textbook.second_step(some_grads(opt, 2))
+
+
+def test_a_step_that_was_given_up_is_no_blend(backend):
+    opt = make(backend, momentum=0.9)
+    textbook = Textbook(opt)
+    textbook.first_step(some_grads(opt, 1))
+    textbook.restore()
+    textbook.second_step(some_grads(opt, 2))
+    textbook.step(some_grads(opt, 3), some_grads(opt, 4))
+
+
+def test_unscaled_gradients_after_the_climb_are_refused(backend):
+    """Guards two gradients of different scales: what is kept is still scaled."""
+    opt, scaler = make(backend), torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))  # which makes its scale
+    inject(some_grads(opt, 1))
+    opt.first_step()
+    inject(some_grads(opt, 2))
+    scaler.unscale_(opt)
+    with pytest.raises(RuntimeError, match=r"unscale_.*blend='gsam'.*one scale.*max_grad_norm"):
+        scaler.step(opt)
+    opt.restore()
+
+
+def test_checkpoints_hold_plain_data_and_resume_to_the_bit(backend):
+    opt = make(backend, momentum=0.9)
+    for i in range(2):
+        inject(some_grads(opt, 2 * i))
+        opt.first_step()
+        inject(some_grads(opt, 2 * i + 1))
+        opt.second_step()
+    file = io.BytesIO()
+    torch.save({"opt": opt.state_dict(), "w": [p.detach() for p in params_of(opt)]}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other = FusedSAM(
+        [{"params": params} for params in ([torch.zeros(3), torch.zeros(65)], [torch.zeros(7)])],
+        SGD,
+        lr=1.0,
+        backend=backend,
+        momentum=0.9,
+    )
+    for p, w in zip(params_of(other), saved["w"], strict=True):
+        p.requires_grad_().data.copy_(w)
+    other.load_state_dict(saved["opt"])
+    assert other.param_groups[0]["blend"] == "gsam" and other.param_groups[1]["lr"] == 0.02
+    for one in (opt, other):
+        inject(some_grads(one, 8))
+        one.first_step()
+        inject(some_grads(one, 9))
+        one.second_step()
+    for p, q in zip(params_of(opt), params_of(other), strict=True):
+        assert_same_bits(p, q)
+
+
+def test_plain_sam_keeps_no_gradients(backend):
+    """Guards memory: what a blend wants is allocated with its first climb."""
+    opt = FusedSAM([torch.nn.Parameter(torch.ones(5))], SGD, lr=0.1, backend=backend)
+    inject(some_grads(opt, 1))
+    opt.first_step()
+    assert opt._facts.engine.buckets[0].kept is None
+    opt.restore()
+    opt.param_groups[0].update(GSAM(0.1).options())
+    inject(some_grads(opt, 1))
+    opt.first_step()
+    assert opt._facts.engine.buckets[0].kept is not None

@@ -1,0 +1,346 @@
+"""Momentum-SAM: one pass, weights that live ahead of w, against the oracle of tests/family.py."""
+
+import copy
+import io
+
+import pytest
+import torch
+from family import MSAM as Oracle
+from family import Surface
+from oracle import assert_same_bits
+from torch import nn
+
+from fused_sam import FusedSAM
+from fused_sam.ascents import MSAM
+from fused_sam.blends import GSAM
+from fused_sam.schedule import Every
+
+SHAPES = [(5,), (3, 4), (2,)]
+STEPS = 6
+BASES = {
+    "sgd": (torch.optim.SGD, {"momentum": 0.9}),
+    "sgd-decay": (torch.optim.SGD, {"momentum": 0.8, "weight_decay": 0.1}),
+    "sgd-nesterov": (torch.optim.SGD, {"momentum": 0.8, "nesterov": True, "weight_decay": 0.1}),
+    "sgd-dampening": (torch.optim.SGD, {"momentum": 0.8, "dampening": 0.3, "weight_decay": 0.1}),
+    "adam": (torch.optim.Adam, {}),
+    "adamw": (torch.optim.AdamW, {"weight_decay": 0.2}),
+}
+
+
+class AdamOracle(Oracle):
+    state = "exp_avg"
+
+
+def start(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        nn.Parameter(torch.randn(s, dtype=torch.float64, generator=generator).to(dtype))
+        for s in SHAPES
+    ]
+
+
+def make(name="sgd-decay", backend="auto", dtype=torch.float64, groups=None, **options):
+    base, more = BASES[name]
+    params = start(dtype)
+    opt = FusedSAM(
+        groups(params) if groups else params,
+        base,
+        ascent=MSAM(),
+        backend=backend,
+        **{"lr": 0.05, "rho": 0.4, **more, **options},
+    )
+    return opt, params
+
+
+def oracle(name="sgd-decay", groups=None, **options):
+    base, more = BASES[name]
+    cls = Oracle if base is torch.optim.SGD else AdamOracle
+    common = {"lr": 0.05, "rho": 0.4, "weight_decay": 0.0, **more, **options}
+    rows = groups or [{"params": range(3)}]
+    return cls(start(), [{**common, **row} for row in rows], base)
+
+
+def give(params, grads, scale=1.0):
+    for p, g in zip(params, grads, strict=True):
+        p.grad = None if g is None else g * scale
+
+
+def plain(opt, params, surface, i):
+    give(params, surface.gradient(params, i, 0))
+    opt.step()
+
+
+def two_steps(opt, params, surface, i):
+    give(params, surface.gradient(params, i, 0))
+    assert not opt.first_step(zero_grad=True)
+    opt.second_step()
+
+
+def unaware(opt, params, surface, i):
+    """A SAM loop that knows nothing of it: its second backward is at the same weights."""
+    give(params, [torch.full_like(p, torch.nan) for p in params])
+    opt.first_step(zero_grad=True)
+    give(params, surface.gradient(params, i, 0))
+    opt.second_step()
+
+
+def closure(opt, params, surface, i):
+    def run():
+        opt.zero_grad()
+        give(params, surface.gradient(params, i, 0))
+        return "loss"
+
+    assert opt.step(run) == "loss"
+
+
+def compare(params, member, bound=1e-11):
+    for p, w in zip(params, member.weights, strict=True):
+        torch.testing.assert_close(p.detach().double(), w.detach(), rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("loop", [plain, two_steps, unaware, closure])
+@pytest.mark.parametrize("name", BASES)
+def test_the_weights_live_ahead_of_w(name, loop, backend):
+    """Guards the sign, the norm, the way back, and where the decay is taken, in float64."""
+    missing = {(2, 0): (1,), (3, 0): (0, 2)}
+    opt, params = make(name, backend)
+    surface, member = Surface(SHAPES, missing), oracle(name)
+    for i in range(STEPS):
+        loop(opt, params, surface, i)
+        member.step(surface)
+        compare(params, member)
+        assert opt.is_perturbed
+        away = [p.detach().clone() for p in params]
+        opt.eval()
+        opt.eval()
+        for p, w, out in zip(params, member.weights, member.out, strict=True):
+            torch.testing.assert_close(p.detach(), (w - out).detach(), rtol=1e-11, atol=1e-11)
+        opt.train()
+        opt.train()
+        for p, w in zip(params, away, strict=True):
+            assert_same_bits(p, w)
+
+
+def test_groups_and_those_that_stay(backend):
+    """Guards per-group rho, decay, maximize and ascent=None."""
+    options = [
+        {"rho": 0.7, "weight_decay": 0.3, "lr": 0.02},
+        {"ascent": None, "weight_decay": 0.2},
+        {"maximize": True},
+    ]
+
+    def groups(params):
+        return [{"params": [p], **o} for p, o in zip(params, options, strict=True)]
+
+    opt, params = make("sgd-decay", backend, groups=groups)
+    rows = [{"params": [i], **o} for i, o in enumerate(options)]
+    surface, member = Surface(SHAPES), Staying("sgd-decay", rows)
+    for i in range(STEPS):
+        plain(opt, params, surface, i)
+        member.step(surface)
+        compare(params, member)
+
+
+class Staying(Oracle):
+    """The oracle with a group that does not climb, and one that goes uphill."""
+
+    def __init__(self, name, rows):
+        base, more = BASES[name]
+        common = {"lr": 0.05, "rho": 0.4, **more}
+        super().__init__(start(), [{**common, **row} for row in rows], base)
+
+    def step(self, surface, skip=False):
+        i = self.number
+        self.number += 1
+        g = surface.gradient(self.weights, i, 0)
+        with torch.no_grad():
+            for j, (w, out) in enumerate(zip(self.weights, self.out, strict=True)):
+                sign = -1 if self.row[j].get("maximize") else 1
+                g[j] = g[j] + sign * self.row[j].get("weight_decay", 0.0) * w
+                w -= out
+        for group in self.base.param_groups:
+            group["weight_decay"] = 0.0
+        self.descend(g)
+        taking = [self.row[j].get("ascent", "sam") is not None for j in range(3)]
+        v = [self.base.state[w]["momentum_buffer"] for w in self.weights]
+        length = sum((x**2).sum() for x, t in zip(v, taking, strict=True) if t) ** 0.5
+        with torch.no_grad():
+            for j, w in enumerate(self.weights):
+                self.out[j] = -self.row[j]["rho"] / length * v[j] * taking[j]
+                w += self.out[j]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("loop", ["step", "closure"])
+def test_under_a_scaler_and_clipped(loop, clip, dtype, backend):
+    """Guards the scale of the decay, clipping before it, and skipped steps, which stay ahead."""
+    opt, params = make("sgd-decay", backend, dtype, max_grad_norm=clip)
+    broken = {(3, 0)}
+    surface, member = Surface(SHAPES, broken=broken), oracle("sgd-decay")
+    member.clip = None
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=1000)
+    for i in range(STEPS):
+        scaler.scale(torch.zeros(()))
+        before = [p.detach().clone() for p in params]
+        scale = scaler.get_scale()
+        if loop == "step":
+            give(params, surface.gradient(params, i, 0), scale)
+            scaler.step(opt)
+        else:
+            scaler.step(opt, lambda i=i, s=scale: give(params, surface.gradient(params, i, 0), s))
+        scaler.update(None if loop == "step" else scale)  # it sees no gradients of closures
+        skip = (i, 0) in broken
+        if clip is not None and not skip:
+            inner = surface.gradient
+            surface.gradient = lambda w, i, h, inner=inner: clipped(inner(w, i, h), clip)
+            member.step(surface)
+            surface.gradient = inner
+        else:
+            member.step(surface, skip)
+        compare(params, member, 1e-11 if dtype == torch.float64 else 1e-4)
+        if skip:
+            for p, w in zip(params, before, strict=True):
+                assert_same_bits(p, w)
+
+
+def clipped(grads, most):
+    length = torch.cat([g.flatten() for g in grads]).norm()
+    return [g * min(1.0, most / (length.item() + 1e-6)) for g in grads]
+
+
+def test_rho_of_the_way_out_is_that_of_the_way_back(backend):
+    opt, params = make("sgd", backend)
+    twin, others = make("sgd", backend)
+    surface = Surface(SHAPES)
+    plain(opt, params, surface, 0)
+    plain(twin, others, surface, 0)
+    opt.param_groups[0]["rho"] = 3.0
+    opt.eval()
+    twin.eval()
+    for p, w in zip(params, others, strict=True):
+        assert_same_bits(p, w.detach())
+
+
+@pytest.mark.parametrize("name", ["sgd-decay", "adamw"])
+def test_a_resumed_run_goes_on_as_the_first(name, backend):
+    opt, params = make(name, backend)
+    surface = Surface(SHAPES)
+    for i in range(3):
+        plain(opt, params, surface, i)
+    with pytest.raises(RuntimeError, match=r"optimizer\.eval\(\)"):
+        opt.state_dict()
+    with pytest.raises(RuntimeError, match=r"optimizer\.eval\(\)"):
+        copy.deepcopy(opt)
+    opt.eval()
+    file = io.BytesIO()
+    torch.save((opt.state_dict(), params), file)
+    opt.train()
+    file.seek(0)
+    twin, others = make(name, backend)
+    state, weights = torch.load(file, weights_only=False)
+    for p, w in zip(others, weights, strict=True):
+        p.data.copy_(w.data)
+    twin.load_state_dict(state)
+    give(others, surface.gradient(others, 3, 0))
+    with pytest.raises(RuntimeError, match=r"optimizer\.train\(\)"):
+        twin.step()
+    twin.train()
+    for i in range(3, STEPS):
+        plain(opt, params, surface, i)
+        plain(twin, others, surface, i)
+        for p, w in zip(params, others, strict=True):
+            assert_same_bits(p, w.detach())
+
+
+def test_what_is_written_ahead_of_w_is_not_lost_silently(backend):
+    """A model's checkpoint loaded while its weights are ahead would be undone by the next step."""
+    opt, params = make("sgd", backend)
+    surface = Surface(SHAPES)
+    plain(opt, params, surface, 0)
+    with torch.no_grad():
+        params[1].fill_(2.0)
+    give(params, surface.gradient(params, 1, 0))
+    with pytest.raises(RuntimeError, match=r"optimizer\.eval\(\) before model\.load_state_dict"):
+        opt.step()
+    opt.eval()
+    with torch.no_grad():
+        params[1].fill_(2.0)
+    opt.train()
+    plain(opt, params, surface, 1)
+    opt.eval()
+    assert 0 < (params[1] - 2.0).abs().max() < 1.0
+
+
+def test_a_closure_that_raises_moves_nothing(backend):
+    opt, params = make("sgd", backend)
+    surface = Surface(SHAPES)
+    plain(opt, params, surface, 0)
+    before = [p.detach().clone() for p in params]
+
+    def fail():
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        opt.step(fail)
+    for p, w in zip(params, before, strict=True):
+        assert_same_bits(p, w)
+    plain(opt, params, surface, 1)
+
+
+def test_an_attached_model_is_not_saved_ahead_of_w():
+    params = start()
+    model = nn.ParameterList(params)
+    opt = FusedSAM(params, momentum=0.9, lr=0.1, ascent=MSAM(), model=model)
+    plain(opt, params, Surface(SHAPES), 0)
+    with pytest.raises(RuntimeError, match=r"optimizer\.eval\(\)"):
+        model.state_dict()
+    opt.eval()
+    model.state_dict()
+    with pytest.raises(RuntimeError, match=r"optimizer\.train\(\)"):
+        plain(opt, params, Surface(SHAPES), 1)
+
+
+def test_statistics_belong_to_the_weights_ahead():
+    """The pass is one: BatchNorm's running statistics are updated in it, once."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    opt = FusedSAM(model.parameters(), momentum=0.9, lr=0.1, ascent=MSAM(), model=model)
+    for _ in range(2):
+        model(torch.randn(6, 3)).square().sum().backward()
+        opt.step()
+        opt.zero_grad()
+    assert model[1].num_batches_tracked == 2
+
+
+def test_eval_and_train_do_nothing_for_others():
+    params = start()
+    opt = FusedSAM(params, lr=0.1)
+    before = [p.detach().clone() for p in params]
+    opt.eval()
+    plainly = Surface(SHAPES)
+    give(params, plainly.gradient(params, 0, 0))
+    opt.first_step()
+    away = [p.detach().clone() for p in params]
+    opt.eval()
+    opt.train()
+    for p, w in zip(params, away, strict=True):
+        assert_same_bits(p, w)
+    opt.restore()
+    for p, w in zip(params, before, strict=True):
+        assert_same_bits(p, w)
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "match"),
+    [
+        (torch.optim.SGD, {}, "SGD has none here; use SGD with momentum > 0"),
+        (torch.optim.RMSprop, {}, "RMSprop has none"),
+        (torch.optim.Adamax, {}, "Adamax has none"),
+        (torch.optim.Adam, {"adaptive": True}, "adaptive=True"),
+        (torch.optim.Adam, {"when": Every(2)}, "one pass in every step, so when=Every"),
+        (torch.optim.Adam, {"blend": GSAM(0.1)}, "needs a gradient at w"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(base, options, match):
+    with pytest.raises(ValueError, match=match):
+        FusedSAM(start(), base, ascent=MSAM(), lr=0.1, **options)
