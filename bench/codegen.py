@@ -131,7 +131,7 @@ def build(name, dtype, target):
     options = {"num_warps": backend.THREADS // target.warp_size}
     if target.backend == "cuda":
         options |= backend.CUDA_OPTIONS
-        if (name in UPDATES and dtype == "fp64") or wide:
+        if (name in UPDATES and dtype == "fp64") or in_double:
             options |= backend.MANY_REGISTERS
     source = ASTSource(function, *signature(function, types, constants))
     return triton.compile(source, target=target, options=options), constants["BLOCK"]
