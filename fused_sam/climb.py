@@ -11,7 +11,7 @@ from .checks import check_clipping
 from .gradients import pairs_of, put_aside
 from .memory import Gradients
 from .modes import working
-from .options import MAX_GRAD_NORM, agreed_max_grad_norm, check_values, numbers, to_numbers_
+from .options import CLIMBS, MAX_GRAD_NORM, agreed_max_grad_norm, check_values, numbers, to_numbers_
 from .passes import Passes
 from .scaler import Handed
 from .schedule import NO_CLIMB
@@ -71,10 +71,10 @@ class Climb(Passes):
                 return False
             try:
                 # From here on restore() is needed. Which weights are away the buckets know.
-                facts.number += 1
+                number = groups[0][CLIMBS] = groups[0].get(CLIMBS, 0) + 1
                 facts.leave()
                 keep = blend is not None
-                total = facts.engine.climb(ascent, grads, groups, facts.number, keep)
+                total = facts.engine.climb(ascent, grads, groups, number, keep)
                 facts.climbed(ascent, groups, total)
             except BaseException:
                 self.restore()

@@ -22,6 +22,7 @@ from .checks import (
     check_defaults,
     check_groups,
     check_keywords,
+    check_master_weights,
     keep_each_once,
     unfolded,
 )
@@ -90,6 +91,8 @@ class FusedSAM(Descent):
         model: the module that training calls; see ``attach``.
         when: which steps climb, of ``fused_sam.schedule``; the others are the base optimizer's own,
             with one pass if the loop asks what ``first_step`` returned.
+        master_weights: keep a float32 copy of bfloat16 and float16 weights, and float32 state, so
+            that small updates are not rounded away. The base optimizer must be one that is fused.
         **base_kwargs: options of the base optimizer (lr, momentum, weight_decay, ...).
 
     Raises:
@@ -115,6 +118,7 @@ class FusedSAM(Descent):
         backend: str = "auto",
         model: nn.Module | None = None,
         when: When = Always(),  # noqa: B008
+        master_weights: bool = False,
         **base_kwargs: Any,
     ) -> None:
         options = with_defaults(
@@ -136,7 +140,7 @@ class FusedSAM(Descent):
         for group in groups:
             keep_each_once([group])  # in two groups it is an error of torch's
         base = base_optimizer(groups, **base_kwargs)
-        self._init(base, options, backend, model, when)
+        self._init(base, options, backend, model, when, master_weights)
 
     @classmethod
     def wrap(
@@ -152,6 +156,7 @@ class FusedSAM(Descent):
         backend: str = "auto",
         model: nn.Module | None = None,
         when: When = Always(),  # noqa: B008
+        master_weights: bool = False,
     ) -> FusedSAM:
         """Put SAM around an optimizer that exists already (from timm, Hugging Face, ...).
 
@@ -176,7 +181,7 @@ class FusedSAM(Descent):
         if MAX_GRAD_NORM.name not in optimizer.defaults:
             agreed_max_grad_norm(groups)
         self = cls.__new__(cls)
-        self._init(optimizer, options, backend, model, when)
+        self._init(optimizer, options, backend, model, when, master_weights)
         return self
 
     def _init(
@@ -186,7 +191,9 @@ class FusedSAM(Descent):
         backend: str,
         model: nn.Module | None,
         when: When,
+        master_weights: bool,
     ) -> None:
+        check_master_weights(master_weights, type(base))
         check_when(when)
         check_defaults(base)
         check_clipping(base, options[MAX_GRAD_NORM.name])
@@ -198,6 +205,7 @@ class FusedSAM(Descent):
                 "defaults": {**options, **base.defaults},
                 "_when": when,
                 "_backend_name": backend,
+                "_master_weights": master_weights,
             }
         )
         self._build()

@@ -50,8 +50,53 @@ CUDA = ("tests/test_native_kernels.py", "-k", "cuda_kernels_match")
 ALIGNMENT = ("tests/test_triton.py", "-k", "aligned")
 LAYOUT = ("tests/test_layout.py", "-k", "reference")
 STEPS = ("tests/test_semantics.py", "-k", "reference")
+ROUNDING = ("tests/test_rounding.py", "-k", "bits or reference_rounds or exact_results")
+FROZEN = ("tests/test_frozen.py", "-k", "reference")
+WIDTHS = ("tests/test_grad_dtype.py", "-k", "reference and not asam")
+MASTERS = ("tests/test_masters.py", "-k", "reference and not hundred")
+MASTERS_IN_TRITON = ("tests/test_masters.py", "-k", "triton")
 # fmt: off
 MUTANTS = [
+    # ---- rounding at random
+    Mutant("rounding-forgets-the-number", "fused_sam/backends/base.py",
+           "offset, seed_of(number))", "offset, seed_of(1))", ROUNDING),
+    Mutant("rounding-forgets-the-offset", "fused_sam/backends/base.py",
+           "offset = run.start + chunk.start", "offset = chunk.start", ROUNDING),
+    Mutant("rounding-to-infinity", "fused_sam/backends/rounding.py",
+           "return torch.where(magnitude < limit, rounded, values.to(dtype))", "return rounded",
+           ROUNDING),
+    Mutant("rounding-of-subnormals", "fused_sam/backends/rounding.py",
+           "half = torch.where(magnitude < _SMALLEST_NORMAL, small, normal)", "half = normal",
+           ROUNDING),
+    Mutant("triton-rounding-takes-other-bits", "fused_sam/backends/triton/kernels.py",
+           "(noise >> 19)) >> 13", "(noise & 0x1FFF)) >> 13", ROUNDING),
+    # ---- what trains
+    Mutant("thawing-is-not-noticed", "fused_sam/memory/layout.py",
+           "and not any(map(_REQUIRES_GRAD, self._frozen))", "and True", FROZEN),
+    Mutant("a-gradient-does-not-thaw", "fused_sam/memory/layout.py",
+           "and all(map(operator.is_, map(_GRAD, self._frozen), itertools.repeat(None)))",
+           "and True", FROZEN),
+    Mutant("what-freezes-leaves", "fused_sam/memory/layout.py",
+           "if trains(param) or (param in known and param.data_ptr() == known[param])",
+           "if trains(param)", FROZEN),
+    # ---- gradients of another dtype, and masters
+    Mutant("momentum-in-the-weights-dtype", "fused_sam/memory/bucket.py",
+           "return self.grad_dtype if name in self._like_grad else self.dtype",
+           "return self.dtype", WIDTHS),
+    Mutant("a-new-grad-dtype-is-not-noticed", "fused_sam/memory/gradients.py",
+           "if gradient_dtype(param) != slot.grad_dtype:", "if False:", WIDTHS),
+    Mutant("loading-rounds-wide-state", "fused_sam/checkpoint.py",
+           "self._keep_wide(state_dict)\n", "\n", MASTERS),
+    Mutant("masters-win-over-the-weights", "fused_sam/backends/base.py",
+           "master.copy_(torch.where(same, master, weights.float()))", "pass", MASTERS),
+    Mutant("weights-win-over-the-masters", "fused_sam/backends/base.py",
+           "master.copy_(torch.where(same, master, weights.float()))",
+           "master.copy_(weights.float())", MASTERS),
+    Mutant("triton-masters-look-at-perturbed-weights", "fused_sam/backends/triton/kernels.py",
+           "at_w = (offs >= 0) & (perturbed == 0)", "at_w = offs >= 0", MASTERS_IN_TRITON),
+    Mutant("triton-does-not-save-what-changed", "fused_sam/backends/triton/kernels.py",
+           "_store(saved + offs, w, changed if mask is None else changed & mask)", "pass",
+           MASTERS_IN_TRITON),
     # ---- the rules' texts, as torch runs them
     Mutant("sgd-dampens-the-first-gradient", "fused_sam/rules/sgd.py",
            "undampened = where(fresh, 1.0, undampened)", "undampened = undampened", REFERENCE),
@@ -230,8 +275,7 @@ MUTANTS = [
     Mutant("state-is-lost-in-a-move", "fused_sam/memory/state.py",
            "window.copy_(_tensor(value))", "window.zero_()", LAYOUT),
     Mutant("states-in-the-compute-dtype", "fused_sam/memory/state.py",
-           "torch.zeros(bucket.size, dtype=bucket.dtype",
-           "torch.zeros(bucket.size, dtype=bucket.compute_dtype", REFERENCE),
+           "zeros(dtype=bucket.state_dtype(name))", "zeros(dtype=bucket.compute_dtype)", REFERENCE),
     Mutant("moved-while-perturbed", "fused_sam/memory/bucket.py",
            "self._number, self.perturbed = _CARRIED, perturbed", "self._number = _CARRIED", LAYOUT),
     Mutant("unaligned-windows", "fused_sam/memory/bucket.py",
