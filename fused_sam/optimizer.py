@@ -27,7 +27,7 @@ from .checks import (
     unfolded,
 )
 from .choice import with_defaults
-from .compiling import opaque, prepare
+from .compiling import WRITES, opaque, prepare
 from .descent import Descent
 from .gradients import are_fresh, are_there, mark_used
 from .modes import working
@@ -45,8 +45,6 @@ from .schedule import Always, When, check_when
 from .ways import WAYS, refuse_framework
 
 Closure = Callable[[], Any]
-
-_WRITES = "it writes the parameters through other tensors, with kernels of its own"
 
 
 class FusedSAM(Descent):
@@ -259,7 +257,7 @@ class FusedSAM(Descent):
         names = [backend.name for backend in self._facts.engine.backends]
         return "+".join(dict.fromkeys(names))
 
-    @opaque(_WRITES)
+    @opaque(WRITES)
     def first_step(self, zero_grad: bool = False, *, scaler: Any = None) -> bool:
         """Save the weights w and climb to ``w + epsilon`` with the gradients that are there.
 
@@ -281,36 +279,7 @@ class FusedSAM(Descent):
         """
         return self._begin(zero_grad, None if scaler is None else scaler.get_scale())
 
-    @opaque(_WRITES)
-    def second_step(self, zero_grad: bool = False) -> None:
-        """Return to w and step with the gradients that are there; without first_step, a plain step.
-
-        A parameter that has no gradient now is returned to w and not stepped. A framework's proxy
-        of the optimizer does it through its own ``step()``, so that the framework knows.
-
-        Args:
-            zero_grad: set the gradients to None afterwards.
-
-        Raises:
-            RuntimeError: a gradient is sparse; nothing was changed, and restore() goes back to w.
-        """
-        facts = self._facts
-        if facts.owner() is self:
-            self._finish(zero_grad)
-            return
-        facts.finishing = True
-        try:
-            self.step()
-        finally:
-            facts.finishing = False
-        if zero_grad:
-            self.zero_grad()
-
-    @Optimizer.profile_hook_step
-    def _finish(self, zero_grad: bool) -> None:
-        self._descend(zero_grad=zero_grad)
-
-    @opaque(_WRITES)
+    @opaque(WRITES)
     @Optimizer.profile_hook_step
     def step(self, closure: Closure | None = None) -> Any:
         """A whole SAM step with ``closure``; between the two steps, the second half of a step.
@@ -392,7 +361,7 @@ class FusedSAM(Descent):
             raise RuntimeError(f"step(closure) with a closure that leaves no gradient. {WAYS}")
         return value
 
-    @opaque(_WRITES)
+    @opaque(WRITES)
     def restore(self) -> None:
         """Return the parameters to w without an update; does nothing if they are there.
 
