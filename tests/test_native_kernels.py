@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import fused_sam
-from fused_sam.ascents import ASCENTS, SUMS
+from fused_sam.ascents import KERNELS, SUMS
 from fused_sam.backends.native.translate import rules
 
 ROOT = Path(__file__).parent.parent
@@ -156,7 +156,7 @@ def cuobjdump(*arguments):
     return done.stdout
 
 
-VALUES = [value.name for value in (*rules(), *SUMS, *ASCENTS)]
+VALUES = [value.name for value in (*rules(), *SUMS, *KERNELS)]
 
 
 def kernel_name(mangled):

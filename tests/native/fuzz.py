@@ -39,7 +39,8 @@ class Arguments:
             "climb": torch.zeros(1, dtype=torch.int64),
             "slots": torch.tensor(table),
             "grads": torch.tensor([grad.data_ptr() for grad in self.grads]),
-            "flags": torch.randint(0, 1 << 11, (len(sizes),), dtype=torch.int32),
+            "flags": torch.randint(0, 1 << 8, (len(sizes),), dtype=torch.int32)
+            | random.choice((0, 1, 3, 7)) << 8,
             "total": torch.rand(1, dtype=torch.float64),
             "step": random.choice((None, torch.ones(len(sizes)))),
             "grad_scale": random.choice((None, torch.ones((), dtype=self.compute))),
@@ -50,8 +51,8 @@ class Arguments:
         self.values["earlier"] = random.choice((None, self.numbers()))
         self.values["numbers"] = random.choice((None, self.numbers()))
         self.values["blend_hyper"] = random.choice((None, torch.rand(2, dtype=self.compute)))
-        self.values["blend"] = random.randrange(-1, 3)
-        self.values |= {f"state{k}": random.choice((None, self.buffer(start))) for k in range(3)}
+        self.values["blend"] = random.choice((-1, -1, -1, 0, 1))
+        self.values |= {f"state{k}": self.buffer(start) for k in range(STATES)}
 
     def buffer(self, numel):
         return torch.randn(numel).to(self.dtype)
@@ -82,7 +83,7 @@ class Arguments:
     def call(self, operation):
         """Call an operation; returns whether it took the arguments."""
         v = self.values
-        hyper = torch.rand(2 * random.choice((1, 3, 5, 6, 8, 9)), dtype=self.compute)
+        hyper = torch.rand(random.choice((2 * 2520, 2 * 2520, 13)), dtype=self.compute)
         head = (v["weights"], v["pinned"])
         tables = (v["slots"], v["grads"], v["flags"])
         arguments = {
