@@ -120,7 +120,7 @@ def build(name, dtype, target):
     options = {"num_warps": backend.THREADS // target.warp_size}
     if target.backend == "cuda":
         options |= backend.CUDA_OPTIONS
-        if (name in UPDATES and dtype == "fp64") or (wide and ITEMSIZE[dtype] == 2):
+        if (name in UPDATES and dtype == "fp64") or wide:
             options |= backend.MANY_REGISTERS
     source = ASTSource(function, *signature(function, types, constants))
     return triton.compile(source, target=target, options=options), constants["BLOCK"]

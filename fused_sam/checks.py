@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from . import blends
 from .ascents import ASCENTS, MSAM, chosen
 from .choice import plain
 from .memory.window import extent, has_memory, is_dense, is_shared, trains
@@ -140,11 +141,6 @@ def check_ahead(
             )
         if group["adaptive"]:
             raise ValueError(f"ascent={MSAM()} is not defined with adaptive=True; leave it out")
-        if group["blend"] is not None:
-            raise ValueError(
-                f"ascent={MSAM()} has one gradient, so blend={group['blend']!r} has no second one "
-                f"to blend it with; leave it out"
-            )
         if not isinstance(when, Always):
             raise ValueError(
                 f"ascent={MSAM()} has one pass in every step, so when={when} has no meaning; "
@@ -173,7 +169,12 @@ def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
     _check_overlap([param for param in training if param.numel()])
     for group in groups:
         check_ascent(group)
-    chosen(groups)
+    blend = blends.chosen(groups)
+    if blend is not None and chosen(groups).along_momentum:
+        raise ValueError(
+            f"blend={blend.key!r} needs a gradient at w, which ascent={chosen(groups).key!r} does "
+            f"not take; choose another ascent, or blend=None"
+        )
 
 
 def as_groups(params: Any) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import torch
 from oracle import Textbook, assert_same_bits, blend, exact, inject, params_of
 
 from fused_sam import FusedSAM
-from fused_sam.ascents import SAM
+from fused_sam.ascents import MSAM, SAM
 from fused_sam.blends import GSAM
 
 SGD = torch.optim.SGD
@@ -43,6 +43,8 @@ def test_a_value_checks_itself_and_prints_what_it_is():
     with pytest.raises(ValueError, match=r"blend='gsam' and None"):
         FusedSAM(groups, lr=0.1, blend=GSAM(0.1))
     FusedSAM([{"params": [p]}, {"params": [q], "ascent": None}], lr=0.1, blend=GSAM(0.1))
+    with pytest.raises(ValueError, match=r"blend='gsam' needs a gradient at w.*'msam'"):
+        FusedSAM([p], lr=0.1, momentum=0.9, ascent=MSAM(), blend=GSAM(0.1))
 
 
 @pytest.mark.parametrize("scale", [None, 4.0])

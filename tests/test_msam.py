@@ -338,7 +338,7 @@ def test_eval_and_train_do_nothing_for_others():
         (torch.optim.Adamax, {}, "Adamax has none"),
         (torch.optim.Adam, {"adaptive": True}, "adaptive=True"),
         (torch.optim.Adam, {"when": Every(2)}, "one pass in every step, so when=Every"),
-        (torch.optim.Adam, {"blend": GSAM(0.1)}, "no second one to blend"),
+        (torch.optim.Adam, {"blend": GSAM(0.1)}, "needs a gradient at w"),
     ],
 )
 def test_what_makes_no_sense_is_refused(base, options, match):

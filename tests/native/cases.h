@@ -60,6 +60,11 @@ bool same_bits(S a, S b) {
   return std::memcmp(&a, &b, sizeof(S)) == 0;
 }
 
+// The sums by their numbers.
+#define CASES_ID(value) k##value,
+enum class SumsId : int { FUSED_SAM_SUMS(CASES_ID) };
+#undef CASES_ID
+
 enum class RuleId : int { kSgd, kAdam, kRmsProp };  // as FUSED_SAM_RULES lists them
 
 // A rule with its options, as torch.optim has them; one group.
@@ -70,6 +75,8 @@ struct Options {
   double lr = 0.1, weight_decay = 0.05, momentum = 0.9, dampening = 0.25, eps = 1e-3;
   double beta1 = 0.8, beta2 = 0.95, rho = 0.5, eta = 0.01, grad_scale = 1;
   double step = 3;           // the running one
+  double alpha = -1;         // GSAM's; negative: no blend, and nothing is kept
+  double p = 1.5;            // of the p-norm
   bool hides_param = false;  // the bit that asks for the weights is not set
 
   // Which states the group keeps, as bits.
@@ -81,6 +88,9 @@ struct Options {
 };
 
 constexpr int kRows = 2;
+
+// What a blend's coefficients are made of: <g, g'>, ||g'||**2, ||g||**2.
+constexpr double kNumbers[] = {2, 4, 3};
 
 // The options of each group: the second one differs from the first wherever groups may.
 inline Options group_of(const Options& o, int64_t row) {
@@ -99,6 +109,8 @@ inline Options group_of(const Options& o, int64_t row) {
 template <typename T>
 struct Hyper {
   SamNorm::Columns<T> ascent[kRows];
+  PNorm::Columns<T> p_norm[kRows];
+  Gsam::Columns<T> gsam[kRows];
   Sgd::Columns<T> sgd[kRows];
   Adam::Columns<T> adam[kRows];
   RmsProp::Columns<T> rmsprop[kRows];
@@ -118,6 +130,8 @@ struct Hyper {
       return T(beta > 0 ? std::log(beta) : -std::numeric_limits<double>::infinity());
     };
     ascent[row] = {T(o.maximize ? -o.rho : o.rho), T(o.adaptive), T(o.eta)};
+    p_norm[row] = {ascent[row].rho, T(o.adaptive), T(o.eta), T(1 / (o.p - 1)), T(1 / o.p)};
+    gsam[row] = {T(o.alpha)};
     const T momentum = T(o.variant & 1 ? o.momentum : 0);
     sgd[row] = {T(o.lr), T(o.weight_decay), momentum, T(1 - o.dampening), T(o.nesterov)};
     adam[row] = {T(o.lr),    T(o.weight_decay), T(o.decoupled), T(1 - o.beta1), log(o.beta1),
@@ -189,7 +203,7 @@ struct Bucket {
   std::vector<float> step;
   std::unique_ptr<S[]> pinned_memory[kPinned];
   std::vector<void*> pinned;
-  S *weights, *saved, *states[3];
+  S *weights, *saved, *kept, *states[3];
   int64_t moved = 0, size = 0;
 
   explicit Bucket(const std::vector<int64_t>& sizes, unsigned seed) : random_(seed) {
@@ -207,11 +221,13 @@ struct Bucket {
       }
       addresses.push_back(grad.data ? reinterpret_cast<int64_t>(grad.data) : kNowhere);
       grads.push_back(std::move(grad));
-      flags.push_back((i % 5 != 4 ? kPerturbed : 0) | (i % 2 ? kFresh : 0));
+      flags.push_back((i % 5 != 4 ? kPerturbed : 0) | (i % 2 ? kFresh : 0) |
+                      (i % 3 != 1 ? kHeld : 0));
       step.push_back(2.0f);
     }
     weights = flat(moved);
     saved = flat(size);
+    kept = flat(size);
     for (S*& state : states) state = flat(size);
     for (int k = 0; k < kPinned; ++k) {
       const Slot& slot = slots[num_moved() + k];
@@ -226,6 +242,7 @@ struct Bucket {
       flags[i] |= (has_grad(i) ? 0 : kMissing) | (aligned ? kAligned : 0);
       fill(weights_of(i), slot.numel, -2, 2);
       fill(saved + slot.start, slot.numel, -2, 2);
+      fill(kept + slot.start, slot.numel, -1, 1);
       fill(states[0] + slot.start, slot.numel, 0.5, 1);
       fill(states[1] + slot.start, slot.numel, 0.5, 1);
       fill(states[2] + slot.start, slot.numel, -0.5, 0.5);
@@ -235,7 +252,7 @@ struct Bucket {
   Bucket(const Bucket&) = delete;
 
   ~Bucket() {
-    for (S* buffer : {weights, saved, states[0], states[1], states[2]}) std::free(buffer);
+    for (S* buffer : {weights, saved, kept, states[0], states[1], states[2]}) std::free(buffer);
     for (auto& memory : pinned_memory) release(memory);
     for (Grad& grad : grads) release(grad.memory);
   }
@@ -256,7 +273,7 @@ struct Bucket {
       const Options group = group_of(o, slots[i].row);
       all[i] |= (group.maximize ? kMaximize : 0) |
                 (group.adaptive && !group.hides_param ? kReadsParam : 0) |
-                group.kept() << kKeptShift;
+                (group.alpha >= 0 ? kBlends : 0) | group.kept() << kKeptShift;
     }
     return all;
   }
@@ -270,7 +287,7 @@ struct Bucket {
   // All weights, saved weights and states, to compare with later.
   struct Copy {
     std::vector<std::vector<S>> weights;
-    std::vector<S> saved, states[3];
+    std::vector<S> saved, kept, states[3];
     std::vector<float> step;
   };
 
@@ -280,6 +297,7 @@ struct Bucket {
       c.weights.emplace_back(weights_of(i), weights_of(i) + slots[i].numel);
     }
     c.saved.assign(saved, saved + size);
+    c.kept.assign(kept, kept + size);
     for (int k = 0; k < 3; ++k) c.states[k].assign(states[k], states[k] + size);
     c.step = step;
     return c;
@@ -292,6 +310,7 @@ struct Bucket {
       const int64_t next = i + 1 < slots.size() ? slots[i + 1].start : size;
       for (int64_t at = end; at < next; ++at) {
         EXPECT(same_bits(saved[at], S()), "padding of saved at %ld", long(at));
+        EXPECT(same_bits(kept[at], S()), "padding of kept at %ld", long(at));
         for (S* state : states) EXPECT(same_bits(state[at], S()), "padding of a state");
         if (at < moved) EXPECT(same_bits(weights[at], S()), "padding of the weights");
       }
@@ -347,6 +366,41 @@ void expect_sq_norm(double got, double want) {
          got, want);
 }
 
+// What the sums of the p-norm and of a blend come to; `largest` is what the p-norm's sum is given.
+struct Sums {
+  double largest = 0;
+  long double shares = 0, gram[3] = {};  // their own rounding must not count for float64
+};
+
+template <typename S>
+Sums sums_of(Bucket<S>& bucket, const Options& options) {
+  Sums sums;
+  const auto scaled = [&](size_t i, int64_t k) {
+    const Options o = group_of(options, bucket.slots[i].row);
+    const double t = o.adaptive ? std::fabs(value(bucket.weights_of(i)[k])) + o.eta : 1;
+    return std::fabs(t * value(bucket.grads[i].data[k]));
+  };
+  for (bool second : {false, true}) {
+    for (size_t i = 0; i < bucket.slots.size(); ++i) {
+      if (!bucket.has_grad(i)) continue;
+      for (int64_t k = 0; k < bucket.slots[i].numel; ++k) {
+        const double q = options.p / (options.p - 1), g = value(bucket.grads[i].data[k]);
+        const bool held = bucket.flags[i] & kHeld;
+        const double first = held ? value(bucket.kept[bucket.slots[i].start + k]) : 0;
+        if (!second) {
+          sums.largest = std::max(sums.largest, scaled(i, k));
+          sums.gram[0] += static_cast<long double>(first) * g;
+          sums.gram[1] += static_cast<long double>(g) * g;
+          sums.gram[2] += static_cast<long double>(first) * first;
+        } else {
+          sums.shares += std::pow(scaled(i, k) / sums.largest, q);
+        }
+      }
+    }
+  }
+  return sums;
+}
+
 // sq_norm: what the kernel was given. 0 or not finite: w is saved and nothing moves.
 template <typename S>
 void expect_perturbed(Bucket<S>& bucket, const typename Bucket<S>::Copy& before,
@@ -366,6 +420,9 @@ void expect_perturbed(Bucket<S>& bucket, const typename Bucket<S>::Copy& before,
         continue;
       }
       EXPECT(same_bits(saved, w), "slot %zu, element %ld was not saved", i, long(k));
+      const S kept = o.alpha >= 0 ? bucket.grads[i].data[k] : before.kept[slot.start + k];
+      EXPECT(same_bits(bucket.kept[slot.start + k], kept), "slot %zu, element %ld: kept", i,
+             long(k));
       if (!moves) {
         EXPECT(same_bits(now, w), "moved with norm %g", norm);
         continue;
@@ -405,7 +462,13 @@ void expect_updated(Bucket<S>& bucket, const typename Bucket<S>::Copy& before,
       const double old[3] = {s[0], s[1], s[2]};
       double want = value(w);
       if (steps) {
-        want = textbook(value(w), value(bucket.grads[i].data[k]), s, o, bucket.flags[i] & kFresh);
+        double g = value(bucket.grads[i].data[k]);
+        if (o.alpha >= 0) {
+          const double c = kNumbers[0] / kNumbers[1];
+          const double first = bucket.flags[i] & kHeld ? value(before.kept[at]) : 0;
+          g = (1 + o.alpha * c) * g - o.alpha * first;
+        }
+        want = textbook(value(w), g, s, o, bucket.flags[i] & kFresh);
       }
       for (int m = 0; m < 3; ++m) {
         // At most 6 roundings on terms no larger than 4: what the data above allow.
@@ -452,27 +515,60 @@ inline std::vector<Options> all_options() {
     rmsprop.grad_scale = 3;
     all.push_back(rmsprop);
   }
+  for (size_t i = 0; i < 8; i += 3) {  // of each rule
+    Options blended = all[i < 6 ? i : all.size() - 1];
+    blended.alpha = 0.3;
+    all.push_back(blended);
+  }
   return all;
 }
 
-// Runner<S>: reduce(bucket, options, ascent) -> double, ascend_(bucket, options, total),
-// update_(bucket, options, skip), restore_(bucket, options). ascent: the ascent's sum, or the plain
-// squares.
+template <typename S, typename R>
+void run_sums(R& runner, Bucket<S>& bucket, const Options& options) {
+  using T = typename Compute<S>::Type;
+  const Sums want = sums_of(bucket, options);
+  const auto check = [&](double got, double exact, double terms, double round) {
+    EXPECT(std::fabs(got - exact) <= 40 * 2 * round * terms, "%.17g, expected %.17g", got, exact);
+  };
+  const double largest = runner.reduce(bucket, options, SumsId::kPNormMax)[0];
+  check(largest, want.largest, want.largest, kRound<T>);
+  const double shares = runner.reduce(bucket, options, SumsId::kPNormSum, &largest)[0];
+  check(shares, want.shares, want.shares, kRound<T>);
+  const auto gram = runner.reduce(bucket, options, SumsId::kGram);
+  // In float64 whatever the bucket: products are exact, or nearly so.
+  const double terms = want.gram[1] + want.gram[2];
+  for (int i = 0; i < 3; ++i) check(gram[i], want.gram[i], 10 * terms, 0x1p-53);
+  // A maximum keeps NaN, wherever it is.
+  for (size_t i = 0; i < bucket.slots.size(); ++i) {
+    if (!bucket.has_grad(i) || !bucket.slots[i].numel) continue;
+    S& last = bucket.grads[i].data[bucket.slots[i].numel - 1];
+    const S old = last;
+    last = round_to<S>(T(std::nan("")));
+    EXPECT(std::isnan(runner.reduce(bucket, options, SumsId::kPNormMax)[0]), "NaN of slot %zu", i);
+    last = old;
+  }
+}
+
+// Runner<S>: reduce(bucket, options, SumsId, earlier) -> vector of double, ascend_(bucket, options,
+// total), update_(bucket, options, skip), restore_(bucket, options).
 template <typename S, template <typename> class Runner>
 void run_all(const std::vector<int64_t>& sizes) {
   constexpr double kInf = std::numeric_limits<double>::infinity();
   Runner<S> runner;
-  for (const Options& options : all_options()) {
+  const std::vector<Options> all = all_options();
+  for (const Options& options : all) {
     {
       Bucket<S> bucket(sizes, 1);
       const auto before = bucket.copy();
       const double plain = sq_norm_of(bucket, options, true);
-      expect_sq_norm<S>(runner.reduce(bucket, options, false), plain);
-      expect_sq_norm<S>(runner.reduce(bucket, options, true), sq_norm_of(bucket, options, false));
+      expect_sq_norm<S>(runner.reduce(bucket, options, SumsId::kSquares)[0], plain);
+      expect_sq_norm<S>(runner.reduce(bucket, options, SumsId::kSamNorm)[0],
+                        sq_norm_of(bucket, options, false));
+      if (&options == &all[0] || options.adaptive) run_sums(runner, bucket, options);
       // The bit of a slot decides whether its weights are read, not the columns of its group.
       Options hidden = options;
       hidden.hides_param = true;
-      expect_sq_norm<S>(runner.reduce(bucket, hidden, true), plain);
+      expect_sq_norm<S>(runner.reduce(bucket, hidden, SumsId::kSamNorm)[0], plain);
       runner.ascend_(bucket, options, 9.0);
       expect_perturbed(bucket, before, options, 9.0);
     }

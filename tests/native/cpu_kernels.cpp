@@ -30,19 +30,35 @@ class Runner {
  public:
   using T = typename Compute<S>::Type;
 
-  double reduce(cases::Bucket<S>& bucket, const Options& o, bool ascent) {
-    const Problem p = problem(bucket, o, true);
+  std::vector<double> reduce(cases::Bucket<S>& bucket, const Options& o, SumsId id,
+                             const double* earlier = nullptr) {
+    if (id == SumsId::kGram) return reduce<Gram, double>(bucket, o, id, earlier);
+    if (id == SumsId::kPNormMax) return reduce<PNormMax, T>(bucket, o, id, earlier);
+    return reduce<Squares, T>(bucket, o, id, earlier);
+  }
+
+  // Like: sums that have the count, and the maximum or not, of those.
+  template <typename Like, typename Term>
+  std::vector<double> reduce(cases::Bucket<S>& bucket, const Options& o, SumsId id,
+                             const double* earlier) {
+    Problem p = problem(bucket, o, true);
+    p.earlier = earlier;
+    p.kept = bucket.kept;
+    if (id == SumsId::kPNormMax || id == SumsId::kPNormSum) p.hyper = hyper_->p_norm;
     const int64_t spans = num_spans(p.size);
-    std::vector<T> partials(spans, T(NAN)), again(spans, T(NAN));
-    const auto kernel = kernels().reduce[ascent ? 0 : 1][dtype()];
+    std::vector<Term> partials(Like::kCount * spans, Term(NAN)), again = partials;
+    const auto kernel = kernels().reduce[static_cast<int>(id)][dtype()];
     parallel(spans, kMaxThreads,
              [&](int64_t begin, int64_t end) { kernel(p, partials.data(), begin, end); });
     kernel(p, again.data(), 0, spans);
-    EXPECT(!std::memcmp(partials.data(), again.data(), spans * sizeof(T)),
+    EXPECT(!std::memcmp(partials.data(), again.data(), partials.size() * sizeof(Term)),
            "the number of threads changes the bits");
-    double total = 0;
-    for (T partial : partials) total += static_cast<double>(partial);
-    return total;
+    std::vector<double> totals(Like::kCount);
+    for (size_t i = 0; i < partials.size(); ++i) {
+      double& total = totals[i / spans];
+      total = words::add<Like::kMax>(total, static_cast<double>(partials[i]));
+    }
+    return totals;
   }
 
   void ascend_(cases::Bucket<S>& bucket, const Options& o, double total) {
@@ -81,6 +97,10 @@ class Runner {
     p.weights = bucket.weights;
     p.pinned = bucket.pinned.data();
     p.saved = bucket.saved;
+    p.kept = o.alpha >= 0 ? bucket.kept : nullptr;
+    p.numbers = kNumbers;
+    p.blend_hyper = hyper_->gsam;
+    p.blend = o.alpha >= 0 ? 0 : -1;
     bucket.give_states(p.states, o);
     p.step = o.rule == RuleId::kSgd ? nullptr : bucket.step.data();
     p.slots = bucket.slots.data();

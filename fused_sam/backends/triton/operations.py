@@ -40,7 +40,8 @@ CUDA_OPTIONS = {"maxnreg": 64, "enable_reflect_ftz": False}
 """At most 64 registers, or fewer than half of a multiprocessor's threads would fit; and square
 roots of denormal numbers are not zero."""
 MANY_REGISTERS = {"maxnreg": 128}
-"""For kernels that would spill some of 64: float64, and what is rare in half precision."""
+"""For kernels that would spill some of 64: float64, three sums in it, and what is rare in half
+precision."""
 
 
 class _Launcher(Tables):
@@ -163,8 +164,7 @@ class TritonBackend(Backend):
                 *(compiled(sums.terms), sums.count, sums.how == "max"),
                 *(sums.earlier, _width(sums), reads),
             )
-            roomy = sums.wide and launcher.itemsize == 2
-            launcher.launch(kernels.reduce_kernel, args, constants, roomy, sums.wide)
+            launcher.launch(kernels.reduce_kernel, args, constants, sums.wide, sums.wide)
         return total
 
     def ascend_(
