@@ -86,8 +86,11 @@ class Climb(Passes):
 
     def _closure_scale(self) -> float | None:
         """The loss scale that ``scaler.step(optimizer, closure)`` tells, where it matters."""
-        matters = self._when.needs_norm or ascents.chosen(self.param_groups).scale_matters
-        return float(self.grad_scale) if matters and self._is_scaled() else None
+        return float(self.grad_scale) if self._is_scaled() and self._scale_matters() else None
+
+    def _scale_matters(self) -> bool:
+        """Whether the climb depends on the size of the gradients."""
+        return self._when.needs_norm or ascents.chosen(self.param_groups).scale_matters
 
     def _is_scaled(self) -> bool:
         """Whether a GradScaler has said that the gradients are scaled."""

@@ -277,7 +277,9 @@ class FusedSAM(Descent):
             RuntimeError: the step is half done already; a gradient is sparse.
             TypeError, ValueError: a group's rho, adaptive or eta cannot be used.
         """
-        return self._begin(zero_grad, None if scaler is None else scaler.get_scale())
+        # Asking a scaler for its scale waits for the device.
+        told = scaler is not None and self._scale_matters()
+        return self._begin(zero_grad, scaler.get_scale() if told else None)
 
     @opaque(WRITES)
     @Optimizer.profile_hook_step
