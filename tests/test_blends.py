@@ -43,7 +43,7 @@ def test_a_value_checks_itself_and_prints_what_it_is():
     with pytest.raises(ValueError, match=r"blend='gsam' and None"):
         FusedSAM(groups, lr=0.1, blend=GSAM(0.1))
     FusedSAM([{"params": [p]}, {"params": [q], "ascent": None}], lr=0.1, blend=GSAM(0.1))
-    with pytest.raises(ValueError, match=r"blend='gsam' needs a gradient at w.*'momentum'"):
+    with pytest.raises(ValueError, match=r"blend='gsam' needs a gradient at w.*'msam'"):
         FusedSAM([p], lr=0.1, momentum=0.9, ascent=MSAM(), blend=GSAM(0.1))
 
 
