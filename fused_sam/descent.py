@@ -55,8 +55,8 @@ class Descent(OnePass):
         there = are_there(self.param_groups)
         if between:
             self._refuse_unknown_scale()
-        blend = chosen(self.param_groups) if climbed else None
         ahead = self._follows()
+        blend = chosen(self.param_groups) if climbed and ahead is None else None
         if ahead is not None:
             self._check_ahead()
         elif climbed:

@@ -70,17 +70,17 @@ class Engine:
             bucket.bump_versions(bucket_grads)
         return total
 
-    def blending(self, blend: Blend, grads: Sequence[Gradients], groups: Groups) -> Blending:
-        """What a blend needs to know of these gradients at w + epsilon and those that are kept."""
-        climbing = [_climbing(b, g, groups) for b, g in zip(self.buckets, grads, strict=True)]
-        return Blending(blend, self.reduce(GRAM, climbing, groups))
-
     def take_in(self, state: State, groups: Groups) -> None:
         """Notice optimizer state that was replaced since the last step."""
         states = self.layout.states
         if not states.is_current(state):
             check_states(self.layout.rule, groups, state)
             states.adopt(state, groups)
+
+    def blending(self, blend: Blend, grads: Sequence[Gradients], groups: Groups) -> Blending:
+        """What a blend needs to know of these gradients at w + epsilon and those that are kept."""
+        climbing = [_climbing(b, g, groups) for b, g in zip(self.buckets, grads, strict=True)]
+        return Blending(blend, self.reduce(GRAM, climbing, groups))
 
     def update(
         self,

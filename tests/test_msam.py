@@ -12,6 +12,7 @@ from torch import nn
 
 from fused_sam import FusedSAM
 from fused_sam.ascents import MSAM
+from fused_sam.blends import GSAM
 from fused_sam.schedule import Every
 
 SHAPES = [(5,), (3, 4), (2,)]
@@ -337,6 +338,7 @@ def test_eval_and_train_do_nothing_for_others():
         (torch.optim.Adamax, {}, "Adamax has none"),
         (torch.optim.Adam, {"adaptive": True}, "adaptive=True"),
         (torch.optim.Adam, {"when": Every(2)}, "one pass in every step, so when=Every"),
+        (torch.optim.Adam, {"blend": GSAM(0.1)}, "needs a gradient at w"),
     ],
 )
 def test_what_makes_no_sense_is_refused(base, options, match):

@@ -40,11 +40,10 @@ ASCENTS: Mapping[str, Ascent] = {ascent.key: ascent for ascent in (_SAM, _PNORM,
 KERNELS: tuple[Ascent, ...] = tuple({ascent.name: ascent for ascent in ASCENTS.values()}.values())
 """Those that have mathematics of their own."""
 
-SUMS: tuple[Sums, ...] = tuple(
-    {
-        sums.name: sums
-        for sums in (*[sums for ascent in KERNELS for sums in ascent.sums.chain], SQUARES, GRAM)
-    }.values()
+SUMS: tuple[Sums, ...] = (
+    *{sums.name: sums for ascent in KERNELS for sums in ascent.sums.chain}.values(),
+    SQUARES,
+    GRAM,
 )
 """All that is ever reduced."""
 
