@@ -10,11 +10,16 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
 ARGS ?=
+# The environment with the frameworks, in the versions of constraints-frameworks.txt.
+FRAMEWORKS_VENV ?= .venv-frameworks
+FRAMEWORKS := lightning transformers accelerate timm fastai pytorch-ignite skorch peft
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Without build isolation: an isolated build environment would get a torch of its own.
 INSTALL := $(PIP) install --no-build-isolation --constraint $(VENV)/constraints.txt
+FRAMEWORKS_INSTALL := $(FRAMEWORKS_VENV)/bin/python -m pip --disable-pip-version-check install \
+	--constraint constraints-frameworks.txt
 CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
 # True where the interpreter comes with a torch that has a GPU: that one is used, not the pinned
@@ -25,7 +30,7 @@ HAS_GPU_TORCH := $(PYTHON) -c 'import sys, torch; sys.exit(not (torch.cuda.is_av
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test bench bench-quick bench-report check format clean distclean
+.PHONY: help demo test test-frameworks bench bench-quick bench-report check format clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -35,6 +40,10 @@ demo: $(VENV)/.demo ## train with SGD and with SAM on real data, print a table, 
 
 test: $(VENV)/.dev ## run the tests; fails under 95 % coverage by lines and branches
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --cov $(ARGS)
+
+test-frameworks: $(FRAMEWORKS_VENV)/.ready ## test the adapters with the real Lightning, transformers, ...; CPU
+	PYTHONPATH=. $(FRAMEWORKS_VENV)/bin/python -m pytest -c tests/frameworks/pytest.ini \
+		tests/frameworks $(ARGS)
 
 bench: $(VENV)/.bench ## measure against the peers, under 15 minutes; writes docs/benchmarks.md
 	$(BIN)/python -m bench --keep $(ARGS)
@@ -59,10 +68,11 @@ format: $(VENV)/.dev ## put style and format right
 clean: ## remove build outputs and caches
 	rm -rf build dist *.egg-info fused_sam/*.so .coverage .coverage.* htmlcov
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)/*' \
+		-not -path './$(FRAMEWORKS_VENV)/*' -prune -exec rm -rf {} +
 
-distclean: clean ## remove the virtual environment too
-	rm -rf $(VENV)
+distclean: clean ## remove the virtual environments too
+	rm -rf $(VENV) $(FRAMEWORKS_VENV)
 
 # Set-up, in steps. A step's stamp goes first and comes back last, so a step that failed is taken
 # again.
@@ -95,6 +105,16 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
 	@rm -f $@
 	$(INSTALL) --editable '.[demo,dev,triton]'
+	touch $@
+
+# The package itself is not installed here: it is taken as it is, with the native library that
+# $(VENV) has built, if any.
+$(FRAMEWORKS_VENV)/.ready: constraints-frameworks.txt
+	@rm -f $@
+	$(PYTHON) -m venv $(FRAMEWORKS_VENV)
+	$(FRAMEWORKS_INSTALL) $(if $(TORCH_INDEX),--retries 2 --extra-index-url $(TORCH_INDEX)) \
+		torch torchvision
+	$(FRAMEWORKS_INSTALL) $(FRAMEWORKS) pytest
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.torch pyproject.toml setup.py $(CSRC)

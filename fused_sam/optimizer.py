@@ -41,7 +41,7 @@ from .options import (
     numbers,
 )
 from .schedule import Always, When, check_when
-from .ways import WAYS
+from .ways import WAYS, refuse_framework
 
 Closure = Callable[[], Any]
 
@@ -342,6 +342,7 @@ class FusedSAM(Descent):
                 self._run(closure)
             else:
                 twice = not are_fresh(self.param_groups)
+                refuse_framework(fresh=not twice)
                 if twice:
                     theirs = False
                     self.zero_grad()

@@ -83,7 +83,8 @@ class Record:
         if training < any([train for train, _ in self._forwards]):
             return  # an evaluation
         if not perturbed:
-            self._forwards.append((training, Randomness.now(devices)))
+            if not self._blocks:  # else the pass is told by blocks, and this one begins around one
+                self._forwards.append((training, Randomness.now(devices)))
             return
         known = self._of_the_pass()
         done = len(self._replaced)

@@ -444,10 +444,13 @@ def test_options_that_cannot_be_used(base, option, value, error, words, backend)
 def test_a_bad_max_grad_norm_set_later(backend):
     params, opt = make(SGD, backend, max_grad_norm=1.0)
     step(opt)
+    with pytest.raises(ValueError, match=r"max_grad_norm.*-1"):
+        opt.max_grad_norm = -1
+    step(opt)
     before = weights(params)
-    opt.max_grad_norm = -1
     inject(grads_like(params))
     opt.first_step()
+    opt.param_groups[0]["max_grad_norm"] = -1
     with pytest.raises(ValueError, match=r"max_grad_norm.*-1"):
         opt.second_step()
     opt.restore()

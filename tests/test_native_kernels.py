@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,46 @@ def test_cpu_kernels_match_the_textbook_without_memory_errors(tmp_path):
 def test_cpu_kernels_have_no_data_races(tmp_path):
     """Spans share no element: ThreadSanitizer sees three threads take them in any order."""
     run(build(tmp_path, "cpu_kernels.cpp", *THREAD, *CPU_SOURCES))
+
+
+def test_fuzzed_tables_do_no_harm_to_the_operations(tmp_path):
+    """Tables that are wrong in random places, to the library of the package, built with ASan."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    compiler = shutil.which("g++")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("needs g++ on Linux: its sanitizer is loaded into Python")
+
+    def runtime(name):
+        told = subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True
+        )
+        return told.stdout.strip()
+
+    if not Path(runtime("libasan.so")).is_absolute():
+        pytest.skip("g++ has no sanitizer runtime: install libasan")
+    library = tmp_path / "_native.so"
+    command = [
+        *[compiler, "-std=c++20", "-O1", "-shared", "-fPIC", *ADDRESS],
+        *["-DTORCH_TARGET_VERSION=0x020a000000000000", *[f"-I{path}" for path in include_paths()]],
+        *[*CPU_SOURCES, str(ROOT / "csrc" / "cpu" / "bindings.cpp"), "-o", str(library)],
+        *[*[f"-L{path}" for path in library_paths()], "-ltorch_cpu"],
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "native" / "fuzz.py"), str(library), "3000"],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "LD_PRELOAD": " ".join(map(runtime, ("libasan.so", "libstdc++.so.6"))),
+            "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    taken, refused = map(int, done.stdout.split())
+    assert taken > 300 and refused > 300
 
 
 def test_cuda_kernels_match_the_textbook_under_emulation(tmp_path):

@@ -245,6 +245,29 @@ def test_forwards_that_the_other_pass_lacks():
     two_steps(model, opt, x)
 
 
+def test_a_forward_of_the_model_may_begin_around_a_block():
+    """As in Lightning, whose DistributedDataParallel calls the module, and that training_step."""
+    model, opt = setup()
+    inner = model.forward
+
+    def training_step(x):
+        with opt.first_pass():
+            return inner(x).square().mean() / 2
+
+    model.forward = training_step
+    for x in batches(2):
+        model(x).backward()
+    model.forward = inner
+    opt.first_step(zero_grad=True)
+    for x in batches(2):
+        with opt.second_pass():
+            backward(model, x, 2)
+    opt.second_step()
+    for first, second in zip(model.drawn[:2], model.drawn[2:], strict=True):
+        assert torch.equal(first[0], second[0])
+        assert first[1:] == second[1:]
+
+
 def test_a_first_pass_that_was_not_seen():
     model, opt = setup()
     (x,) = batches()
