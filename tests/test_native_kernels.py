@@ -193,7 +193,7 @@ def budget(architecture):
             # g; and g and w, or what is kept. The squares read g, whether the bit is set or not.
             operands = 1 + 1 if sums is SQUARES else 1 + 2
             counts[f"reduce {sums.name} {dtype}"] = (4 + 1) * operands, 0
-        for ascent in ASCENTS.values():
+        for ascent in KERNELS:
             # w, g -> w, saved, and where g is kept
             counts[f"ascend {ascent.name} {dtype}"] = (2 + 1) * 2, (2 + 1) * 3
         counts[f"restore {dtype}"] = 2 * copy, 2 * copy  # where nothing else is, it stands twice
@@ -228,6 +228,7 @@ def _split(counts, older):
             }
         else:
             twice = {f"ascend Sam {dtype}": (0, 2 + 1) if half else (4, 4)}  # adaptive
+        twice[f"ascend Usam {dtype}"] = twice[f"ascend Sam {dtype}"]  # which moves in the same way
         for name, (loads, stores) in twice.items():
             counts[name] = counts[name][0] + loads, counts[name][1] + stores
 
