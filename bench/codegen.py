@@ -20,6 +20,7 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)  # the compiler is wanted
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -37,7 +38,7 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
+ITEMSIZE = {"fp32": 4, "bf16-masters": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 UPDATES = {
     "sgd": (SGD, (False,)),
     "sgd-momentum": (SGD, (True,)),
@@ -65,6 +66,8 @@ CLIMBS = {
     "ascend-keep": ASCENTS["sam"],
 }
 KERNELS = [*REDUCES, *CLIMBS, *UPDATES, "restore"]
+MASTERS = ("ascend", "sgd-momentum", "adamw", "restore")
+"""Compiled for bfloat16 weights and gradients with float32 masters and states, too."""
 EVERYWHERE = (
     *("reduce", "ascend", "sgd-momentum", "adamw", "rmsprop"),
     *("reduce-gram", "ascend-keep", "sgd-momentum-gsam"),
@@ -75,20 +78,28 @@ REGISTER_FILE, THREADS = 65536, {"sm_80": 2048, "sm_90": 2048, "sm_100": 2048, "
 
 
 def build(name, dtype, target):
-    """Kernel ``name`` compiled for ``target``, as the backend would."""
+    """Kernel ``name`` compiled for ``target``, as the backend would.
+
+    ``dtype``: of all, or "bf16-masters": then masters and states are float32.
+    """
+    masters, dtype = dtype.endswith("-masters"), dtype.removesuffix("-masters")
+    wide = "fp32" if masters else dtype
     compute = "*fp64" if dtype == "fp64" else "*fp32"
     types = dict.fromkeys(("flags_ptr", "ticket_ptr"), "*i32")
     types |= dict.fromkeys(("slots_ptr", "grads_ptr", "climb_ptr"), "*i64")
     types |= dict.fromkeys(("n_chunks", "n_slots", "number"), "i32")
-    types |= dict.fromkeys(("saved_ptr", "like_ptr"), "*" + dtype)
+    types["saved_ptr"] = "*" + wide
     types |= {"partials_ptr": compute, "hyper_ptr": compute, "total_ptr": "*fp64"}
     types |= dict.fromkeys(("grad_scale_ptr", "found_inf_ptr"))
-    constants = {}
+    constants = {"MASTERS": masters} if name in CLIMBS or name in UPDATES else {}
+    constants |= {"WEIGHT": triton_dtype(dtype)}
+    if name != "restore":
+        constants["GRAD"] = triton_dtype(dtype)
     if name in UPDATES:
         rule, kept = UPDATES[name]
         constants |= {"SCALARS": text(rule.scalars), "RULE": text(rule.update), "KEPT": kept}
         constants |= {"COLUMNS": 1 + len(rule.column_names), "MIXED": False}
-        types["states"] = ("*" + dtype,) * len(kept)
+        types["states"] = ("*" + wide,) * len(kept)
         types["step_ptr"] = "*fp32" if rule.counts else None
         blend = BLENDS["gsam"] if name in BLENDED else None
         constants["COEFFICIENTS"] = None if blend is None else text(blend.coefficients)
@@ -113,17 +124,21 @@ def build(name, dtype, target):
         function = kernels.ascend_kernel
     else:
         function = kernels.restore_kernel
-    wide = name in REDUCES and REDUCES[name][0].wide
-    tile = backend.WIDE_TILE_BYTES if wide else backend.TILE_BYTES[function.__name__]
-    constants["BLOCK"] = tile // ITEMSIZE[dtype]
+    in_double = name in REDUCES and REDUCES[name][0].wide
+    tile = backend.WIDE_TILE_BYTES if in_double else backend.TILE_BYTES[function.__name__]
+    constants["BLOCK"] = tile // ITEMSIZE[wide]
     constants["TILES"] = backend.CHUNK // constants["BLOCK"]
     options = {"num_warps": backend.THREADS // target.warp_size}
     if target.backend == "cuda":
         options |= backend.CUDA_OPTIONS
-        if (name in UPDATES and dtype == "fp64") or wide:
+        if (name in UPDATES and dtype == "fp64") or in_double:
             options |= backend.MANY_REGISTERS
     source = ASTSource(function, *signature(function, types, constants))
     return triton.compile(source, target=target, options=options), constants["BLOCK"]
+
+
+def triton_dtype(name):
+    return {"fp32": tl.float32, "fp64": tl.float64, "bf16": tl.bfloat16, "fp16": tl.float16}[name]
 
 
 def signature(function, types, constants):
@@ -146,19 +161,23 @@ def signature(function, types, constants):
 
 
 def tile_loops(ttir):
-    """(loads, stores) of a tile in each loop over full, aligned chunks: those without a mask."""
+    """Of each loop over full, aligned chunks: loads and stores of a tile, and bytes of an element.
+
+    Those without a mask.
+    """
     loops, stack = [], []
     for line in map(str.strip, ttir.splitlines()):
         if line.startswith("}") and stack:
             counts = stack.pop()
             if counts is not None and (counts["load"] or counts["store"]):
-                loops.append((counts["load"], counts["store"]))
+                loops.append((counts["load"], counts["store"], counts["bytes"]))
         if line.endswith("{"):
             stack.append(Counter() if "scf.for" in line else None)
         access = re.search(r"tt\.(load|store) ([^:{]*).*: tensor<", line)
         if access and access[2].count("%") == (1 if access[1] == "load" else 2):
             innermost = next(counts for counts in reversed(stack) if counts is not None)
             innermost[access[1]] += 1
+            innermost["bytes"] += int(re.search(r"!tt.ptr<b?f(\d+)", line)[1]) // 8
     return sorted(loops, reverse=True)
 
 
@@ -226,9 +245,12 @@ def report(name, dtype, arch):
         "kernel": name,
         "dtype": dtype,
         "arch": arch,
-        "loops": loops,
-        "bytes_per_element": sum(loops[0]) * ITEMSIZE[dtype],
-        "accesses_per_thread": block * ITEMSIZE[dtype] / 16 / backend.THREADS,
+        "loops": [counts for *counts, _ in loops],
+        "bytes_per_element": loops[0][-1],
+        "accesses_per_thread": block
+        * ITEMSIZE[dtype.removesuffix("-masters")]
+        / 16
+        / backend.THREADS,
         "scalar_accesses": scalar_accesses(compiled.asm["ttir"]),
         "wide": wide,
         "narrow": narrow,
@@ -245,9 +267,10 @@ def main():
     results = [
         report(name, dtype, arch)
         for name in KERNELS
-        for dtype in ("fp32", "bf16")
+        for dtype in ("fp32", "bf16", "bf16-masters")
         for arch in TARGETS
-        if arch == "sm_90" or name in EVERYWHERE
+        if (arch == "sm_90" or name in EVERYWHERE)
+        and (name in MASTERS or not dtype.endswith("-masters"))
     ]
     print(f"Triton {triton.__version__}\n")
     print("| kernel | dtype | target | loads + stores | bytes/element | registers | occupancy |")

@@ -93,6 +93,49 @@ FUSED_SAM_INLINE Float16 round_to<Float16>(float x) {
 #endif
 }
 
+// Rounding at random, to one of the two neighbours: fused_sam/backends/rounding.py, bit for bit.
+FUSED_SAM_INLINE uint32_t hash(uint32_t x) {
+  x ^= x >> 16;
+  x *= 0x7feb352du;
+  x ^= x >> 15;
+  x *= 0x846ca68bu;
+  return x ^ x >> 16;
+}
+
+// 32 random bits of an element. at: its offset in the flat buffers. seed: the hash of the climb's
+// number.
+FUSED_SAM_INLINE uint32_t noise_of(int64_t at, uint32_t seed) { return hash(uint32_t(at) ^ seed); }
+
+// float32 and float64 are stored as they are.
+template <typename S, typename T>
+FUSED_SAM_INLINE S round_stochastically(T x, uint32_t) {
+  return x;
+}
+
+template <>
+FUSED_SAM_INLINE BFloat16 round_stochastically<BFloat16, float>(float x, uint32_t noise) {
+  const uint32_t bits = to_bits(x);
+  const BFloat16 rounded = BFloat16(uint16_t((bits + (noise >> 16)) >> 16));
+  return (bits & 0x7fffffffu) < 0x7f7f0000u ? rounded : round_to<BFloat16>(x);
+}
+
+template <>
+FUSED_SAM_INLINE Float16 round_stochastically<Float16, float>(float x, uint32_t noise) {
+  const uint32_t bits = to_bits(x);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude - ((127u - 15u) << 23) + (noise >> 19)) >> 13;
+  // Below it the neighbours are integers times 2**-24: in units of 2**-45. By masks, because what
+  // chooses by the same condition twice is not vectorised.
+  const uint32_t small = 0u - uint32_t(magnitude < (113u << 23));
+  const uint32_t units = uint32_t(int32_t(from_bits(magnitude & small) * 0x1p45f));
+  uint32_t half = ((units + (noise >> 11)) >> 21 & small) | (normal & ~small);
+  // From 65504 on to nearest: 65520 and above are infinite.
+  half = magnitude >= 0x477fe000u ? 0x7bffu : half;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  return Float16(uint16_t(half | (bits >> 16 & 0x8000u)));
+}
+
 template <typename S>
 struct Compute {
   using Type = float;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ class Checkpointing(Following):
         before = {"state": base.state, "param_groups": base.param_groups}
         try:
             base.load_state_dict(state_dict)
+            self._keep_wide(state_dict)
             for group, options in zip(base.param_groups, kept, strict=False):
                 for name, value in options.items():
                     group.setdefault(name, value)
@@ -78,6 +80,25 @@ class Checkpointing(Following):
                 self._load_into_graphs(rates)
         for load_hook in self._optimizer_load_state_dict_post_hooks.values():
             load_hook(self)
+
+    def _keep_wide(self, state_dict: Mapping[str, Any]) -> None:
+        """Put back what torch's own loading has rounded: it casts state to its parameter's dtype.
+
+        Args:
+            state_dict: the checkpoint, which has been loaded.
+        """
+        if self._facts.engine.layout.rule is None:
+            return  # the base optimizer knows what it loads
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for key, param in zip(keys, params, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if (
+                    isinstance(value, Tensor)
+                    and value.dtype.itemsize > param.dtype.itemsize
+                    and self.state[param][name].dtype == param.dtype
+                ):
+                    self.state[param][name] = value.to(param.device, copy=True)
 
     def _load_into_graphs(self, rates: list[Any]) -> None:
         """Put what was loaded where captured graphs read it: a replay asks nobody.
@@ -102,7 +123,7 @@ class Checkpointing(Following):
     def __getstate__(self) -> dict[str, Any]:
         """What pickling and deepcopy keep; the layout is built anew from it."""
         self._refuse_perturbed("pickling or copying")
-        keys = ("base_optimizer", "defaults", "_when", "_backend_name")
+        keys = ("base_optimizer", "defaults", "_when", "_backend_name", "_master_weights")
         # A deepcopy of the model in the same call finds its way to the copy of this one.
         return {**{key: getattr(self, key) for key in keys}, "_attached": self._facts.attached}
 

@@ -17,10 +17,12 @@ from torch.optim import Optimizer
 from . import blends
 from .ascents import ASCENTS, MSAM, chosen
 from .choice import plain
-from .memory.window import extent, has_memory, is_dense, is_shared, trains
+from .memory.window import extent, gradient_dtype, has_memory, is_dense, is_shared, trains
 from .options import MAX_GRAD_NORM, OPTIONS, check_values
-from .rules import Rule
+from .rules import RULES, Rule
 from .schedule import Always, When
+
+_COMPUTABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_ascent(group: Mapping[str, Any]) -> None:
@@ -69,6 +71,18 @@ def check_caller() -> None:
                 "ZeroRedundancyOptimizer, optimizer_class=torch.optim.SGD, ...)"
             )
         frame = frame.f_back
+
+
+def check_master_weights(value: Any, cls: type[Optimizer]) -> None:
+    """Raise unless ``value`` is a flag, and where it is set ``cls`` is fused."""
+    if not isinstance(value, bool):
+        raise TypeError(f"master_weights must be True or False, got {value!r}")
+    if value and cls not in RULES:
+        known = ", ".join(rule.__name__ for rule in RULES)
+        raise TypeError(
+            f"master_weights=True needs a base optimizer that is fused ({known}): "
+            f"{cls.__name__} steps by itself, and knows the parameters only; leave it out"
+        )
 
 
 def check_defaults(base: Optimizer) -> None:
@@ -259,6 +273,11 @@ def _check_param(param: Tensor) -> None:
         raise TypeError(
             f"{what} has dtype {param.dtype}, in which nothing can be computed; keep a copy in "
             f"bfloat16 or float32 and optimize that"
+        )
+    if gradient_dtype(param).to_real() not in _COMPUTABLE:
+        raise TypeError(
+            f"{what} has gradients of dtype {param.grad_dtype}, in which nothing can be computed; "
+            f"set its grad_dtype to bfloat16, float16, float32 or float64"
         )
     if param.layout is not torch.strided:
         raise TypeError(f"{what} has layout {param.layout}; make it dense with .to_dense()")

@@ -11,7 +11,7 @@ from .checks import check_clipping
 from .gradients import pairs_of, put_aside
 from .memory import Gradients
 from .modes import working
-from .options import MAX_GRAD_NORM, agreed_max_grad_norm, check_values, numbers, to_numbers_
+from .options import CLIMBS, MAX_GRAD_NORM, agreed_max_grad_norm, check_values, numbers, to_numbers_
 from .passes import Passes
 from .scaler import Handed
 from .schedule import NO_CLIMB
@@ -71,10 +71,10 @@ class Climb(Passes):
                 return False
             try:
                 # From here on restore() is needed. Which weights are away the buckets know.
-                facts.number += 1
+                number = groups[0][CLIMBS] = groups[0].get(CLIMBS, 0) + 1
                 facts.leave()
                 keep = blend is not None
-                total = facts.engine.climb(ascent, grads, groups, facts.number, keep)
+                total = facts.engine.climb(ascent, grads, groups, number, keep)
                 facts.climbed(ascent, groups, total)
             except BaseException:
                 self.restore()
@@ -86,8 +86,11 @@ class Climb(Passes):
 
     def _closure_scale(self) -> float | None:
         """The loss scale that ``scaler.step(optimizer, closure)`` tells, where it matters."""
-        matters = self._when.needs_norm or ascents.chosen(self.param_groups).scale_matters
-        return float(self.grad_scale) if matters and self._is_scaled() else None
+        return float(self.grad_scale) if self._is_scaled() and self._scale_matters() else None
+
+    def _scale_matters(self) -> bool:
+        """Whether the climb depends on the size of the gradients."""
+        return self._when.needs_norm or ascents.chosen(self.param_groups).scale_matters
 
     def _is_scaled(self) -> bool:
         """Whether a GradScaler has said that the gradients are scaled."""

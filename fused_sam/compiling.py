@@ -8,6 +8,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+WRITES = "it writes the parameters through other tensors, with kernels of its own"
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _prepare: list[Callable[[], None]] = []
 

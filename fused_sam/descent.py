@@ -13,6 +13,7 @@ from .ascents import SQUARES
 from .backends import Groups
 from .blends import Blending, chosen
 from .caches import forget_copies
+from .compiling import WRITES, opaque
 from .facts import Facts
 from .gradients import are_there, mark_used, put_back
 from .modes import working
@@ -36,6 +37,35 @@ class Descent(OnePass):
             del hooks[key]
         if hasattr(self.base_optimizer, "_optimizer_step_pre_hooks"):
             self.base_optimizer.register_step_pre_hook(_Guard(self._facts))
+
+    @opaque(WRITES)
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Return to w and step with the gradients that are there; without first_step, a plain step.
+
+        A parameter that has no gradient now is returned to w and not stepped. A framework's proxy
+        of the optimizer does it through its own ``step()``, so that the framework knows.
+
+        Args:
+            zero_grad: set the gradients to None afterwards.
+
+        Raises:
+            RuntimeError: a gradient is sparse; nothing was changed, and restore() goes back to w.
+        """
+        facts = self._facts
+        if facts.owner() is self:
+            self._finish(zero_grad)
+            return
+        facts.finishing = True
+        try:
+            self.step()
+        finally:
+            facts.finishing = False
+        if zero_grad:
+            self.zero_grad()
+
+    @Optimizer.profile_hook_step
+    def _finish(self, zero_grad: bool) -> None:
+        self._descend(zero_grad=zero_grad)
 
     def _descend(
         self,

@@ -36,7 +36,6 @@ class Facts:
         aside: the gradients of a half-done step at w: its own, unless a second backward comes.
         scale: the loss scale of the gradients at w, as far as first_step was told; else None.
         scale_matters: whether the step under way depends on it.
-        number: of the last climb.
         total: (k,) float64, what the last climb reduced; None before the first.
         norm: which norm that is: of ``total``, ().
         training: whether the weights of a one-pass member belong ahead of w.
@@ -64,7 +63,6 @@ class Facts:
         self.aside: list[tuple[Tensor, Tensor]] = []
         self.scale: float | None = None
         self.scale_matters = False
-        self.number = 0
         self.total: Tensor | None = None
         self.norm: Callable[[Tensor], Tensor] = torch.sum  # before the first climb nobody asks
         self.training = True

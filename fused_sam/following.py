@@ -30,6 +30,7 @@ class Following(Optimizer):
     base_optimizer: Optimizer
     _when: When = Always()
     _backend_name: str
+    _master_weights: bool
     _facts: Facts
 
     @property
@@ -111,5 +112,5 @@ class Following(Optimizer):
                 "parameters were added, removed, thawed, moved or restrided: a replay reads and "
                 "writes the old memory, which is kept, and does not train them"
             )
-        layout = Layout(groups, rule, self.state, old)
+        layout = Layout(groups, rule, self.state, old, self._master_weights)
         self._facts.engine = Engine(layout, [by_device[b.device] for b in layout.buckets])

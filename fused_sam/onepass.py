@@ -14,6 +14,7 @@ from .climb import Climb
 from .memory import Bucket, Gradients
 from .memory.window import as_real
 from .modes import working
+from .options import CLIMBS
 
 
 class OnePass(Climb):
@@ -78,12 +79,10 @@ class OnePass(Climb):
             return
         # Against the momentum: the weights will move so.
         groups: Groups = [{**g, "rho": -g["rho"], "maximize": False} for g in self.param_groups]
-        facts.number += 1
+        number = self.param_groups[0][CLIMBS] = self.param_groups[0].get(CLIMBS, 0) + 1
         facts.perturbed = True
         try:
-            facts.climbed(
-                ascent, groups, facts.engine.climb(ascent, momentum, groups, facts.number)
-            )
+            facts.climbed(ascent, groups, facts.engine.climb(ascent, momentum, groups, number))
         except BaseException:
             self.restore()
             raise
@@ -116,11 +115,11 @@ def _versions(buckets: Sequence[Bucket]) -> list[int]:
 
 
 def _momentum(bucket: Bucket, name: str, present: Sequence[bool]) -> Gradients:
-    """A bucket's momentum as if it were its gradients."""
+    """A bucket's momentum as if it were its gradients: in their dtype."""
     there = bucket.states[name].present if name in bucket.states else [False] * len(present)
     windows = bucket.state(name).windows
     tensors = [
-        as_real(window) if taken and has else None
+        as_real(window).to(bucket.grad_dtype) if taken and has else None
         for window, taken, has in zip(windows, present, there, strict=True)
     ]
     present = tuple([tensor is not None for tensor in tensors])
@@ -159,7 +158,7 @@ def decay_ahead(
                     torch._foreach_neg_(decay)
                 raw = [grad for i in mine if (grad := tensors[i]) is not None]
                 for i, new in zip(mine, torch._foreach_add(raw, decay), strict=True):
-                    tensors[i] = new
+                    tensors[i] = new.to(bucket.grad_dtype)
         places = tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
         decayed.append(Gradients(tensors, there.present, there.complete, places))
     return decayed, [

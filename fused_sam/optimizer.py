@@ -22,11 +22,12 @@ from .checks import (
     check_defaults,
     check_groups,
     check_keywords,
+    check_master_weights,
     keep_each_once,
     unfolded,
 )
 from .choice import with_defaults
-from .compiling import opaque, prepare
+from .compiling import WRITES, opaque, prepare
 from .descent import Descent
 from .gradients import are_fresh, are_there, mark_used
 from .modes import working
@@ -44,8 +45,6 @@ from .schedule import Always, When, check_when
 from .ways import WAYS, refuse_framework
 
 Closure = Callable[[], Any]
-
-_WRITES = "it writes the parameters through other tensors, with kernels of its own"
 
 
 class FusedSAM(Descent):
@@ -90,6 +89,8 @@ class FusedSAM(Descent):
         model: the module that training calls; see ``attach``.
         when: which steps climb, of ``fused_sam.schedule``; the others are the base optimizer's own,
             with one pass if the loop asks what ``first_step`` returned.
+        master_weights: keep a float32 copy of bfloat16 and float16 weights, and float32 state, so
+            that small updates are not rounded away. The base optimizer must be one that is fused.
         **base_kwargs: options of the base optimizer (lr, momentum, weight_decay, ...).
 
     Raises:
@@ -115,6 +116,7 @@ class FusedSAM(Descent):
         backend: str = "auto",
         model: nn.Module | None = None,
         when: When = Always(),  # noqa: B008
+        master_weights: bool = False,
         **base_kwargs: Any,
     ) -> None:
         options = with_defaults(
@@ -136,7 +138,7 @@ class FusedSAM(Descent):
         for group in groups:
             keep_each_once([group])  # in two groups it is an error of torch's
         base = base_optimizer(groups, **base_kwargs)
-        self._init(base, options, backend, model, when)
+        self._init(base, options, backend, model, when, master_weights)
 
     @classmethod
     def wrap(
@@ -152,6 +154,7 @@ class FusedSAM(Descent):
         backend: str = "auto",
         model: nn.Module | None = None,
         when: When = Always(),  # noqa: B008
+        master_weights: bool = False,
     ) -> FusedSAM:
         """Put SAM around an optimizer that exists already (from timm, Hugging Face, ...).
 
@@ -176,7 +179,7 @@ class FusedSAM(Descent):
         if MAX_GRAD_NORM.name not in optimizer.defaults:
             agreed_max_grad_norm(groups)
         self = cls.__new__(cls)
-        self._init(optimizer, options, backend, model, when)
+        self._init(optimizer, options, backend, model, when, master_weights)
         return self
 
     def _init(
@@ -186,7 +189,9 @@ class FusedSAM(Descent):
         backend: str,
         model: nn.Module | None,
         when: When,
+        master_weights: bool,
     ) -> None:
+        check_master_weights(master_weights, type(base))
         check_when(when)
         check_defaults(base)
         check_clipping(base, options[MAX_GRAD_NORM.name])
@@ -198,6 +203,7 @@ class FusedSAM(Descent):
                 "defaults": {**options, **base.defaults},
                 "_when": when,
                 "_backend_name": backend,
+                "_master_weights": master_weights,
             }
         )
         self._build()
@@ -251,7 +257,7 @@ class FusedSAM(Descent):
         names = [backend.name for backend in self._facts.engine.backends]
         return "+".join(dict.fromkeys(names))
 
-    @opaque(_WRITES)
+    @opaque(WRITES)
     def first_step(self, zero_grad: bool = False, *, scaler: Any = None) -> bool:
         """Save the weights w and climb to ``w + epsilon`` with the gradients that are there.
 
@@ -271,38 +277,11 @@ class FusedSAM(Descent):
             RuntimeError: the step is half done already; a gradient is sparse.
             TypeError, ValueError: a group's rho, adaptive or eta cannot be used.
         """
-        return self._begin(zero_grad, None if scaler is None else scaler.get_scale())
+        # Asking a scaler for its scale waits for the device.
+        told = scaler is not None and self._scale_matters()
+        return self._begin(zero_grad, scaler.get_scale() if told else None)
 
-    @opaque(_WRITES)
-    def second_step(self, zero_grad: bool = False) -> None:
-        """Return to w and step with the gradients that are there; without first_step, a plain step.
-
-        A parameter that has no gradient now is returned to w and not stepped. A framework's proxy
-        of the optimizer does it through its own ``step()``, so that the framework knows.
-
-        Args:
-            zero_grad: set the gradients to None afterwards.
-
-        Raises:
-            RuntimeError: a gradient is sparse; nothing was changed, and restore() goes back to w.
-        """
-        facts = self._facts
-        if facts.owner() is self:
-            self._finish(zero_grad)
-            return
-        facts.finishing = True
-        try:
-            self.step()
-        finally:
-            facts.finishing = False
-        if zero_grad:
-            self.zero_grad()
-
-    @Optimizer.profile_hook_step
-    def _finish(self, zero_grad: bool) -> None:
-        self._descend(zero_grad=zero_grad)
-
-    @opaque(_WRITES)
+    @opaque(WRITES)
     @Optimizer.profile_hook_step
     def step(self, closure: Closure | None = None) -> Any:
         """A whole SAM step with ``closure``; between the two steps, the second half of a step.
@@ -384,7 +363,7 @@ class FusedSAM(Descent):
             raise RuntimeError(f"step(closure) with a closure that leaves no gradient. {WAYS}")
         return value
 
-    @opaque(_WRITES)
+    @opaque(WRITES)
     def restore(self) -> None:
         """Return the parameters to w without an update; does nothing if they are there.
 

@@ -76,6 +76,10 @@ OPTIONS: Mapping[str, Option] = {
 }
 """What a group holds besides the base optimizer's options, by name."""
 
+CLIMBS = "sam_climbs"
+"""Key in the first group: how many climbs there were. No option: the optimizer counts, and rounds
+by the number, so that a checkpoint must hold it."""
+
 
 def check_values(group: Mapping[str, Any]) -> None:
     """Raise unless every one of these options can be used as it stands in a group."""

@@ -65,7 +65,7 @@ assert why is None, why
 """
 
 LAUNCH = """
-from fused_sam.backends.native.operations import _ASCENTS, _RULES, _SUMS
+from fused_sam.backends.native.operations import _ASCENTS, _BLENDS, _RULES, _SUMS
 runtime = ctypes.CDLL(sys.argv[1])
 runtime.stub_launches.restype = ctypes.c_char_p
 cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -77,13 +77,22 @@ flags = torch.zeros(1, dtype=torch.int32)
 ops = torch.ops.fused_sam
 three = torch.zeros(1, 3)
 tables = slots, grads, flags, three
-total = ops.reduce.default.redispatch(cuda, weights, [], saved, ticket, *tables, _SUMS["SamNorm"])
-assert total.shape == (1,) and total.dtype == torch.float64
-ops.ascend_.default.redispatch(cuda, weights, [], saved, climb, *tables, total, 1, _ASCENTS["Sam"])
+start = cuda, weights, [], saved
 
-def update(rule, columns, states, step):
-    args = *states, step, ticket, climb, saved, slots, grads, flags, torch.zeros(1, columns)
-    ops.update_.default.redispatch(cuda, weights, [], *args, None, None, _RULES[rule])
+def reduce(name, tables, kept=None, earlier=None):
+    args = *start, kept, earlier, ticket, *tables, _SUMS[name]
+    return ops.reduce.default.redispatch(*args)
+
+total = reduce("SamNorm", tables)
+assert total.shape == (1,) and total.dtype == torch.float64
+kept = torch.zeros(128)
+ops.ascend_.default.redispatch(*start, kept, climb, *tables, total, 1, _ASCENTS["Sam"])
+
+def update(rule, columns, states, step, *blend):
+    args = *states, step, ticket, climb, saved, kept, slots, grads, flags, torch.zeros(1, columns)
+    numbers, hyper, number = blend or (None, None, -1)
+    args = *args, numbers, hyper, None, None, _RULES[rule], number
+    ops.update_.default.redispatch(cuda, weights, [], *args)
 
 update("Sgd", 5, [None, None, None], None)
 update("Adam", 10, [state, state, None], torch.zeros(1))
@@ -95,6 +104,13 @@ for rule, columns, states in missing:
         assert "a state is missing" in str(error)
     else:
         raise AssertionError("a missing state was not noticed")
+five = slots, grads, flags, torch.zeros(1, 5)
+largest = reduce("PNormMax", five)
+both = torch.cat([largest, reduce("PNormSum", five, None, largest)])
+ops.ascend_.default.redispatch(*start, None, climb, *five, both, 1, _ASCENTS["PNorm"])
+three = reduce("Gram", (slots, grads, flags, torch.zeros(1, 0)), kept)
+assert three.shape == (3,)
+update("Sgd", 5, [None, None, None], None, three, torch.zeros(1, 1), _BLENDS["Gsam"])
 ops.restore_.default.redispatch(cuda, weights, [], climb, saved, slots, flags)
 assert runtime.stub_device() == 0
 print(runtime.stub_launches().decode(), end="")
@@ -138,7 +154,8 @@ def test_kernels_are_launched_on_the_tensors_device_and_its_stream(stubs, needed
     (runtime,) = [name for name in needed if name.startswith("libcudart.so")]
     launches = python(stubs, LOAD + LAUNCH, runtime).splitlines()
     kernels = [re.search(r"(reduce|ascend|update|restore)_kernel", line)[1] for line in launches]
-    assert kernels == ["reduce", "ascend", "update", "update", "restore"]
+    step = ["reduce", "ascend", "update"]
+    assert kernels == [*step, "update", "reduce", "reduce", "ascend", *step[::2], "restore"]
     for line in launches:
         assert line.endswith(" grid 1 block 256 device 1 stream 71")
 

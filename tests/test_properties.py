@@ -88,17 +88,17 @@ def grad_of(param, layout, generator):
     if layout == "missing":
         return None
     kind = torch.complex128 if param.is_complex() else torch.float64
-    grad = torch.randn(param.shape, dtype=kind, generator=generator).to(param.dtype)
+    grad = torch.randn(param.shape, dtype=kind, generator=generator).to(param.grad_dtype)
     if layout == "same":
-        return torch.empty_strided(param.shape, param.stride(), dtype=param.dtype).copy_(grad)
+        return torch.empty_strided(param.shape, param.stride(), dtype=param.grad_dtype).copy_(grad)
     if layout == "expanded" and grad.numel():
         return grad.flatten()[0].expand(param.shape)
     if layout == "gaps" and grad.dim():
-        wide = torch.zeros(*param.shape, 2, dtype=param.dtype)
+        wide = torch.zeros(*param.shape, 2, dtype=param.grad_dtype)
         wide[..., 1] = grad
         return wide[..., 1]
     if layout == "offset":
-        flat = torch.zeros(grad.numel() + 1, dtype=param.dtype)
+        flat = torch.zeros(grad.numel() + 1, dtype=param.grad_dtype)
         flat[1:] = grad.flatten()
         return flat[1:].view(param.shape)
     return laid_out(grad, layout)
@@ -117,6 +117,10 @@ def test_any_parameters_and_gradients_step_as_the_textbook(backend, data, rule, 
             kind = torch.complex128 if dtype.is_complex else torch.float64
             weights = torch.randn(data.draw(SHAPES), dtype=kind, generator=generator).to(dtype)
             group["params"].append(torch.nn.Parameter(laid_out(weights, data.draw(LAYOUTS))))
+            if not dtype.is_complex:
+                # Wider and narrower gradients, now and then.
+                grad_dtypes = [dtype, dtype, torch.float32, torch.bfloat16]
+                group["params"][-1].grad_dtype = data.draw(st.sampled_from(grad_dtypes))
         params += group["params"]
         group["rho"] = data.draw(st.sampled_from([0.0, 0.05, 2.0]))
         group["lr"] = data.draw(st.sampled_from([0.0, 0.01, 0.3]))

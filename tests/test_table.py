@@ -242,6 +242,13 @@ def test_p_norms_of_large_and_small_gradients(p, backend):
     assert (opt.grad_norm - g.norm(q)).abs() < 1e-5 * g.norm(q)
 
 
+def test_a_p_norm_is_one_over_all_buckets(backend):
+    """Guards the largest number and the sum of the powers over dtypes."""
+    params = [p for dtype in DTYPES for p in make_params(dtype, backend)[3:6]]
+    opt = FusedSAM(params, SGD, rho=0.3, backend=backend, ascent=PNorm(3.0), lr=0.02)
+    run(opt, [((), ()), ((1, 4), (2, 4)), ((0,), ())])
+
+
 @pytest.mark.parametrize("ascent", [SAM(), PNorm(1.5), PNorm(math.inf)], ids=str)
 @pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
 def test_no_ascent_climbs_by_numbers_that_are_not_finite_or_all_zero(value, ascent, backend):

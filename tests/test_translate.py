@@ -178,7 +178,7 @@ def downhill(param, grad, scale, adaptive, eta):
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("ASCENTS", {"sam": dataclasses.replace(ASCENTS["sam"], move=downhill)}),
+        ("KERNELS", (dataclasses.replace(ASCENTS["sam"], move=downhill),)),
         ("RULES", {}),
         ("TABLES", translate.TABLES + 1),
     ],

@@ -8,6 +8,7 @@ import torch
 from torch.amp import GradScaler
 
 from fused_sam import FusedSAM
+from fused_sam.schedule import AESAM, Always
 
 CALL = "def call(optimizer, closure): return optimizer.step(closure)"
 
@@ -90,3 +91,22 @@ def test_nothing_of_a_framework_is_imported_unless_it_is_used():
         "assert not [m for m in sys.modules if m.split('.')[0] in names]\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Asked(GradScaler):
+    """Counts who asks for the scale, which waits for a GPU."""
+
+    count = 0
+
+    def get_scale(self):
+        self.count += 1
+        return super().get_scale()
+
+
+@pytest.mark.parametrize(("when", "count"), [(Always(), 0), (AESAM(total_steps=9), 1)])
+def test_a_scaler_is_asked_for_its_scale_only_where_it_matters(when, count):
+    weight = torch.nn.Parameter(torch.ones(3))
+    opt, scaler = FusedSAM([weight], lr=0.1, rho=0.05, when=when), Asked("cpu")
+    scaler.scale(weight.square().sum()).backward()
+    opt.first_step(scaler=scaler)
+    assert scaler.count == count

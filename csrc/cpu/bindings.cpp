@@ -115,7 +115,8 @@ void ascend_(Tensor weights, std::vector<Tensor> pinned, Tensor saved, std::opti
   set_climb(climb, saved, number);
   const auto kernel = kernels().ascend_[ascent][static_cast<int>(bucket.dtype)];
   const Problem& p = bucket.problem;
-  parallel_spans(p.size, [&](int64_t begin, int64_t end) { kernel(p, numbers, begin, end); });
+  parallel_spans(p.size,
+                 [&](int64_t begin, int64_t end) { kernel(p, numbers, number, begin, end); });
 }
 
 void update_(Tensor weights, std::vector<Tensor> pinned, std::optional<Tensor> state0,

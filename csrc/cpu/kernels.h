@@ -41,8 +41,9 @@ inline int64_t num_spans(int64_t size) { return (size + kSpan - 1) / kSpan; }
 // partials: (count, num_spans) of T, or of double where the sums are wide. Writes those of the
 // spans [begin, end).
 using Reduce = void (*)(const Problem&, void* partials, int64_t begin, int64_t end);
-// numbers: those that the ascent's sums gave over all buckets.
-using Ascend = void (*)(const Problem&, const double* numbers, int64_t begin, int64_t end);
+// numbers: those that the ascent's sums gave over all buckets. number: the climb's.
+using Ascend = void (*)(const Problem&, const double* numbers, int64_t number, int64_t begin,
+                        int64_t end);
 // skip: restore only. `step` counts the running step already.
 using Update = void (*)(const Problem&, double grad_scale, bool skip, int64_t begin, int64_t end);
 using Restore = void (*)(const Problem&, int64_t begin, int64_t end);

@@ -217,19 +217,23 @@ void reduce(const Problem& p, void* partials, int64_t begin, int64_t end) {
 
 // ----------------------------------------------------------------------------------------- ascend_
 
+// at: the offset of the first element in the flat buffers.
 template <typename Ascent, typename S>
 FUSED_SAM_INLINE void climb(S* weights, const S* grad, int64_t n,
-                            const typename Ascent::template Scalars<ComputeOf<S>>& scalars_) {
+                            const typename Ascent::template Scalars<ComputeOf<S>>& scalars_,
+                            int64_t at, uint32_t seed) {
   const auto scalars = scalars_;
   FUSED_SAM_VECTORIZE
   for (int64_t i = 0; i < n; ++i) {
-    weights[i] = round_to<S>(Ascent::move(load(weights[i]), load(grad[i]), scalars));
+    const ComputeOf<S> moved = Ascent::move(load(weights[i]), load(grad[i]), scalars);
+    weights[i] = round_stochastically<S>(moved, noise_of(at + i, seed));
   }
 }
 
 template <typename Ascent, typename S>
-void ascend_(const Problem& p, const double* numbers, int64_t begin, int64_t end) {
+void ascend_(const Problem& p, const double* numbers, int64_t number, int64_t begin, int64_t end) {
   using T = ComputeOf<S>;
+  const uint32_t seed = hash(uint32_t(number));
   // Forwards: walking back over what reduce left in the caches upsets the hardware's prefetching
   // and loses more than it finds.
   for (int64_t span = begin; span < end; ++span) {
@@ -245,7 +249,7 @@ void ascend_(const Problem& p, const double* numbers, int64_t begin, int64_t end
         (p.stream ? stream<S> : copy<S>)(saved + i, weights, n);
         if (kept) (p.stream ? stream<S> : copy<S>)(kept + i, piece.grad + i, n);
         // 0 * inf is NaN, and a scale of 0 must move nothing.
-        if (scalars.scale != T(0)) climb<Ascent>(weights, piece.grad + i, n, scalars);
+        if (scalars.scale != T(0)) climb<Ascent>(weights, piece.grad + i, n, scalars, at + i, seed);
       }
     });
   }

@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 template <typename Ascent, typename S>
 __device__ __forceinline__ void climb(
     S* saved, S* kept, const Piece<S>& piece,
-    const typename Ascent::template Scalars<ComputeOf<S>>& scalars) {
+    const typename Ascent::template Scalars<ComputeOf<S>>& scalars, uint32_t seed) {
   const bool stays = scalars.scale == ComputeOf<S>(0);
   for_packs<S, 2>(piece.numel, piece.has(kAligned), [&](auto width, auto unroll, int i) {
     constexpr int kWidth = decltype(width)::value, kUnroll = decltype(unroll)::value;
@@ -271,7 +271,9 @@ __device__ __forceinline__ void climb(
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
         const S old = weights[u].at[k];
-        const S moved = round_to<S>(Ascent::move(load(old), load(grad[u].at[k]), scalars));
+        const S moved =
+            round_stochastically<S>(Ascent::move(load(old), load(grad[u].at[k]), scalars),
+                                    noise_of(piece.at + i + u * kStride + k, seed));
         // 0 * inf is NaN, and a scale of 0 must move nothing.
         weights[u].at[k] = stays ? old : moved;
       }
@@ -299,13 +301,14 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     ascend_kernel(DeviceProblem p, const double* numbers, int64_t* climbed, int64_t number) {
   using T = ComputeOf<S>;
   if (blockIdx.x == 0 && threadIdx.x == 0) *climbed = number;
+  const uint32_t seed = hash(uint32_t(number));
   for (int chunk = blockIdx.x; chunk < p.num_chunks; chunk += gridDim.x) {
     const Piece<S> piece = piece_of<S>(p, chunk);
     if (piece.has(kMissing)) continue;
     const auto scalars = Ascent::scalars(columns_of<Ascent, T>(p, piece.slot), numbers);
     S* saved = static_cast<S*>(p.saved) + piece.at;
     S* kept = p.kept ? static_cast<S*>(p.kept) + piece.at : nullptr;
-    climb<Ascent>(saved, kept, piece, scalars);
+    climb<Ascent>(saved, kept, piece, scalars, seed);
   }
 }
 

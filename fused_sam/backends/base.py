@@ -19,6 +19,7 @@ from ..ascents import Ascent, Sums
 from ..blends import Blending
 from ..memory import Bucket, Gradients
 from ..rules import STEP, Group, Rule
+from .rounding import HALVES, round_stochastically, seed_of
 from .runs import CHUNK_ELEMENTS, Run, present, runs
 
 Groups = Sequence[dict[str, Any]]
@@ -62,7 +63,7 @@ class Backend:
         held = bucket.held if sums.reads_kept else None
         for run in runs(bucket, present(grads, held)):
             group = groups[run.row]
-            if sums.squares(group):
+            if sums.squares(group) and bucket.grad_dtype.itemsize <= dtype.itemsize:
                 pieces = [piece for grad in run.pick(grads.tensors) for piece in _pieces(grad)]
                 norms += torch._foreach_norm(pieces, 2, dtype=dtype)
                 continue
@@ -94,7 +95,8 @@ class Backend:
         """Save w, write the climb's number, then climb.
 
         If ``total`` allows no climb nothing moves; w is saved all the same. A group with
-        ``maximize`` moves against its gradient.
+        ``maximize`` moves against its gradient. Weights of half precision are rounded at random:
+        see ``rounding``.
 
         Args:
             bucket: ``saved`` and ``climb`` are written, and the weights in place.
@@ -109,7 +111,7 @@ class Backend:
         plan = runs(bucket, present(grads))
         reduced = total.to(dtype).unbind()
         for run in plan:
-            run.of(bucket.saved).copy_(run.weights)
+            _save(bucket, run)
         bucket.climb.fill_(number)
         for run in plan:
             group = groups[run.row]
@@ -124,10 +126,14 @@ class Backend:
                 continue
             grad = run.gather(bucket, grads)
             for chunk in run.chunks():
-                weights = run.weights[chunk].to(dtype)
+                weights = run.of(bucket.saved)[chunk].to(dtype)
                 moved = ascent.move(weights, grad[chunk], *scalars)
                 # 0 * inf is NaN, and a scale of 0 must move nothing.
-                run.weights[chunk] = torch.where(scale == 0, weights, moved)
+                moved = torch.where(scale == 0, weights, moved)
+                if bucket.dtype in HALVES:
+                    offset = run.start + chunk.start
+                    moved = round_stochastically(moved, bucket.dtype, offset, seed_of(number))
+                run.weights[chunk] = moved
 
     def update_(
         self,
@@ -174,8 +180,10 @@ class Backend:
                 run.weights.copy_(saved)
             if not has_grad:
                 continue
-            if frozen is not False and not perturbed:
-                saved.copy_(run.weights)
+            if not perturbed and (bucket.masters or frozen is not False):
+                _save(bucket, run)
+            home = saved if bucket.masters else run.weights
+            before = saved.clone() if bucket.masters and frozen is not False else saved
             blends = blending is not None and group["ascent"] is not None
             if kernel is not None and not blends:
                 buffers = {name: bucket.state(name).flat for name in rule.kept(group)}
@@ -192,12 +200,14 @@ class Backend:
                     grad.div_(grad_scale)
                 if group["maximize"]:
                     grad.neg_()
-                _update_run(bucket, run, rule, grad, group, fresh, found_inf)
+                _update_run(bucket, run, rule, home, grad, group, fresh, found_inf)
             # 0 * inf is NaN and -0.0 - -0.0 is 0.0: with lr 0 only a copy gives the bits back.
             if frozen is True:
-                run.weights.copy_(saved)
+                home.copy_(before)
             elif frozen is not False:
-                run.weights.copy_(torch.where(frozen, saved, run.weights))
+                home.copy_(torch.where(frozen, before, home))
+            if bucket.masters:
+                run.weights.copy_(home)
         bucket.climb.zero_()
 
     def blend_(
@@ -243,6 +253,18 @@ def _all_of(sums: Sums, terms: Tensor) -> Tensor:
     return terms.amax(1) if sums.how == "max" and terms.numel() else terms.sum(1)
 
 
+def _save(bucket: Bucket, run: Run) -> None:
+    """Copy w to ``saved``: all of it, or where it is not the master, rounded, bit for bit."""
+    saved = run.of(bucket.saved)
+    if not bucket.masters:
+        saved.copy_(run.weights)
+        return
+    for chunk in run.chunks():
+        weights, master = run.weights[chunk], saved[chunk]
+        same = master.to(bucket.dtype).view(torch.int16) == weights.view(torch.int16)
+        master.copy_(torch.where(same, master, weights.float()))
+
+
 def _pieces(grad: Tensor) -> Sequence[Tensor]:
     """A gradient in pieces: torch sums many squares naively, 25 million come out 0.15 % short."""
     if grad.numel() <= CHUNK_ELEMENTS:
@@ -259,6 +281,8 @@ def _has_fused(bucket: Bucket) -> bool:
     float32.
     """
     if bucket.device.type not in _get_fused_kernels_supported_devices():
+        return False
+    if not bucket.is_uniform:
         return False
     return bucket.dtype == torch.float32 or (
         bucket.dtype == torch.float64 and bucket.device.type == "cpu"
@@ -300,18 +324,19 @@ def _update_run(
     bucket: Bucket,
     run: Run,
     rule: Rule,
+    home: Tensor,
     grad: Tensor,
     group: Group,
     fresh: bool,
     found_inf: Tensor | None,
 ) -> None:
-    """The rule's texts on the flat buffers of a run."""
+    """The rule's texts on the flat buffers of a run; ``home`` holds w: its weights or masters."""
     kept = rule.kept(group)
     names = [state.name for state in rule.states]
     flat = {name: run.of(bucket.state(name).flat) for name in names if name in kept}
     scalars = _scalars(bucket, run, rule, group, fresh)
     for chunk in run.chunks():
-        targets = [run.weights[chunk], *[flat[n][chunk] if n in flat else None for n in names]]
+        targets = [home[chunk], *[flat[n][chunk] if n in flat else None for n in names]]
         param, *states = [None if t is None else t.to(grad.dtype) for t in targets]
         numbers = [s[chunk] if isinstance(s, Tensor) and s.dim() else s for s in scalars]
         values = rule.update(param, grad[chunk], *states, *numbers)
@@ -320,7 +345,7 @@ def _update_run(
                 if found_inf is not None:
                     value = torch.where(found_inf != 0, target.to(value.dtype), value)
                 target.copy_(value)
-    for buffer in (run.weights, *flat.values()):
+    for buffer in (home, *flat.values()):
         run.clear_padding(buffer)
 
 

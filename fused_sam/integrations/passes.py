@@ -52,9 +52,7 @@ class MicroBatches:
             optimizer: holds the weights at w.
             scaler: the GradScaler whose scale the gradients have.
         """
-        # Asking a scaler for its scale waits for the device.
-        told = {"scaler": scaler} if scaler is not None and optimizer.when.needs_norm else {}
-        if optimizer.first_step(**told):
+        if optimizer.first_step(scaler=scaler):
             optimizer.zero_grad()
         else:
             self._again.clear()

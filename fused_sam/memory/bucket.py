@@ -1,20 +1,21 @@
-"""A bucket: the parameters of one device and dtype, and the flat buffers that hold them."""
+"""A bucket: the parameters of one device and dtypes, and the flat buffers that hold them."""
 
 from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from ..rules import MASTER
 from .gradients import Collector, Gradients
 from .slot import Slot
 from .state import StateBuffer
-from .window import as_real, contiguous_stride, is_dense, make_window
+from .window import as_real, contiguous_stride, gradient_dtype, is_dense, make_window
 
 ALIGNMENT = 64
 """Elements; a parameter's offset is a multiple, so every window is 128-byte aligned or better."""
@@ -24,44 +25,58 @@ _CARRIED = -1
 
 
 class Bucket:
-    """The parameters of one device and dtype, with their flat buffers.
+    """The parameters of one device, dtype and dtype of gradients, with their flat buffers.
 
     Every climb has a number. The operation that saves w writes it into ``climb``, on the device,
     and the one that returns to w writes 0. The host assumes that both succeed, and only after an
     exception does it read which was the last: see ``settle``.
 
     Attributes:
-        device, dtype: of all buffers; the dtype is real (complex64 parameters: float32).
+        device: of all buffers.
+        dtype: of the weights; it is real (complex64 parameters: float32), as all are.
+        grad_dtype: of the gradients.
+        masters: whether ``saved`` holds float32 masters, the weights in full precision. They are
+            right whenever nothing is perturbed, but for weights that were changed from outside: a
+            weight that is not its master, rounded, is its own master.
         slots: one for each parameter; those that moved first, pinned ones last.
         rows: the indices of the groups that have parameters here, rising.
         size: elements of a flat buffer, padding included. Padding is zero and stays zero.
         weights: (size of the moved slots,), the flat buffer whose windows the parameters are.
-        saved: (size,), the weights w while the parameters hold w + epsilon.
-        kept: (size,), gradients at w, where a blend wants them; None before.
+        saved: (size,), the weights w while the parameters hold w + epsilon; or the masters.
+        kept: (size,) in their dtype, gradients at w, where a blend wants them; None before.
         held: for each slot, whether the last climb has put its gradient into ``kept``.
         climb: (1,) int64, the number of the climb that wrote ``saved``; 0 at w.
         perturbed: for each slot, whether it has been saved and perturbed and awaits its return.
         cache: what the backend derives from this bucket; it dies with the bucket.
     """
 
-    def __init__(self, members: Sequence[tuple[Tensor, int]], pinned: set[Tensor]) -> None:
+    def __init__(
+        self,
+        members: Sequence[tuple[Tensor, int]],
+        pinned: set[Tensor],
+        like_grad: Collection[str] = (),
+        masters: bool = False,
+    ) -> None:
         first = members[0][0]
         self.device = first.device
         self.dtype = first.dtype.to_real()
+        self.grad_dtype = gradient_dtype(first).to_real()
+        self.masters = masters and self.dtype in (torch.bfloat16, torch.float16)
+        self._like_grad = like_grad
         self.slots: list[Slot] = []
         start = moved = 0
         for param, row in sorted(members, key=lambda member: member[0] in pinned):
             numel = param.numel() * (2 if param.is_complex() else 1)
             stride = param.stride() if is_dense(param) else contiguous_stride(param.shape)
-            self.slots.append(
-                Slot(param, row, start, numel, param in pinned, param.dtype, param.shape, stride)
-            )
+            kind = param.dtype, param.shape, stride, gradient_dtype(param)
+            self.slots.append(Slot(param, row, start, numel, param in pinned, *kind))
             start += -(-numel // ALIGNMENT) * ALIGNMENT
             moved = moved if param in pinned else start
         self.size = start
         self.rows = sorted({slot.row for slot in self.slots})
         self.weights = torch.zeros(moved, dtype=self.dtype, device=self.device)
-        self.saved = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        kept_in = torch.float32 if self.masters else self.dtype
+        self.saved = torch.zeros(self.size, dtype=kept_in, device=self.device)
         self.kept: Tensor | None = None
         self.climb = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.states: dict[str, StateBuffer] = {}
@@ -79,6 +94,17 @@ class Bucket:
         """The dtype of all arithmetic: float64 for float64, else float32."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all that belongs to the weights has their dtype."""
+        return self.grad_dtype == self.dtype and not self.masters
+
+    def state_dtype(self, name: str) -> torch.dtype:
+        """The dtype of a state: float32 besides masters, else as torch.optim makes it."""
+        if self.masters:
+            return torch.float32
+        return self.grad_dtype if name in self._like_grad else self.dtype
+
     def move_in(self) -> None:
         """Copy the weights into the flat buffer and make the parameters windows of it."""
         for slot in self.slots:
@@ -86,6 +112,8 @@ class Bucket:
                 window = slot.shaped(make_window(slot.of(self.weights)))
                 window.copy_(slot.param.detach())
                 slot.param.data = window
+            if self.masters:
+                slot.of(self.saved).copy_(self.memory(slot))
         self._homes = list(map(Tensor.data_ptr, self.params))
 
     def memory(self, slot: Slot) -> Tensor:
@@ -116,7 +144,7 @@ class Bucket:
             Where it keeps the gradients, if it is to.
         """
         if keep and self.kept is None:
-            self.kept = torch.zeros_like(self.saved)
+            self.kept = self.saved.new_zeros(self.size, dtype=self.grad_dtype)
         self._number, self._moving = number, grads.present
         self.held = grads.present if keep else self._at_w
         return self.kept if keep else None
@@ -168,7 +196,7 @@ class Bucket:
         """
         self.held = tuple([slot.param in kept for slot in self.slots])
         if any(self.held):
-            self.kept = torch.zeros_like(self.saved)
+            self.kept = self.saved.new_zeros(self.size, dtype=self.grad_dtype)
             for slot in itertools.compress(self.slots, self.held):
                 slot.shaped(slot.of(self.kept)).copy_(kept[slot.param])
         perturbed = tuple([slot.param in saved for slot in self.slots])
@@ -190,7 +218,9 @@ class Bucket:
 
     def clear_unshown(self) -> None:
         """What nobody has been shown of the states is as it began: zero, whatever is there."""
-        for buffer in self.states.values():
+        for name, buffer in self.states.items():
+            if name == MASTER:
+                continue  # it began as the weight
             for window, there in zip(buffer.windows, buffer.present, strict=True):
                 if not there:
                     window.zero_()

@@ -1,4 +1,4 @@
-"""Gradients as the kernels need them: in the parameter's shape, dtype and strides, or refused."""
+"""Gradients as the kernels need them: in the parameter's shape and strides, or refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .slot import Slot
-from .window import as_real, has_memory
+from .window import as_real, gradient_dtype, has_memory
 
 _TensorGuards: Any
 try:
@@ -30,8 +30,8 @@ class Gradients:
     """A bucket's gradients.
 
     Attributes:
-        tensors: one for each slot, in its parameter's shape, dtype and strides, complex as
-            (..., 2) reals; None where it is missing.
+        tensors: one for each slot, in its parameter's shape and strides and the slot's dtype of
+            gradients, complex as (..., 2) reals; None where it is missing.
         present: whether it is there, one for each slot.
         complete: whether all are there.
         addresses: where each begins; 0 where it is missing.
@@ -44,7 +44,7 @@ class Gradients:
 
 
 class Stale(Exception):
-    """A parameter changed its shape or strides in place: the layout must be built anew."""
+    """A parameter changed its shape, strides or dtypes in place: the layout must be built anew."""
 
 
 class Collector:
@@ -63,7 +63,7 @@ class Collector:
         """The gradients: the very tensors of autograd, or copies where those do not fit.
 
         Raises:
-            Stale: a parameter's shape or strides changed.
+            Stale: a parameter's shape, strides or dtypes changed.
             RuntimeError: a gradient has another shape than its parameter, or is elsewhere; it is
                 sparse, or of a type whose memory cannot be reached; or it has lost its memory.
         """
@@ -137,7 +137,7 @@ def _usable(grad: Tensor, slot: Slot) -> Tensor:
         _refuse(grad, slot)
     if (
         grad.stride() != slot.stride
-        or grad.dtype is not slot.dtype
+        or grad.dtype is not slot.grad_dtype
         or grad.is_neg()
         or grad._is_zerotensor()
     ):
@@ -157,16 +157,19 @@ def _refuse(grad: Tensor, slot: Slot) -> NoReturn:
 
 
 def _match(grad: Tensor, slot: Slot) -> Tensor:
-    """A gradient in its parameter's dtype and strides: a view of it if that serves, else a copy."""
+    """A gradient in its slot's dtype and strides: a view of it if that serves, else a copy."""
     param = slot.param
     if param.shape != slot.shape or param.stride() != slot.stride or param.dtype != slot.dtype:
+        raise Stale
+    if gradient_dtype(param) != slot.grad_dtype:
         raise Stale
     same_order = all(
         size == 1 or ours == theirs
         for size, ours, theirs in zip(slot.shape, slot.stride, grad.stride(), strict=True)
     )
     lazy = grad.is_neg() or grad._is_zerotensor()
-    if same_order and grad.dtype is slot.dtype and not lazy:
+    dtype = slot.grad_dtype
+    if same_order and grad.dtype is dtype and not lazy:
         return grad.detach().as_strided(slot.shape, slot.stride)
-    matched = torch.empty_strided(slot.shape, slot.stride, dtype=slot.dtype, device=param.device)
+    matched = torch.empty_strided(slot.shape, slot.stride, dtype=dtype, device=param.device)
     return matched.copy_(grad.detach())

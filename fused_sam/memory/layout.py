@@ -13,7 +13,7 @@ from ..rules import Rule
 from .bucket import Bucket
 from .gradients import same_kind
 from .state import State, StateView, check_states
-from .window import must_stay, trains
+from .window import gradient_dtype, must_stay, trains
 
 _PARAMS = operator.itemgetter("params")
 _REQUIRES_GRAD, _GRAD = map(operator.attrgetter, ("requires_grad", "grad"))
@@ -46,6 +46,7 @@ class Layout:
         rule: whose state the buckets hold, or None if the base optimizer keeps its own.
         state: the optimizer's state; what the rule knows of it moves into flat buffers too.
         old: the layout that this one replaces; saved weights of perturbed parameters pass over.
+        masters: whether half-precision weights get float32 masters.
 
     Attributes:
         buckets: of the parameters that were taken in.
@@ -60,6 +61,7 @@ class Layout:
         rule: Rule | None = None,
         state: State | None = None,
         old: Layout | None = None,
+        masters: bool = False,
     ) -> None:
         members = members_of(groups, old)
         carried, kept = old.release() if old is not None else ({}, {})
@@ -67,9 +69,11 @@ class Layout:
         pinned = {p for p, _ in members if must_stay(p)}
         by_kind: dict[Any, list[tuple[Tensor, int]]] = {}
         for param, row in members:
-            by_kind.setdefault((param.device, param.dtype.to_real()), []).append((param, row))
+            kind = param.device, param.dtype.to_real(), gradient_dtype(param).to_real()
+            by_kind.setdefault(kind, []).append((param, row))
         self.rule = rule
-        self.buckets = [Bucket(bucket, pinned) for bucket in by_kind.values()]
+        like_grad = [state.name for state in rule.states if state.like_grad] if rule else []
+        self.buckets = [Bucket(bucket, pinned, like_grad, masters) for bucket in by_kind.values()]
         for bucket in self.buckets:
             bucket.move_in()
             bucket.carry(carried, kept)

@@ -22,6 +22,7 @@ class Slot:
         pinned: whether its weights stay where they are, outside the flat buffer.
         dtype: the parameter's, which may be complex.
         shape, stride: the parameter's.
+        grad_dtype: its gradient's, which may be wider or narrower.
     """
 
     param: Tensor
@@ -32,6 +33,7 @@ class Slot:
     dtype: torch.dtype
     shape: torch.Size
     stride: tuple[int, ...]
+    grad_dtype: torch.dtype
 
     def is_like(self, param: Tensor) -> bool:
         """Whether the parameter still has the shape, strides and dtype of its slot."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..rules import STEP, Rule
+from ..rules import MASTER, STEP, Rule
 from .gradients import Gradients
 from .window import as_real, has_memory, has_windows, make_window
 
@@ -24,18 +25,20 @@ class StateBuffer:
     """One optimizer state of a bucket.
 
     Attributes:
-        flat: (bucket.size,) in the bucket's dtype; ``step``: (len(slots),) float32. Zero at first.
+        flat: (bucket.size,) in the state's dtype; ``step``: (len(slots),) float32. Zero at first.
         windows: what ``optimizer.state[p][name]`` shows, one for each slot, with its own storage.
         present: whether the parameter has this state already, one for each slot.
     """
 
     def __init__(self, name: str, bucket: Bucket) -> None:
         slots, device = bucket.slots, bucket.device
+        self._begins_as_weights = name == MASTER
         if name == STEP:
             self.flat = torch.zeros(len(slots), dtype=torch.float32, device=device)
             pieces = list(self.flat.unbind())
         else:
-            self.flat = torch.zeros(bucket.size, dtype=bucket.dtype, device=device)
+            zeros = functools.partial(torch.zeros, bucket.size, device=device)
+            self.flat = bucket.saved if name == MASTER else zeros(dtype=bucket.state_dtype(name))
             pieces = [slot.of(self.flat) for slot in slots]
         self._slots, self._pieces, self._counts = slots, pieces, name == STEP
         self.present = [False] * len(slots)
@@ -52,14 +55,15 @@ class StateBuffer:
         self._addresses = addresses(self.windows)
 
     def adopt(self, values: Sequence[Any]) -> None:
-        """Copy in a value for each slot; None clears it."""
+        """Copy in a value for each slot; None clears it, or leaves a master as it is."""
         if addresses(self.windows) != self._addresses:
             # Some window was given other memory (``.data =``, ``set_``): that is what counts now.
             self._make_windows()
         self.present = [value is not None for value in values]
         for window, value in zip(self.windows, values, strict=True):
             if value is None:
-                window.zero_()
+                if not self._begins_as_weights:
+                    window.zero_()
             elif value is not window:
                 window.copy_(_tensor(value))
 
@@ -84,7 +88,7 @@ def check_states(rule: Rule | None, groups: Sequence[Mapping[str, Any]], state: 
         for i, param in enumerate(group["params"]):
             for name, value in state.get(param, {}).items():
                 assert rule is not None
-                if name in rule.state_names and value is not None:
+                if name in (*rule.state_names, MASTER) and value is not None:
                     _check_state(name, value, param, f"parameter {i} of group {row}")
 
 
@@ -100,6 +104,13 @@ def _check_state(name: str, value: Any, param: Tensor, whose: str) -> None:
     plain = type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
     if not plain or value.layout is not torch.strided or value.is_meta or not has_memory(value):
         raise ValueError(f"{whose} has no memory that can be read; replace it, or remove it")
+
+
+def _begin_masters(bucket: Bucket, values: Sequence[Any]) -> None:
+    """Where no master is given it is the weight; those of perturbed slots are right."""
+    for slot, value, away in zip(bucket.slots, values, bucket.perturbed, strict=True):
+        if value is None and not away:
+            slot.of(bucket.saved).copy_(bucket.memory(slot))
 
 
 class StateView:
@@ -132,6 +143,8 @@ class StateView:
                 for name in state.get(slot.param, ())
                 if name in self._rule.state_names
             }
+            if bucket.masters:
+                names.add(MASTER)
             for name in names | bucket.states.keys():
                 buffer = bucket.state(name)
                 ours = {id(window): i for i, window in enumerate(buffer.windows)}
@@ -141,6 +154,8 @@ class StateView:
                     if value is not None and ours.get(id(value), i) != i:
                         state[slot.param][name] = value.clone()
                 values = [state.get(slot.param, {}).get(name) for slot in bucket.slots]
+                if name == MASTER:
+                    _begin_masters(bucket, values)
                 buffer.adopt(values)
                 for slot, value, window in zip(bucket.slots, values, buffer.windows, strict=True):
                     if value is not None:
@@ -186,7 +201,8 @@ class StateView:
         assert self._rule is not None
         if bucket.states and all(all(buffer.present) for buffer in bucket.states.values()):
             return
-        names = {row: self._rule.kept(groups[row]) for row in bucket.rows}
+        more = (MASTER,) if bucket.masters else ()
+        names = {row: (*self._rule.kept(groups[row]), *more) for row in bucket.rows}
         if all(False not in bucket.states[name].present for row in names.values() for name in row):
             return
         new = [

@@ -17,6 +17,18 @@ def trains(param: Tensor) -> bool:
     return param.requires_grad or param.grad is not None
 
 
+def gradient_dtype(param: Tensor) -> torch.dtype:
+    """The dtype in which its gradients are read.
+
+    That is what it declares (``Tensor.grad_dtype``). Where it takes any, it is the dtype of all
+    arithmetic, into which they are converted.
+    """
+    dtype = param.grad_dtype
+    if dtype is None:
+        dtype = torch.float64 if param.dtype.to_real() == torch.float64 else torch.float32
+    return dtype.to_complex() if param.is_complex() else dtype
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one block of memory, in any order of dimensions, once each."""
     if tensor.numel() == 0:

@@ -8,13 +8,13 @@ from torch.optim import Optimizer
 
 from .adagrad import ADAGRAD
 from .adam import ADAM, ADAMW
-from .base import STEP, Group, Rule, State
+from .base import MASTER, STEP, Group, Rule, State
 from .check import check_options
 from .lion import LION, Lion
 from .rmsprop import RMSPROP
 from .sgd import SGD
 
-__all__ = ["RULES", "STEP", "Group", "Lion", "Rule", "State", "check_options"]
+__all__ = ["MASTER", "RULES", "STEP", "Group", "Lion", "Rule", "State", "check_options"]
 
 RULES: Mapping[type[Optimizer], Rule] = {
     rule.optimizer: rule for rule in (SGD, ADAM, ADAMW, RMSPROP, ADAGRAD, LION)

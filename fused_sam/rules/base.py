@@ -16,6 +16,9 @@ from ..text import Text
 Group = Mapping[str, Any]
 """A parameter group: the hyperparameters of ``torch.optim``, read anew at every step."""
 
+MASTER = "master_weight"
+"""The float32 weight that a half-precision parameter may have, in ``optimizer.state[p]``."""
+
 STEP = "step"
 """The one state that is a number per parameter, float32 (), and not a parameter-sized buffer."""
 
@@ -29,11 +32,14 @@ class State:
         kept: whether a group's options require it; None if all do.
         initial: what all of its elements begin with, by a group's options, where the class makes
             it at construction; None where it begins at zero with the first step.
+        like_grad: whether the class makes it out of the gradient, in whose dtype it then is, and
+            not out of the parameter.
     """
 
     name: str
     kept: Callable[[Group], bool] | None = None
     initial: Callable[[Group], float] | None = None
+    like_grad: bool = False
 
     def is_kept(self, group: Group) -> bool:
         """Whether a group has it."""

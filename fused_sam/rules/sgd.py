@@ -59,7 +59,7 @@ def _kernel(
 SGD = Rule(
     name="Sgd",
     optimizer=torch.optim.SGD,
-    states=(State("momentum_buffer", lambda group: bool(group["momentum"])),),
+    states=(State("momentum_buffer", lambda group: bool(group["momentum"]), like_grad=True),),
     counts=False,
     columns=_columns,
     scalars=_scalars,

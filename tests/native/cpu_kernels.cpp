@@ -65,7 +65,7 @@ class Runner {
     const Problem p = problem(bucket, o, true);
     const auto kernel = kernels().ascend_[0][dtype()];
     parallel(num_spans(p.size), kMaxThreads,
-             [&](int64_t begin, int64_t end) { kernel(p, &total, begin, end); });
+             [&](int64_t begin, int64_t end) { kernel(p, &total, kNumber, begin, end); });
   }
 
   void update_(cases::Bucket<S>& bucket, const Options& o, bool skip) {

@@ -55,8 +55,8 @@ class Runner {
     in_every_order(bucket, {3}, [&](unsigned blocks, Order order) {
       int64_t climbed = 0;
       const DeviceProblem p = problem(bucket, o, true);
-      launch(blocks, order, [&] { ascend_kernel<Sam, S>(p, &total, &climbed, 7); });
-      EXPECT(climbed == 7, "the climb's number is %ld", long(climbed));
+      launch(blocks, order, [&] { ascend_kernel<Sam, S>(p, &total, &climbed, kNumber); });
+      EXPECT(climbed == kNumber, "the climb's number is %ld", long(climbed));
       return 0.0;
     });
   }

@@ -39,17 +39,26 @@ class Arguments:
             "climb": torch.zeros(1, dtype=torch.int64),
             "slots": torch.tensor(table),
             "grads": torch.tensor([grad.data_ptr() for grad in self.grads]),
-            "flags": torch.randint(0, 1 << 11, (len(sizes),), dtype=torch.int32),
+            "flags": torch.randint(0, 1 << 8, (len(sizes),), dtype=torch.int32)
+            | random.choice((0, 1, 3, 7)) << 8,
             "total": torch.rand(1, dtype=torch.float64),
             "step": random.choice((None, torch.ones(len(sizes)))),
             "grad_scale": random.choice((None, torch.ones((), dtype=self.compute))),
             "found_inf": random.choice((None, torch.zeros(()))),
             "number": random.randrange(8),
         }
-        self.values |= {f"state{k}": random.choice((None, self.buffer(start))) for k in range(3)}
+        self.values["kept"] = random.choice((None, self.buffer(start)))
+        self.values["earlier"] = random.choice((None, self.numbers()))
+        self.values["numbers"] = random.choice((None, self.numbers()))
+        self.values["blend_hyper"] = random.choice((None, torch.rand(2, dtype=self.compute)))
+        self.values["blend"] = random.choice((-1, -1, -1, 0, 1))
+        self.values |= {f"state{k}": self.buffer(start) for k in range(STATES)}
 
     def buffer(self, numel):
         return torch.randn(numel).to(self.dtype)
+
+    def numbers(self):
+        return torch.rand(random.choice((1, 2, 3)), dtype=torch.float64)
 
     def spoil(self):
         """Make one of them wrong; or leave it, or make it right by chance."""
@@ -67,24 +76,29 @@ class Arguments:
                 (value[:-1] if value.dim() else value, value.double(), value.int(), value.t())
             )
         else:
-            self.values[name] = random.choice((-1, 7, 2**40)) if name == "number" else None
+            self.values[name] = (
+                random.choice((-1, 7, 2**40)) if name in ("number", "blend") else None
+            )
 
     def call(self, operation):
         """Call an operation; returns whether it took the arguments."""
         v = self.values
-        hyper = torch.rand(2 * random.choice((1, 3, 5, 6, 8, 9)), dtype=self.compute)
+        hyper = torch.rand(random.choice((2 * 2520, 2 * 2520, 13)), dtype=self.compute)
         head = (v["weights"], v["pinned"])
         tables = (v["slots"], v["grads"], v["flags"])
         arguments = {
-            "reduce": (*head, v["saved"], None, *tables, hyper, v["number"]),
+            "reduce": (
+                *(*head, v["saved"], v["kept"], v["earlier"], None, *tables),
+                *(hyper, v["number"]),
+            ),
             "ascend_": (
-                *(*head, v["saved"], v["climb"], *tables, hyper),
+                *(*head, v["saved"], v["kept"], v["climb"], *tables, hyper),
                 *(v["total"], 1, v["number"]),
             ),
             "update_": (
                 *(*head, *[v[f"state{k}"] for k in range(STATES)], v["step"], None),
-                *(v["climb"], v["saved"], *tables, hyper, v["grad_scale"], v["found_inf"]),
-                v["number"],
+                *(v["climb"], v["saved"], v["kept"], *tables, hyper, v["numbers"]),
+                *(v["blend_hyper"], v["grad_scale"], v["found_inf"], v["number"], v["blend"]),
             ),
             "restore_": (*head, v["climb"], v["saved"], v["slots"], v["flags"]),
         }[operation]

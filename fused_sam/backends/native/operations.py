@@ -54,6 +54,8 @@ class NativeBackend(Backend):
         earlier: Tensor | None = None,
     ) -> Tensor:
         """As ``Backend.reduce``, in one launch."""
+        if not bucket.is_uniform:
+            return super().reduce(bucket, sums, grads, groups, earlier)
         tables = _tables(bucket)
         bits = {row: READS_PARAM * sums.reads_param(groups[row]) for row in bucket.rows}
         total: Tensor = torch.ops.fused_sam.reduce.default(
@@ -82,6 +84,8 @@ class NativeBackend(Backend):
         kept: Tensor | None = None,
     ) -> None:
         """As ``Backend.ascend_``, in one launch."""
+        if not bucket.is_uniform:
+            return super().ascend_(bucket, ascent, grads, groups, total, number, kept)
         tables = _tables(bucket)
         torch.ops.fused_sam.ascend_.default(
             bucket.weights,
@@ -110,6 +114,9 @@ class NativeBackend(Backend):
         found_inf: Tensor | None = None,
     ) -> None:
         """As ``Backend.update_``, in one launch."""
+        if not bucket.is_uniform:
+            scaling = {"grad_scale": grad_scale, "found_inf": found_inf}
+            return super().update_(bucket, rule, blending, grads, groups, **scaling)
         tables = _tables(bucket)
         names = {name for row in bucket.rows for name in rule.kept(groups[row])}
         fresh = bucket.fresh(names)
@@ -141,6 +148,8 @@ class NativeBackend(Backend):
 
     def restore_(self, bucket: Bucket) -> None:
         """As ``Backend.restore_``, in one launch."""
+        if bucket.masters:
+            return super().restore_(bucket)
         tables = _tables(bucket)
         torch.ops.fused_sam.restore_.default(
             bucket.weights,

@@ -12,7 +12,8 @@ n slots, r parameter groups:
     flags  (n,) int32          the bits of each slot
     hyper  (r, k)              numbers of each group, in the compute dtype
 
-The compute dtype is float64 for float64 and float32 otherwise. All offsets are 64-bit.
+The compute dtype is float64 for float64 weights and float32 otherwise; WEIGHT and GRAD are the
+dtypes of weights and gradients. All offsets are 64-bit.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ KEPT_SHIFT: tl.constexpr = tl.constexpr(tables.KEPT_SHIFT)
 
 
 @triton.jit
-def _locate(slots_ptr, flags_ptr, dtype, chunk, n_slots, SIZE: tl.constexpr):
+def _locate(slots_ptr, flags_ptr, chunk, n_slots, WEIGHT: tl.constexpr, SIZE: tl.constexpr):
     """What the tables say of a chunk.
 
     Returns:
@@ -51,7 +52,7 @@ def _locate(slots_ptr, flags_ptr, dtype, chunk, n_slots, SIZE: tl.constexpr):
     start = tl.load(place)
     count = tl.minimum(tl.load(place + 1) - begin, SIZE)
     row = tl.load(place + 2)
-    weights = tl.load(place + 3).to(dtype)
+    weights = tl.load(place + 3).to(tl.pointer_type(WEIGHT))
     flags = tl.load(flags_ptr + slot)
     wide = (count == SIZE) & ((flags & ALIGNED) != 0)
     return slot, weights, start, begin, count, wide, row, flags
@@ -89,6 +90,44 @@ def _load(ptr, mask, dtype):
 @triton.jit
 def _store(ptr, value, mask):
     tl.store(ptr, value.to(ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _hash(x):
+    """``rounding.py`` says which; of uint32."""
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _store_stochastically(ptr, value, at, seed, mask):
+    """Store float32 as one of its two neighbours in half precision, others as they are.
+
+    The same as ``rounding.py``, bit for bit; ``at`` are the offsets in the flat buffers.
+    """
+    dtype: tl.constexpr = ptr.dtype.element_ty
+    if dtype.primitive_bitwidth == 16:
+        noise = _hash(at.to(tl.uint32) ^ seed)
+        bits = value.to(tl.uint32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
+        if dtype == tl.bfloat16:
+            half = (bits + (noise >> 16)) >> 16
+            limit: tl.constexpr = 0x7F7F0000
+        else:
+            normal = (magnitude - 0x38000000 + (noise >> 19)) >> 13
+            # Below it the neighbours are integers times 2**-24: in units of 2**-45.
+            small = magnitude < 0x38800000
+            units = tl.where(small, tl.abs(value) * 35184372088832.0, 0.0).to(tl.int32)
+            subnormal = (units.to(tl.uint32, bitcast=True) + (noise >> 11)) >> 21
+            half = tl.where(small, subnormal, normal)
+            half |= (bits >> 16) & 0x8000
+            limit: tl.constexpr = 0x477FE000
+        rounded = half.to(tl.uint16).to(dtype, bitcast=True)
+        value = tl.where(magnitude < limit, rounded, value.to(dtype))
+    _store(ptr, value, mask)
 
 
 @triton.jit
@@ -177,7 +216,6 @@ def reduce_kernel(
     total_ptr,
     partials_ptr,
     ticket_ptr,
-    like_ptr,
     kept_ptr,
     earlier_ptr,
     slots_ptr,
@@ -192,15 +230,17 @@ def reduce_kernel(
     EARLIER: tl.constexpr,
     COLUMNS: tl.constexpr,
     READS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
     """The sums of TERMS over all elements, or the maximum, go to ``total`` (COUNT,) float64.
 
     ``earlier`` (EARLIER,) float64 are the numbers that TERMS need; None where they need none.
-    ``partials`` (COUNT, programs) in the dtype of the terms is scratch; ``ticket`` (1,) int32 is 0
-    before and after; ``like`` tells the gradients' dtype. READS: whether some group's terms need
-    the weights, or, where ``kept`` is not None, what is in there of the slots whose flags say so.
+    ``partials`` (COUNT, programs) in the dtype of the terms is scratch; ``ticket`` (1,) int32
+    is 0 before and after. READS: whether some group's terms need the weights, or, where
+    ``kept`` is not None, what is in there of the slots whose flags say so.
     """
     dtype = partials_ptr.dtype.element_ty
     all = ()
@@ -211,10 +251,10 @@ def reduce_kernel(
     KEPT: tl.constexpr = kept_ptr is not None
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
         slot, weights, start, begin, count, wide, row, flags = _locate(
-            slots_ptr, flags_ptr, like_ptr.dtype, chunk, n_slots, BLOCK * TILES
+            slots_ptr, flags_ptr, chunk, n_slots, WEIGHT, BLOCK * TILES
         )
         if (flags & MISSING) == 0:
-            grad = tl.load(grads_ptr + slot).to(like_ptr.dtype)
+            grad = tl.load(grads_ptr + slot).to(tl.pointer_type(GRAD))
             columns = _columns(hyper_ptr, row, COLUMNS)
             held = (flags & HELD) != 0
             others = kept_ptr + start if KEPT else weights
@@ -254,16 +294,49 @@ def reduce_kernel(
 
 
 @triton.jit
-def _ascend_tile(weights, saved, kept, at, grad, offs, mask, scalars, MOVE: tl.constexpr):
+def _masters(weights, saved, offs, mask, use):
+    """The masters of a tile, and where it is the weights: those that were changed from outside.
+
+    Weights are looked at where ``use`` says, or ``mask`` if that is None.
+    """
+    master = tl.load(saved + offs, mask)
+    w = tl.load(weights + offs, mask if use is None else use)
+    rounded = master.to(w.dtype).to(tl.uint16, bitcast=True)
+    changed = rounded != w.to(tl.uint16, bitcast=True)
+    if use is not None:
+        changed = changed & use
+    return tl.where(changed, w.to(tl.float32), master), changed
+
+
+@triton.jit
+def _ascend_tile(
+    weights,
+    saved,
+    kept,
+    at,
+    grad,
+    offs,
+    mask,
+    seed,
+    scalars,
+    MOVE: tl.constexpr,
+    MASTERS: tl.constexpr,
+):
     scale = scalars[0]
-    w = _load(weights + offs, mask, scale.dtype)
+    if MASTERS:
+        w, changed = _masters(weights, saved + at, offs, mask, None)
+    else:
+        w = _load(weights + offs, mask, scale.dtype)
     g = _load(grad + offs, mask, scale.dtype)
     if kept is not None:
         _store(kept + at + offs, g, mask)
     # 0 * inf is NaN, and a scale of 0 must move nothing.
     moved = tl.where(scale == 0, w, MOVE(w, g, *scalars))
-    _store(saved + at + offs, w, mask)
-    _store(weights + offs, moved, mask)
+    if MASTERS:
+        _store(saved + at + offs, w, changed if mask is None else changed & mask)
+    else:
+        _store(saved + at + offs, w, mask)
+    _store_stochastically(weights + offs, moved, at + offs, seed, mask)
 
 
 @triton.jit(
@@ -286,6 +359,9 @@ def ascend_kernel(
     MOVE: tl.constexpr,
     NUMBERS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    MASTERS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
@@ -298,13 +374,14 @@ def ascend_kernel(
     if tl.program_id(0) == 0:
         tl.store(climb_ptr, number)
     numbers = _numbers(total_ptr, dtype, NUMBERS)
+    seed = _hash(tl.full([], number, tl.uint32))
     # Backwards: what reduce read last is what may still be in the cache.
     for i in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
         slot, weights, start, begin, count, wide, row, flags = _locate(
-            slots_ptr, flags_ptr, saved_ptr.dtype, n_chunks - 1 - i, n_slots, BLOCK * TILES
+            slots_ptr, flags_ptr, n_chunks - 1 - i, n_slots, WEIGHT, BLOCK * TILES
         )
         if (flags & MISSING) == 0:
-            grad = tl.load(grads_ptr + slot).to(saved_ptr.dtype)
+            grad = tl.load(grads_ptr + slot).to(tl.pointer_type(GRAD))
             scalars = SCALARS(*numbers, *_columns(hyper_ptr, row, COLUMNS))
             if wide:
                 w = _aligned(weights, begin, 16)
@@ -312,7 +389,9 @@ def ascend_kernel(
                 g = _aligned(grad, begin, 16)
                 for tile in range(TILES):
                     offs = tile * BLOCK + lanes
-                    _ascend_tile(w, saved_ptr, kept_ptr, at, g, offs, None, scalars, MOVE)
+                    _ascend_tile(
+                        *(w, saved_ptr, kept_ptr, at, g, offs, None, seed, scalars, MOVE, MASTERS)
+                    )
             else:
                 w = weights + begin
                 at = start + begin
@@ -320,7 +399,9 @@ def ascend_kernel(
                 for tile in range(tl.cdiv(count, BLOCK).to(tl.int32)):
                     offs = tile * BLOCK + lanes
                     mask = offs < count
-                    _ascend_tile(w, saved_ptr, kept_ptr, at, g, offs, mask, scalars, MOVE)
+                    _ascend_tile(
+                        *(w, saved_ptr, kept_ptr, at, g, offs, mask, seed, scalars, MOVE, MASTERS)
+                    )
 
 
 # --------------------------------------------------------------------------------------- restore_
@@ -328,7 +409,7 @@ def ascend_kernel(
 
 @triton.jit
 def _restore_tile(weights, saved, offs, mask):
-    tl.store(weights + offs, tl.load(saved + offs, mask), mask)
+    _store(weights + offs, tl.load(saved + offs, mask), mask)
 
 
 @triton.jit
@@ -356,6 +437,7 @@ def restore_kernel(
     flags_ptr,
     n_chunks,
     n_slots,
+    WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
@@ -365,7 +447,7 @@ def restore_kernel(
         tl.store(climb_ptr, 0)
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
         _, weights, start, begin, count, wide, _, flags = _locate(
-            slots_ptr, flags_ptr, saved_ptr.dtype, chunk, n_slots, BLOCK * TILES
+            slots_ptr, flags_ptr, chunk, n_slots, WEIGHT, BLOCK * TILES
         )
         if (flags & PERTURBED) != 0:
             _restore(weights, saved_ptr, start, begin, count, wide, lanes, BLOCK, TILES)
@@ -415,14 +497,21 @@ def _update_tile(
     limits,
     lr,
     descent,
+    perturbed,
     kept,
     a,
     b,
     scalars,
     RULE: tl.constexpr,
     KEPT: tl.constexpr,
+    MASTERS: tl.constexpr,
 ):
-    w = _load(source + offs, mask, descent.dtype)
+    if MASTERS:
+        # Away from w only the masters are right; at w the weights are looked at, too.
+        at_w = (offs >= 0) & (perturbed == 0)
+        w, _ = _masters(weights, source, offs, mask, at_w if mask is None else at_w & mask)
+    else:
+        w = _load(source + offs, mask, descent.dtype)
     g = _load(grad + offs, mask, descent.dtype)
     if kept is not None:
         # 0 * inf is NaN: where b is 0, what is kept may be anything.
@@ -438,7 +527,10 @@ def _update_tile(
             state = state + (w,)  # nobody reads this
     new = _apply(RULE, w, g, state, scalars, KEPT)
     # 0 * inf is NaN and -0.0 - -0.0 is 0.0: with lr 0 only the same bits are the same.
-    _store(weights + offs, tl.where(lr == 0, w, new[0]), mask)
+    value = tl.where(lr == 0, w, new[0])
+    if MASTERS:
+        _store(source + offs, value, mask)
+    _store(weights + offs, value, mask)
     for i in tl.static_range(len(states)):
         if KEPT[i]:
             use = mask if limits is None else offs < limits[i]
@@ -473,6 +565,9 @@ def update_kernel(
     BLEND_COLUMNS: tl.constexpr,
     KEPT: tl.constexpr,
     MIXED: tl.constexpr,
+    MASTERS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
@@ -481,7 +576,8 @@ def update_kernel(
     A slot that is not perturbed takes w from its weights. Nothing is computed if ``found_inf`` is
     not 0: then perturbed slots are restored and no more.
 
-    ``saved`` and ``states`` are (size,) in the bucket's dtype; KEPT says which states some group
+    ``saved`` and ``states`` are (size,); with MASTERS ``saved`` holds them, and they are what is
+    stepped. KEPT says which states some group
     keeps, and the others point anywhere (Triton 3.6 takes no None in a tuple); in a MIXED launch
     the flags of a slot say which ones its group keeps. ``step`` (n,) float32 is incremented for
     the slots that step; ``ticket`` (1,) int32 is 0 before and after; ``climb`` (1,) int64 becomes
@@ -504,11 +600,11 @@ def update_kernel(
         unscale = unscale / scale if dtype == tl.float64 else tl.div_rn(unscale, scale)
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
         slot, weights, start, begin, count, wide, row, flags = _locate(
-            slots_ptr, flags_ptr, saved_ptr.dtype, chunk, n_slots, BLOCK * TILES
+            slots_ptr, flags_ptr, chunk, n_slots, WEIGHT, BLOCK * TILES
         )
         perturbed = (flags & PERTURBED) != 0
         if ((flags & MISSING) == 0) & steps:
-            grad = tl.load(grads_ptr + slot).to(saved_ptr.dtype)
+            grad = tl.load(grads_ptr + slot).to(tl.pointer_type(GRAD))
             descent = tl.where((flags & MAXIMIZE) != 0, -unscale, unscale)
             a = tl.full([], 1, dtype)
             b = tl.full([], 0, dtype)
@@ -534,8 +630,11 @@ def update_kernel(
                 w = _aligned(weights, begin, 16)
                 g = _aligned(grad, begin, 16)
                 at = _aligned(start, begin, 64)
-                source = _either(perturbed, saved_ptr + at, w).to(saved_ptr.dtype)
-                source = tl.multiple_of(source, 16)
+                if MASTERS:
+                    source = saved_ptr + at
+                else:
+                    source = _either(perturbed, saved_ptr + at, w).to(saved_ptr.dtype)
+                    source = tl.multiple_of(source, 16)
                 for tile in range(TILES):
                     offs = tile * BLOCK + lanes
                     _update_tile(
@@ -549,18 +648,23 @@ def update_kernel(
                         limits,
                         lr,
                         descent,
+                        perturbed,
                         kept_ptr,
                         a,
                         b,
                         scalars,
                         RULE,
                         KEPT,
+                        MASTERS,
                     )
             else:
                 w = weights + begin
                 g = grad + begin
                 at = start + begin
-                source = _either(perturbed, saved_ptr + at, w).to(saved_ptr.dtype)
+                if MASTERS:
+                    source = saved_ptr + at
+                else:
+                    source = _either(perturbed, saved_ptr + at, w).to(saved_ptr.dtype)
                 for tile in range(tl.cdiv(count, BLOCK).to(tl.int32)):
                     offs = tile * BLOCK + lanes
                     _update_tile(
@@ -574,12 +678,14 @@ def update_kernel(
                         limits,
                         lr,
                         descent,
+                        perturbed,
                         kept_ptr,
                         a,
                         b,
                         scalars,
                         RULE,
                         KEPT,
+                        MASTERS,
                     )
         elif perturbed:
             _restore(weights, saved_ptr, start, begin, count, wide, lanes, BLOCK, TILES)

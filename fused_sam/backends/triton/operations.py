@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -42,6 +43,13 @@ roots of denormal numbers are not zero."""
 MANY_REGISTERS = {"maxnreg": 128}
 """For kernels that would spill some of 64: float64, three sums in it, and what is rare in half
 precision."""
+TYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+"""What Triton calls the dtypes."""
 
 
 class _Launcher(Tables):
@@ -50,7 +58,11 @@ class _Launcher(Tables):
     def __init__(self, bucket: Bucket) -> None:
         super().__init__(bucket, CHUNK)
         self.n_slots = len(bucket.slots)
-        self.itemsize = bucket.dtype.itemsize
+        # Of the widest that a tile holds: of the others an access is narrower.
+        held = (bucket.dtype, bucket.grad_dtype, bucket.saved.dtype)
+        self.itemsize = max([dtype.itemsize for dtype in held])
+        self.half = bucket.dtype.itemsize == 2
+        self.types = TYPES[bucket.dtype], TYPES[bucket.grad_dtype]
         self.programs = max(1, min(self.num_chunks, _max_programs(self.device)))
         self.partials: dict[Any, Tensor] = {}
         self.ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
@@ -152,7 +164,7 @@ class TritonBackend(Backend):
             reads = kept is not None or any([sums.reads_param(groups[row]) for row in bucket.rows])
             total = launcher.total(sums)
             args = (
-                *(total, launcher.scratch(sums), launcher.ticket, bucket.saved, kept, earlier),
+                *(total, launcher.scratch(sums), launcher.ticket, kept, earlier),
                 launcher.slots,
                 launcher.addresses(grads).table,
                 launcher.flags(
@@ -162,7 +174,7 @@ class TritonBackend(Backend):
             )
             constants = (
                 *(compiled(sums.terms), sums.count, sums.how == "max"),
-                *(sums.earlier, _width(sums), reads),
+                *(sums.earlier, _width(sums), reads, *launcher.types),
             )
             launcher.launch(kernels.reduce_kernel, args, constants, sums.wide, sums.wide)
         return total
@@ -190,6 +202,7 @@ class TritonBackend(Backend):
             constants = (
                 *(compiled(ascent.scalars), compiled(ascent.move)),
                 *(len(ascent.sums.chain), _width(ascent.sums)),
+                *(bucket.masters, *launcher.types),
             )
             launcher.launch(kernels.ascend_kernel, args, constants)
 
@@ -233,8 +246,9 @@ class TritonBackend(Backend):
                 1 + len(rule.column_names),
                 0 if blend is None else len(blend.column_names),
                 *(tuple([buffer is not None for buffer in buffers]), mixed),
+                *(bucket.masters, *launcher.types),
             )
-            roomy = launcher.itemsize == 8 or (launcher.itemsize == 2 and mixed)
+            roomy = launcher.itemsize == 8 or (launcher.half and mixed)
             launcher.launch(kernels.update_kernel, args, constants, roomy)
 
     def restore_(self, bucket: Bucket) -> None:
@@ -243,7 +257,7 @@ class TritonBackend(Backend):
         with on(bucket.device):
             flags = launcher.flags(dict.fromkeys(bucket.rows, 0), bucket.perturbed)
             args = (bucket.saved, bucket.climb, launcher.slots, flags)
-            launcher.launch(kernels.restore_kernel, args, ())
+            launcher.launch(kernels.restore_kernel, args, launcher.types[:1])
 
 
 def _width(sums: Sums) -> int:
