@@ -13,6 +13,7 @@ from .backends import capture
 from .checks import check_ahead, check_groups, keep_each_once
 from .engine import Engine
 from .facts import Facts
+from .gradients import are_there, put_back
 from .memory import Gradients, Layout, Stale
 from .memory.layout import members_of
 from .modes import working
@@ -41,9 +42,13 @@ class Following(Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's groups; each has ``rho``, ``adaptive`` and ``eta`` too."""
+        groups = self.base_optimizer.param_groups
         if not torch.compiler.is_compiling():
-            self._facts.scaler.note(sys._getframe(1), self._facts.perturbed)
-        return self.base_optimizer.param_groups
+            facts = self._facts
+            looks = facts.scaler.note(sys._getframe(1), facts.perturbed)
+            if looks and facts.aside and not are_there(groups):
+                put_back(facts.aside)  # or a GradScaler would see no gradient, and check none
+        return groups
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:

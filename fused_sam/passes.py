@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from .ascents import chosen
 from .attached import check_model
 from .batchnorm import frozen_running_stats
 from .checkpoint import Checkpointing
@@ -181,6 +182,12 @@ class Passes(Checkpointing):
 
     def _each_climbs(self) -> bool:
         """Whether the micro-batches of the step that begins climb, each by itself."""
+        ascent = chosen(self.param_groups)
+        if ascent.along_momentum:
+            raise ValueError(
+                f"accumulate(..., ascent='local') climbs for each micro-batch, and the groups' "
+                f"ascent={ascent.key!r} climbs once in a step; use accumulate(..., ascent='global')"
+            )
         if self.when.needs_norm:
             raise ValueError(
                 f"ascent='local' climbs for each micro-batch, and {self.when} judges the gradient "

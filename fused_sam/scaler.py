@@ -21,17 +21,22 @@ class ScalerFacts:
         """A step is over."""
         self._unscaled_at_w = self._unscaled_away = False
 
-    def note(self, frame: FrameType, perturbed: bool) -> None:
-        """Somebody reads the parameter groups: if it is ``unscale_``, keep in mind when."""
+    def note(self, frame: FrameType, perturbed: bool) -> bool:
+        """Somebody reads the parameter groups: if it is ``unscale_``, keep in mind when.
+
+        Returns:
+            Whether a GradScaler reads them, to look at the gradients.
+        """
         code, caller = frame.f_code, frame.f_back
-        if code.co_name == "_unscale_grads_" and caller is not None:
-            # Its other caller only looks for infinite gradients.
-            if caller.f_code.co_name != "unscale_":
-                return
+        if code.co_name != "_unscale_grads_" or caller is None:
+            return False
+        # Its other caller only looks for infinite gradients.
+        if caller.f_code.co_name == "unscale_":
             if perturbed:
                 self._unscaled_away = True
             else:
                 self._unscaled_at_w = True
+        return True
 
     def check_closure(self) -> None:
         """Raise if the gradients of a closure would be scaled by a factor that is not known."""

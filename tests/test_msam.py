@@ -344,3 +344,30 @@ def test_eval_and_train_do_nothing_for_others():
 def test_what_makes_no_sense_is_refused(base, options, match):
     with pytest.raises(ValueError, match=match):
         FusedSAM(start(), base, ascent=MSAM(), lr=0.1, **options)
+
+
+def test_accumulate_takes_one_pass_and_no_local_ascents(backend):
+    """Guards that the error of ``ascent="local"`` tells the reason, before anything runs."""
+    opt, params = make(backend=backend)
+    model = nn.ParameterList(params)
+    opt.attach(model)
+    twin, others = make(backend=backend)
+    surface, ran = Surface(SHAPES), []
+
+    def run(batch):
+        ran.append(batch)
+        for p, g in zip(params, surface.gradient(params, batch, 0), strict=True):
+            p.grad = g if p.grad is None else p.grad + g
+
+    for _ in range(2):
+        opt.accumulate([0, 1], run)
+        sums = [surface.gradient(others, batch, 0) for batch in (0, 1)]
+        for p, a, b in zip(others, *sums, strict=True):
+            p.grad = a + b
+        twin.step()
+        for p, q in zip(params, others, strict=True):
+            assert_same_bits(p, q.detach())
+    assert ran == [0, 1, 0, 1]
+    with pytest.raises(ValueError, match=r"climbs once in a step.*ascent='global'"):
+        opt.accumulate([0, 1], run, ascent="local")
+    assert ran == [0, 1, 0, 1]

@@ -291,6 +291,31 @@ def test_aesam_under_a_scaler_with_a_closure():
     torch.testing.assert_close(params, others, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("unscale", [False, True])
+def test_a_scaler_sees_the_gradients_that_a_plain_step_keeps(unscale):
+    """Guards against an update that no GradScaler has looked at: the gradients were put aside."""
+    opt, params, _model = make(Every(2))
+    surface = Surface(SHAPES, broken={(3, 0)})
+    twin, others, _other = make(Every(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    for i in range(STEPS):
+        scaler.scale(torch.zeros(()))
+        give(params, [64.0 * g for g in surface.gradient(params, i, 0)])
+        if opt.first_step(zero_grad=True, scaler=scaler):
+            give(params, [64.0 * g for g in surface.gradient(params, i, 1)])
+        if unscale:
+            scaler.unscale_(opt)
+        scaler.step(opt)
+        scaler.update(64.0)
+        opt.zero_grad()
+        if i != 3:
+            aware(twin, others, surface, i)
+        else:
+            for group in twin.param_groups:
+                group["sam_step"] += 1
+    torch.testing.assert_close(params, others, rtol=1e-11, atol=1e-11)
+
+
 def test_local_ascents_obey_and_aesam_cannot_judge_them():
     opt, params, _model = make(Every(2))
     perturbed = []
