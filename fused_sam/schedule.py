@@ -1,8 +1,8 @@
 """When a step climbs at all: every step, now and then, late in training, or where it is steep.
 
-A step that does not climb is the base optimizer's own, at its price. Which steps those are follows
-from the number of the step (and, for AE-SAM, from the gradients): a resumed run goes on as the
-first one would have, and all ranks of a distributed one agree.
+A step that does not climb is the base optimizer's own, and costs as much. The number of the step
+decides (with AE-SAM, the gradients too). So a resumed run goes on as the first one would have, and
+all ranks of a distributed run agree.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ STEP = "sam_step"
 
 
 MEAN, VARIANCE = "sam_mean", "sam_variance"
-"""AE-SAM's running averages, which begin as its authors' do."""
+"""AE-SAM's running averages. They begin at the values of the authors' code."""
 
 
 def check_when(value: Any) -> None:
     """Raise unless ``value`` is a schedule."""
     if not isinstance(value, When):
         raise TypeError(
-            f"when must be one of fused_sam.schedule's, such as Every(5) or From(1000), "
+            f"when must be a schedule of fused_sam.schedule, such as Every(5) or From(1000), "
             f"got {value!r}"
         )
 
@@ -48,10 +48,18 @@ class Decision:
 
 @dataclass(frozen=True)
 class When:
-    """Says of each step whether it climbs. Steps count from 0; see the classes below."""
+    """Which steps climb. A subclass says it in ``climbs``; see the classes below.
+
+    Steps count from 0. A step that does not climb has one pass if the loop leaves the second out::
+
+        if optimizer.first_step():
+            optimizer.zero_grad()
+            loss_fn(model(x), y).backward()
+        optimizer.second_step(zero_grad=True)
+    """
 
     needs_norm: ClassVar[bool] = False
-    """Whether the gradient's norm decides: it depends on the loss scale, and is waited for."""
+    """Whether the gradient's norm decides: the host waits for it, and needs the loss scale."""
 
     memory: ClassVar[Mapping[str, float]] = {STEP: 0}
     """What the groups hold at first."""
@@ -65,7 +73,7 @@ class When:
         raise NotImplementedError
 
     def decide(self, group: Mapping[str, Any], sq_norm: Callable[[], float]) -> Decision:
-        """What becomes of the step that begins.
+        """Decide about the step that begins.
 
         Args:
             group: one that holds ``memory``.
@@ -93,7 +101,9 @@ NO_CLIMB = Decision(False, {})
 
 @dataclass(frozen=True)
 class Every(When):
-    """Every k-th step climbs, the first one too (LookSAM's schedule, Liu et al. 2022).
+    """Every k-th step climbs, the first one too: SAM-k, LookSAM's schedule (Liu et al. 2022).
+
+    Between the climbs the base optimizer sees the gradient as it is; LookSAM changes it.
 
     Args:
         k: an integer >= 1.
@@ -111,7 +121,9 @@ class Every(When):
 
 @dataclass(frozen=True)
 class From(When):
-    """Steps from this one on climb: late-phase SAM, which has nearly all of SAM's gain.
+    """Steps from this one on climb: late-phase SAM (Zhou et al. 2024, arXiv 2410.10373).
+
+    The authors find that a few epochs of SAM at the end do nearly as much as SAM throughout.
 
     Args:
         start: the first step that climbs, an integer >= 0.
@@ -150,7 +162,7 @@ class Span(When):
 
 @dataclass(frozen=True)
 class Probability(When):
-    """Each step climbs with a probability (random SAM, Zhao et al. 2022).
+    """Each step climbs with a probability (SS-SAM, Zhao et al. 2022).
 
     The draw of a step depends on the seed and on its number alone.
 
@@ -192,8 +204,11 @@ class AESAM(When):
 
     Args:
         total_steps: the length of the training, an integer >= 1; c stays at ``lambda2`` after it.
-        lambda1, lambda2: the first and the last c.
+        lambda1, lambda2: the first and the last c, finite.
         decay: of the averages, in [0, 1).
+
+    Raises:
+        TypeError, ValueError: an argument cannot be used.
     """
 
     total_steps: int
