@@ -78,17 +78,17 @@ class FusedSAM(Descent):
         rho: radius of the neighbourhood, finite and >= 0, in the units of the weights' L2 norm.
         adaptive: ASAM instead of SAM.
         eta: ASAM's offset, finite and >= 0.
-        ascent: which climb, a member of ``fused_sam.ascents``. None: these parameters take no part
-            in the climb, neither in the norm, and step all the same. That is for some of the
-            groups: SAM-ON (Mueller et al. 2023) leaves it to the layers that normalise.
+        ascent: which climb, a member of ``fused_sam.ascents``. None, for some of the groups: they
+            take no part in the climb or its norm, and step all the same (SAM-ON, Mueller et al.
+            2023: only the layers that normalise climb).
         blend: which gradient the base optimizer sees, a member of ``fused_sam.blends``. None: the
             one at w + epsilon. A blend keeps the gradient at w: one more copy of the parameters.
-        max_grad_norm: clip the second gradient to this L2 norm, as
-            ``torch.nn.utils.clip_grad_norm_`` does.
+        max_grad_norm: clip the gradient that the base optimizer sees to this L2 norm, as
+            ``torch.nn.utils.clip_grad_norm_`` does. None: no clipping.
         backend: ``"auto"`` or the name of one; ``optimizer.backend`` tells which runs.
         model: the module that training calls; see ``attach``.
-        when: which steps climb, of ``fused_sam.schedule``; the others are the base optimizer's own,
-            with one pass if the loop asks what ``first_step`` returned.
+        when: which steps climb, a member of ``fused_sam.schedule``. The others are the base
+            optimizer's own, with one pass if the loop asks what ``first_step`` returned.
         master_weights: keep a float32 copy of bfloat16 and float16 weights, and float32 state, so
             that small updates are not rounded away. The base optimizer must be one that is fused.
         **base_kwargs: options of the base optimizer (lr, momentum, weight_decay, ...).
@@ -212,7 +212,7 @@ class FusedSAM(Descent):
             self.attach(model)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as for any optimizer; it may set rho, adaptive and eta for itself.
+        """Add a group, as for any optimizer; it may set rho, adaptive, eta and ascent for itself.
 
         Raises:
             TypeError, ValueError: the group cannot be used; the optimizer is as it was.
@@ -239,14 +239,15 @@ class FusedSAM(Descent):
 
     @property
     def grad_norm(self) -> Tensor:
-        """The last first_step's global gradient norm, () on the first parameter's device.
+        """The norm by which the last climb went, (), on the first parameter's device.
 
-        With ``adaptive`` it is ``||T g||``. Under a GradScaler it is that of the scaled gradients.
-        Not finite, or zero: nothing was perturbed.
+        It is ``||g||`` over the groups that climb; with ``adaptive`` ``||T g||``, with ``PNorm(p)``
+        the q-norm (1/p + 1/q = 1), with ``MSAM()`` the momentum's. Under a GradScaler gradients
+        are the scaled ones. Zero or not finite: nothing was perturbed.
         """
         facts = self._facts
         if facts.total is None:
-            raise RuntimeError("grad_norm is known after the first first_step() or step(closure)")
+            raise RuntimeError("grad_norm is known once a step has climbed")
         return facts.engine.number(facts.norm(facts.total))
 
     @property
@@ -261,17 +262,18 @@ class FusedSAM(Descent):
     def first_step(self, zero_grad: bool = False, *, scaler: Any = None) -> bool:
         """Save the weights w and climb to ``w + epsilon`` with the gradients that are there.
 
-        Unless ``when`` says that this step does not climb. Then the weights stay at w, and the
-        gradients are kept for second_step(), which takes them if no others have come: a loop may
-        leave out its second pass, or do it at w.
+        If ``when`` says that this step does not climb, the weights stay at w. The gradients are
+        kept for second_step(), which takes them if no others have come: a loop may leave out its
+        second pass, or do it at w.
 
         Args:
-            zero_grad: set the gradients to None afterwards.
-            scaler: the GradScaler whose scale the gradients have; needed where their size matters,
-                with ``when=AESAM(...)``.
+            zero_grad: set the gradients to None afterwards. With ``when``, and something that reads
+                them (``clip_grad_norm_``), leave it False, and call zero_grad() if it climbs.
+            scaler: the GradScaler whose scale the gradients have. ``when=AESAM(...)`` and
+                ``ascent=USAM()`` need it; all others ignore it.
 
         Returns:
-            Whether the weights were perturbed.
+            Whether the step climbs: whether a second pass is due.
 
         Raises:
             RuntimeError: the step is half done already; a gradient is sparse.
@@ -288,16 +290,17 @@ class FusedSAM(Descent):
 
         Args:
             closure: computes the loss, calls backward and returns the loss. If gradients of w are
-                there already it runs once, at ``w + epsilon``; likewise after first_step(). If
-                there are none, or only such tensors as a step has used, it runs twice, first at w.
-                It runs with gradients enabled. If it raises, the weights return to w.
+                there already it runs once, at ``w + epsilon``; so it does after first_step(). If
+                there are none, or only those that a step has used, it runs twice, first at w. In a
+                step that does not climb it runs at w only. It runs with gradients enabled. If it
+                raises, the weights return to w.
 
         Returns:
             The closure's first value if it ran at w, else None.
 
         Raises:
             RuntimeError: there is neither a closure nor a first_step() before; the closure leaves
-                no gradient, or comes after ``GradScaler.unscale_``.
+                no gradient; ``GradScaler.unscale_`` was called before.
         """
         facts = self._facts
         one_pass = self._follows() is not None
@@ -367,12 +370,12 @@ class FusedSAM(Descent):
     def restore(self) -> None:
         """Return the parameters to w without an update; does nothing if they are there.
 
-        Nothing is checked before: whatever has become of a parameter since, or of the groups and
-        the state, all others return. One that was moved or converted gets its w where it is now.
+        Nothing is checked before. Whatever has become of one parameter, of the groups or of the
+        state, all others return. A parameter that was moved gets its w where it is now.
 
         Raises:
-            RuntimeError: parameters cannot hold their w any more, for their shape has changed, say.
-                It names them, once: they stay as they are, and the optimizer goes on.
+            RuntimeError: parameters cannot hold their w any more (their shape has changed, say). It
+                names them, once. They stay as they are, and the optimizer goes on.
         """
         facts = self._facts
         if not facts.perturbed:
@@ -384,8 +387,8 @@ class FusedSAM(Descent):
         forget_copies()
         if lost:
             raise RuntimeError(
-                f"all parameters are back at w, except for those that changed between the two "
-                f"steps so that they cannot hold it: {'; '.join(lost)}. These stay as they are"
+                f"all parameters are back at w, except for some that changed between the two steps "
+                f"and cannot hold it: {'; '.join(lost)}. These stay as they are"
             )
         facts.captures.complain()
 

@@ -1,7 +1,7 @@
 """USAM, SAM without its norm (Andriushchenko & Flammarion, ICML 2022): epsilon = rho * g.
 
-For groups that are adaptive epsilon = rho * T**2 * g, with ASAM's T. The climb is as long as the
-gradient says, so it depends on a loss scale, which has to be told.
+For groups that are adaptive epsilon = rho * T**2 * g, with ASAM's T. The climb grows with the
+gradient, and with a loss scale: ``first_step(scaler=scaler)`` tells it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from .sam import ASCENT as SAM_ASCENT
 
 @dataclass(frozen=True)
 class USAM(Choice):
-    """The climb is rho times the gradient; groups with ``adaptive=True``: rho * T**2 * gradient."""
+    """The climb is rho times the gradient; groups with ``adaptive=True``: rho * T**2 * gradient.
+
+    Under a GradScaler ``first_step(scaler=scaler)`` has to know the loss scale.
+    """
 
     key: ClassVar[str] = "usam"
 
