@@ -247,7 +247,9 @@ class FusedSAM(Descent):
         """
         facts = self._facts
         if facts.total is None:
-            raise RuntimeError("grad_norm is known once a step has climbed")
+            raise RuntimeError(
+                "grad_norm is known after the first climb: first_step() or step(closure)"
+            )
         return facts.engine.number(facts.norm(facts.total))
 
     @property
@@ -290,10 +292,9 @@ class FusedSAM(Descent):
 
         Args:
             closure: computes the loss, calls backward and returns the loss. If gradients of w are
-                there already it runs once, at ``w + epsilon``; so it does after first_step(). If
-                there are none, or only those that a step has used, it runs twice, first at w. In a
-                step that does not climb it runs at w only. It runs with gradients enabled. If it
-                raises, the weights return to w.
+                there already it runs once, at ``w + epsilon``; so it does after first_step(). Else
+                it runs twice, first at w; once if the step does not climb. It runs with gradients
+                enabled. If it raises, the weights return to w.
 
         Returns:
             The closure's first value if it ran at w, else None.
