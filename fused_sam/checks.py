@@ -50,7 +50,9 @@ def check_base(cls: Any) -> None:
     if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
         raise TypeError(f"base_optimizer must be a subclass of torch.optim.Optimizer, got {cls!r}")
     if hasattr(cls, "first_step"):
-        raise TypeError(f"{cls.__name__} does SAM itself; choose the optimizer that is to step")
+        raise TypeError(
+            f"{cls.__name__} does SAM itself; pass the optimizer that makes the update, such as SGD"
+        )
     closure = inspect.signature(cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(
@@ -142,7 +144,7 @@ def check_keywords(cls: type[Optimizer], options: Mapping[str, Any], ours: Itera
 def check_ahead(
     rule: Rule | None, groups: Sequence[Mapping[str, Any]], base: Optimizer, when: When
 ) -> None:
-    """Raise if the groups ask for an ascent along the momentum, and it has no meaning here."""
+    """Raise if the groups climb along the momentum, and that has no meaning with the rest."""
     for group in groups:
         ascent = ASCENTS.get(group["ascent"] or "")
         if ascent is None or not ascent.along_momentum:
@@ -165,7 +167,8 @@ def check_ahead(
 def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
     """Raise unless every parameter that trains can be optimized, and none of them overlap.
 
-    What does not train may be anything: frozen integers, the quantized weights under an adapter.
+    A parameter that does not train may be anything: frozen integers, or the quantized weights under
+    an adapter.
 
     Args:
         groups: parameter groups with all of their options.
@@ -195,8 +198,8 @@ def as_groups(params: Any) -> list[dict[str, Any]]:
     """``params``, in any form that torch.optim takes, as a list of groups; generators run once."""
     if isinstance(params, Optimizer):
         raise TypeError(
-            f"params must be parameters or groups, got an optimizer; to put SAM around it, use "
-            f"FusedSAM.wrap(optimizer, rho=...): it was a {type(params).__name__}"
+            f"params must be parameters or groups, got an optimizer ({type(params).__name__}); to "
+            f"put SAM around it, use FusedSAM.wrap(optimizer, rho=...)"
         )
     if isinstance(params, torch.nn.Module):
         raise TypeError(
@@ -204,7 +207,9 @@ def as_groups(params: Any) -> list[dict[str, Any]]:
             f".parameters()"
         )
     if isinstance(params, Tensor):
-        raise TypeError("params must be an iterable of parameters or groups, got one Tensor: [it]")
+        raise TypeError(
+            "params must be an iterable of parameters or groups, got a Tensor; pass [it]"
+        )
     _refuse_set(params)
     items = list(params)
     if not items:
@@ -225,10 +230,10 @@ def as_groups(params: Any) -> list[dict[str, Any]]:
 
 
 def keep_each_once(groups: Iterable[dict[str, Any]]) -> None:
-    """Let each parameter stand in the groups once, where it stands first.
+    """Leave each parameter in the groups once, at its first place.
 
-    Tied weights come twice from ``[*encoder.parameters(), *decoder.parameters()]``: torch.optim
-    warns, and steps twice.
+    Tied weights come twice from ``[*encoder.parameters(), *decoder.parameters()]``. With them
+    torch.optim warns, and steps twice.
     """
     seen: set[int] = set()
     for group in groups:
@@ -244,7 +249,7 @@ def keep_each_once(groups: Iterable[dict[str, Any]]) -> None:
 
 def _refuse_set(params: Any) -> None:
     if isinstance(params, (set, frozenset)):
-        raise TypeError("params must have an order that stays; got a set: use a list")
+        raise TypeError("params must have a fixed order, got a set; pass a list")
 
 
 def _tensors(params: Any) -> list[Tensor]:
@@ -295,12 +300,12 @@ def _check_param(param: Tensor) -> None:
         raise ValueError(f"{what} was made in inference mode; .clone() it outside of that")
     if param.is_meta:
         raise ValueError(
-            f"{what} is on the meta device; materialise it first (model.to_empty(...))"
+            f"{what} is on the meta device; give it memory first (model.to_empty(...))"
         )
     if not has_memory(param):
         raise ValueError(
             f"{what} has a storage of {param.untyped_storage().nbytes()} bytes, which is too small "
-            f"for it (FSDP frees storages so); allocate it before, untyped_storage().resize_(...)"
+            f"for it (FSDP frees storages); allocate it before, untyped_storage().resize_(...)"
         )
     if not is_dense(param) and is_shared(param):
         raise ValueError(

@@ -25,9 +25,10 @@ class Climb(Passes):
 
     @property
     def max_grad_norm(self) -> float | None:
-        """To which norm the second gradient is clipped: an option of the groups, one for all.
+        """The L2 norm to which the base optimizer's gradient is clipped; None: no clipping.
 
-        None where the base optimizer has such an option of its own: that is its business.
+        It is an option of the groups, with one value for all. It is None, too, if the base
+        optimizer has an option of that name, and clips by itself.
         """
         if MAX_GRAD_NORM.name in self.base_optimizer.defaults:
             return None

@@ -40,10 +40,12 @@ class Descent(OnePass):
 
     @opaque(WRITES)
     def second_step(self, zero_grad: bool = False) -> None:
-        """Return to w and step with the gradients that are there; without first_step, a plain step.
+        """Return to w and step with the gradients that are there.
 
-        A parameter that has no gradient now is returned to w and not stepped. A framework's proxy
-        of the optimizer does it through its own ``step()``, so that the framework knows.
+        A parameter that has no gradient now returns to w and is not stepped. If first_step() did
+        not climb, and no gradients are there, those that it kept are used. Without a first_step()
+        before, it is a step of the base optimizer. A framework's proxy of the optimizer goes
+        through its own ``step()``, so that the framework knows.
 
         Args:
             zero_grad: set the gradients to None afterwards.
@@ -155,8 +157,8 @@ class Descent(OnePass):
             self.restore()
             raise RuntimeError(
                 f"the step depends on the size of the gradients at w (ascent="
-                f"{self.param_groups[0]['ascent']!r}, when={self._when}), and their loss scale was "
-                f"not told: call first_step(scaler=scaler)"
+                f"{self.param_groups[0]['ascent']!r}, when={self._when}), and first_step() was not "
+                f"told their loss scale: call first_step(scaler=scaler)"
             )
 
     def _step_base(
@@ -176,9 +178,9 @@ class Descent(OnePass):
 
     @torch.no_grad()
     def _initialize_state(self) -> None:
-        """A base step that keeps the weights' bits: for who wants to see state before it is there.
+        """A base step that makes state and keeps the weights' bits.
 
-        Checkpoint libraries do it with zero gradients and every learning rate 0.
+        Checkpoint libraries ask for it, with zero gradients and every learning rate 0.
         """
         weights = [(p, p.detach().clone()) for g in self.param_groups for p in g["params"]]
         self._descend()
@@ -199,7 +201,7 @@ def _hooks(base: Optimizer, when: str) -> dict[int, Any]:
 
 
 class _Guard:
-    """A hook of the base optimizer's: it must not step from w + epsilon by itself."""
+    """A hook of the base optimizer, which must not step from w + epsilon by itself."""
 
     def __init__(self, facts: Facts) -> None:
         self._facts = weakref.ref(facts)

@@ -1,4 +1,4 @@
-"""Members of one pass: the weights live ahead of w, along the momentum (ascents/msam.py)."""
+"""Ascents of one pass: the weights live ahead of w, along the momentum (ascents/msam.py)."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class OnePass(Climb):
     def eval(self) -> None:
         """Go to w, for an evaluation or a checkpoint; does nothing if the weights are there.
 
-        With ``ascent=MSAM()`` the weights live ahead of w in training. All other members are at w
-        between two steps, and there eval() and train() do nothing.
+        With ``ascent=MSAM()`` the weights are ahead of w in training. With any other ascent they
+        are at w between two steps, and eval() and train() do nothing.
 
         Raises:
             RuntimeError: a step is half done.
@@ -45,7 +45,7 @@ class OnePass(Climb):
     def train(self) -> None:
         """Go ahead of w again, along the momentum; does nothing if the weights are there.
 
-        After loading a checkpoint too, and before the next forward.
+        Call it before the next forward, after eval() and after loading a checkpoint.
 
         Raises:
             RuntimeError: a step is half done.

@@ -247,9 +247,7 @@ class FusedSAM(Descent):
         """
         facts = self._facts
         if facts.total is None:
-            raise RuntimeError(
-                "grad_norm is known after the first climb: first_step() or step(closure)"
-            )
+            raise RuntimeError("grad_norm is known once first_step() or step(closure) has climbed")
         return facts.engine.number(facts.norm(facts.total))
 
     @property
@@ -291,10 +289,10 @@ class FusedSAM(Descent):
         """A whole SAM step with ``closure``; between the two steps, the second half of a step.
 
         Args:
-            closure: computes the loss, calls backward and returns the loss. If gradients of w are
-                there already it runs once, at ``w + epsilon``; so it does after first_step(). Else
-                it runs twice, first at w; once if the step does not climb. It runs with gradients
-                enabled. If it raises, the weights return to w.
+            closure: computes the loss, calls backward and returns the loss. If there are gradients
+                that no step has used, it runs once, at ``w + epsilon``; so it does after
+                first_step(). Else it runs twice, first at w; once if the step does not climb. It
+                runs with gradients enabled. If it raises, the weights return to w.
 
         Returns:
             The closure's first value if it ran at w, else None.

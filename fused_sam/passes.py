@@ -1,4 +1,4 @@
-"""The two passes of a step, as the model sees them: same random numbers, same statistics."""
+"""The two passes of a step: same random numbers, and running statistics of the first alone."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ class Passes(Checkpointing):
         or copying the model while the weights are perturbed is an error. That holds for the two
         steps and for ``step(closure)``.
 
-        Attach once; again does nothing, and another model takes the place of the first. The model
-        is held weakly. A deepcopy of model and optimizer together stays attached; what is
+        Attaching the same model again does nothing; another model takes the place of the first. The
+        model is held weakly. A deepcopy of model and optimizer together stays attached; what is
         unpickled is not.
 
         Args:
             model: e.g. the DistributedDataParallel, or what ``torch.compile`` returned.
 
         Raises:
-            TypeError, ValueError: it is no module, or has none of the optimizer's parameters.
+            TypeError, ValueError: it is not a module, or has none of the optimizer's parameters.
             RuntimeError: the weights are perturbed.
         """
         self._refuse_away("attach()")
@@ -57,7 +57,7 @@ class Passes(Checkpointing):
 
     @contextmanager
     def first_pass(self) -> Iterator[None]:
-        """Forward and backward at w, in a block: its random numbers can be drawn again.
+        """A block for forward and backward at w: the second pass can draw its random numbers again.
 
         A step may have several such blocks, one for each micro-batch.
 
@@ -71,7 +71,7 @@ class Passes(Checkpointing):
 
     @contextmanager
     def second_pass(self, model: nn.Module | None = None) -> Iterator[None]:
-        """Forward and backward at w + epsilon, in a block: with the random numbers of the first.
+        """A block for forward and backward at w + epsilon, with the random numbers of the first.
 
         Running statistics of the model are left alone. The k-th block of a step draws what the
         k-th ``first_pass()`` drew.
@@ -108,9 +108,10 @@ class Passes(Checkpointing):
         """A whole SAM step over several micro-batches, each of which is seen in both passes.
 
         The second pass has the random numbers of the first, and leaves running statistics alone;
-        so the model must be attached. As in any torch loop gradients add up: divide the loss by
-        the number of micro-batches where a mean is wanted. Under a GradScaler, use first_pass(),
-        first_step(), second_pass() and ``scaler.step(optimizer)`` instead.
+        so the model must be attached. As in any torch loop, gradients add up: divide the loss by
+        the number of micro-batches where a mean is wanted. A step that does not climb has one pass.
+        Under a GradScaler, use first_pass(), first_step(), second_pass() and
+        ``scaler.step(optimizer)`` instead.
 
         Args:
             micro_batches: what ``forward_backward`` takes, one after the other; kept for the step.
@@ -118,10 +119,10 @@ class Passes(Checkpointing):
                 for each: at w, and at w + epsilon, where ``optimizer.is_perturbed`` is True.
             no_sync: e.g. DistributedDataParallel's: a context manager in which gradients are not
                 reduced over the ranks, entered for all but the last micro-batch of each pass.
-            ascent: ``"global"``: one climb, along the gradient of all. ``"local"``: from w each
-                micro-batch climbs along its own gradient, and the sum of the gradients that are
-                found there is what the base optimizer sees: m-sharpness (Foret et al., section
-                4.1). The first pass is then never reduced over the ranks, and is the rank's own.
+            ascent: ``"global"``: one climb, along the gradient of all micro-batches. ``"local"``:
+                each micro-batch climbs from w along its own gradient, and the base optimizer sees
+                the sum of the gradients found there: m-sharpness (Foret et al., section 4.1). Then
+                the gradients at w are not reduced over the ranks: each rank climbs along its own.
 
         Returns:
             What ``forward_backward`` returned at w, in a list.
@@ -129,7 +130,8 @@ class Passes(Checkpointing):
         Raises:
             RuntimeError: no model is attached; the weights are perturbed; there are gradients that
                 no step has used. If ``forward_backward`` raises, the weights return to w.
-            ValueError: there is no micro-batch; ``ascent`` is something else.
+            ValueError: there is no micro-batch; ``ascent`` is something else, or ``"local"`` with
+                MSAM or AESAM.
         """
         batches = list(micro_batches)
         if not batches:
@@ -165,12 +167,13 @@ class Passes(Checkpointing):
     def check(self, model: nn.Module, forward_backward: Callable[[], Any]) -> Checkup:
         """Try a step, take it back, and tell whether it would be SAM's; print what it returns.
 
-        Does the second pass see w + epsilon, does it draw the same random numbers and leave running
-        statistics alone, which share of rho is left after rounding, what keeps copies of the
-        weights? Weights, state, gradients, buffers and random states are as before.
+        It answers: does the second pass see w + epsilon? Does it draw the same random numbers, and
+        leave running statistics alone? Which share of rho is left after rounding? What keeps copies
+        of the weights? Afterwards weights, state, gradients, buffers and random states are as
+        before.
 
         Args:
-            model: whose buffers are looked at; attached or not.
+            model: the module whose buffers are compared; attached or not.
             forward_backward: computes the loss of one batch, the same each time, and calls
                 backward. It runs four times.
 
