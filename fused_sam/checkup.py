@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .gradients import put_aside, put_back
-from .options import OPTIONS, RHO
+from .options import ASCENT, CLIMBS, OPTIONS
 from .randomness import Randomness
 from .record import Record
 from .schedule import Always
@@ -124,6 +124,7 @@ def _undone(optimizer: Passes, model: nn.Module) -> Iterator[Callable[[], None]]
     state = {p: {k: _copied(v) for k, v in entry.items()} for p, entry in optimizer.state.items()}
     aside = put_aside(optimizer.param_groups)
     kept = facts.record, facts.total, facts.decision, facts.scale, owner._when
+    climbs = [group.get(CLIMBS) for group in optimizer.param_groups]
     facts.record, owner._when = Record(), Always()
 
     def rewind() -> None:
@@ -143,19 +144,25 @@ def _undone(optimizer: Passes, model: nn.Module) -> Iterator[Callable[[], None]]
     finally:
         rewind()
         facts.record, facts.total, facts.decision, facts.scale, owner._when = kept
+        for group, number in zip(optimizer.param_groups, climbs, strict=True):
+            if number is None:
+                group.pop(CLIMBS, None)
+            else:
+                group[CLIMBS] = number
         put_back(aside)
 
 
 @contextmanager
 def _without_climb(groups: list[dict[str, Any]]) -> Iterator[None]:
-    radii = [group[RHO.name] for group in groups]
+    # With rho = 0 a half-precision weight would still be its master, rounded anew, at random.
+    ascents = [group[ASCENT.name] for group in groups]
     for group in groups:
-        group[RHO.name] = 0.0
+        group[ASCENT.name] = None
     try:
         yield
     finally:
-        for group, rho in zip(groups, radii, strict=True):
-            group[RHO.name] = rho
+        for group, ascent in zip(groups, ascents, strict=True):
+            group[ASCENT.name] = ascent
 
 
 def _exact_climb(optimizer: Passes, grads: list[Tensor | None]) -> list[Tensor | None]:

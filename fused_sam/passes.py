@@ -178,9 +178,14 @@ class Passes(Checkpointing):
                 backward. It runs four times.
 
         Raises:
-            RuntimeError: the weights are perturbed; ``forward_backward`` leaves no gradient.
+            RuntimeError: the weights are perturbed; ``forward_backward`` leaves no gradient; the
+                ascent is MSAM, which has one pass.
         """
         self._refuse_away("check()")
+        if chosen(self.param_groups).along_momentum:
+            raise RuntimeError(
+                "check() compares the two passes of a step, and a step with ascent=MSAM() has one"
+            )
         return examine(self, model, forward_backward)
 
     def _each_climbs(self) -> bool:

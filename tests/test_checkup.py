@@ -9,6 +9,7 @@ from oracle import assert_same_bits, params_of
 from torch import nn
 
 from fused_sam import FusedSAM
+from fused_sam.ascents import MSAM
 
 
 def make(*layers, dtype=torch.float32, attach=False, **options):
@@ -110,6 +111,22 @@ def test_caches_are_named():
     assert found.sees_epsilon
 
 
+def test_what_has_one_pass_cannot_be_checked():
+    """Guards against weights that are at w afterwards, for they were ahead of it."""
+    model = nn.Linear(3, 2)
+    opt = FusedSAM(model.parameters(), lr=0.1, momentum=0.9, ascent=MSAM())
+
+    def run():
+        model(torch.ones(4, 3)).sum().backward()
+
+    run()
+    opt.step()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="compares the two passes"):
+        opt.check(model, run)
+    assert opt.is_perturbed and all(map(torch.equal, before, model.parameters()))
+
+
 def test_what_cannot_be_checked():
     model, opt, run = make()
     with pytest.raises(RuntimeError, match="left no gradient"):
@@ -119,3 +136,24 @@ def test_what_cannot_be_checked():
     opt.first_step()
     with pytest.raises(RuntimeError, match=r"check\(\) between"):
         opt.check(model, run)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masters_that_are_rounded_at_random_draw_no_numbers_of_the_model(dtype):
+    """Guards against a false alarm: at w a weight is its master, rounded to nearest."""
+    torch.manual_seed(0)
+    model = nn.Linear(30, 20, dtype=dtype)
+    opt = FusedSAM(model.parameters(), lr=0.01, momentum=0.9, master_weights=True)
+
+    def forward_backward():
+        model(torch.ones(4, 30, dtype=dtype).cumsum(0)).float().square().mean().backward()
+
+    for _ in range(3):
+        forward_backward()
+        opt.first_step(zero_grad=True)
+        forward_backward()
+        opt.second_step(zero_grad=True)
+    before = [p.detach().clone() for p in model.parameters()]
+    assert opt.check(model, forward_backward).same_numbers
+    assert all(map(torch.equal, before, model.parameters()))
+    assert opt.param_groups[0]["ascent"] == "sam"
