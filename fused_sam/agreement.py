@@ -1,4 +1,4 @@
-"""Which member of the family the groups name: one for all that climb, with the same options."""
+"""Which ascent or blend the groups name: one for all groups that climb, with the same options."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ M = TypeVar("M", bound=Member)
 
 
 def agreed(kind: str, members: Mapping[str, M], groups: Iterable[Group]) -> M | None:
-    """The member that the groups which climb name as their ``kind``; None if it is None.
+    """The member that the climbing groups name as their ``kind``; None if they name none.
 
     Raises:
-        ValueError: there is none of that name; or groups do not agree.
+        ValueError: there is no member of that name; the groups do not agree.
     """
     climbing = [group for group in groups if group["ascent"] is not None]
     names = list(dict.fromkeys(group[kind] for group in climbing))
@@ -35,6 +35,6 @@ def agreed(kind: str, members: Mapping[str, M], groups: Iterable[Group]) -> M | 
         if len(values := dict.fromkeys(group[option] for group in climbing)) > 1:
             raise ValueError(
                 f"groups climb with {option}={' and '.join(map(repr, values))}, which have no norm "
-                f"in common; give all the same, or ascent=None to those that are not to climb"
+                f"in common; give all the same, or ascent=None to those that must not climb"
             )
     return member

@@ -186,11 +186,11 @@ def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
     _check_overlap([param for param in training if param.numel()])
     for group in groups:
         check_ascent(group)
-    blend = blends.chosen(groups)
-    if blend is not None and chosen(groups).along_momentum:
+    ascent, blend = chosen(groups), blends.chosen(groups)
+    if blend is not None and ascent.along_momentum:
         raise ValueError(
-            f"blend={blend.key!r} needs a gradient at w, which ascent={chosen(groups).key!r} does "
-            f"not take; choose another ascent, or blend=None"
+            f"blend={blend.key!r} needs a gradient at w, which ascent={ascent.key!r} does not "
+            f"take; choose another ascent, or blend=None"
         )
 
 
@@ -279,7 +279,8 @@ def _check_param(param: Tensor) -> None:
             f"{what} has dtype {param.dtype}, in which nothing can be computed; keep a copy in "
             f"bfloat16 or float32 and optimize that"
         )
-    if gradient_dtype(param).to_real() not in _COMPUTABLE:
+    # One that is no leaf has no grad_dtype; torch.optim refuses it.
+    if param.is_leaf and gradient_dtype(param).to_real() not in _COMPUTABLE:
         raise TypeError(
             f"{what} has gradients of dtype {param.grad_dtype}, in which nothing can be computed; "
             f"set its grad_dtype to bfloat16, float16, float32 or float64"

@@ -1,4 +1,4 @@
-"""Members of the family as users name them: frozen values that check themselves."""
+"""Ascents and blends as users name them: frozen values that check their options."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .options import OPTIONS, numbers
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A member with its options, each of which a parameter group holds under the same name.
+    """An ascent or a blend with its options, which are the fields.
 
-    Groups and checkpoints have plain data only: ``options()``.
+    Groups and checkpoints hold plain data only: ``options()``.
 
     Attributes:
         kind: the group's option that names the member: "ascent" or "blend".
-        key: its value there.
-        prefix: of the group's options that the fields are.
+        key: the name, which is that option's value.
+        prefix: what comes before a field's name in a group.
 
     Raises:
         TypeError, ValueError: an option cannot be used.
@@ -39,20 +39,22 @@ class Choice:
 
 
 def with_defaults(**options: Any) -> dict[str, Any]:
-    """All of a group's options, where these are given."""
+    """All of a group's options: these, and the defaults of all others."""
     return {option.name: option.default for option in OPTIONS.values()} | numbers(plain(options))
 
 
 def plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a group with choices replaced by what they hold.
+    """Options of a group, in which each choice is replaced by its options.
 
     Raises:
-        TypeError: a choice is of another kind.
+        TypeError: an ascent was passed as a blend, or a blend as an ascent.
     """
     spread = dict(options)
     for name, value in options.items():
         if isinstance(value, Choice):
             if value.kind != name:
-                raise TypeError(f"{name}={value!r}: that is for {value.kind}=")
+                raise TypeError(
+                    f"{name}={value!r} is of another kind; pass it as {value.kind}={value!r}"
+                )
             spread |= value.options()
     return spread

@@ -24,8 +24,8 @@ from .schedule import Decision
 class Facts:
     """The changing facts of one optimizer, in an object that is made once and never replaced.
 
-    Frameworks wrap an optimizer in a proxy that has a dict of its own: what is read passes through
-    to the optimizer, what is assigned would stay with the proxy. So methods assign here.
+    Frameworks wrap an optimizer in a proxy that has a dict of its own. Reading an attribute passes
+    through to the optimizer, but assigning one would stay with the proxy. So methods assign here.
 
     Attributes:
         engine: the buckets and their backends.
@@ -33,18 +33,19 @@ class Facts:
         between: whether a step is half done: after first_step, before second_step.
         perturbed: whether some weights may be away from w. A step may be half done at w.
         decision: what the schedule said of the last step that began.
-        aside: the gradients of a half-done step at w: its own, unless a second backward comes.
+        aside: the gradients of a half-done step that did not climb; it uses them, unless a second
+            backward leaves others.
         scale: the loss scale of the gradients at w, as far as first_step was told; else None.
         scale_matters: whether the step under way depends on it.
         total: (k,) float64, what the last climb reduced; None before the first.
         norm: which norm that is: of ``total``, ().
         training: whether the weights of a one-pass member belong ahead of w.
-        ahead: which ones were taken there last, for each slot of each bucket.
+        ahead: whether each slot of each bucket was taken there last.
         versions: of all parameters, torch's count of writes to each, as they were left there.
         attached: the model, if it is known.
         record: the random states of the first pass.
         owner: the optimizer, and no proxy of it.
-        finishing: whether ``step`` is to be the second half, whatever ``perturbed`` says.
+        finishing: whether ``step`` must be the second half, whatever ``between`` says.
         scaler: what a GradScaler did.
     """
 

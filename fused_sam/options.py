@@ -53,12 +53,14 @@ def _check_p(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not value >= 1.1:
-        raise ValueError(f"{name} must be >= 1.1 (math.inf is one too), got {value!r}")
+        raise ValueError(f"{name} must be >= 1.1 (it may be math.inf), got {value!r}")
 
 
 def _check_member(name: str, value: Any) -> None:
     if value is not None and not isinstance(value, str):
-        raise TypeError(f"{name} must be the name of one, or None, got {value!r}")
+        raise TypeError(
+            f"{name} must be one of fused_sam.{name}s, the name of one, or None, got {value!r}"
+        )
 
 
 RHO = Option("rho", 0.05, check_size)
@@ -77,8 +79,8 @@ OPTIONS: Mapping[str, Option] = {
 """What a group holds besides the base optimizer's options, by name."""
 
 CLIMBS = "sam_climbs"
-"""Key in the first group: how many climbs there were. No option: the optimizer counts, and rounds
-by the number, so that a checkpoint must hold it."""
+"""Key in the first group: how many climbs there were. It is no option: the optimizer counts. The
+rounding of half precision depends on it, so a checkpoint must hold it."""
 
 
 def check_values(group: Mapping[str, Any]) -> None:
@@ -88,7 +90,7 @@ def check_values(group: Mapping[str, Any]) -> None:
 
 
 def agreed_max_grad_norm(groups: Sequence[Mapping[str, Any]]) -> float | None:
-    """What all groups say: the norm that is clipped is one over all of them.
+    """The ``max_grad_norm`` of all groups: one norm over all of them is clipped.
 
     Raises:
         TypeError, ValueError: they differ, or it cannot be used.
@@ -96,8 +98,8 @@ def agreed_max_grad_norm(groups: Sequence[Mapping[str, Any]]) -> float | None:
     values = [group[MAX_GRAD_NORM.name] for group in groups]
     if any([value != values[0] for value in values]):
         raise ValueError(
-            f"groups have different values of max_grad_norm, {', '.join(map(str, values))}, and it "
-            f"is one norm over all gradients that is clipped: give all groups the same"
+            f"groups have different values of max_grad_norm, {', '.join(map(str, values))}, and "
+            f"one norm over all gradients is clipped: give all groups the same"
         )
     value: float | None = values[0] if values else None
     _check_clip(MAX_GRAD_NORM.name, value)
@@ -105,10 +107,10 @@ def agreed_max_grad_norm(groups: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def numbers(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with scalars of NumPy as Python's numbers, and in ours those of torch on a CPU.
+    """Options in which NumPy's scalars, and in our options torch's on a CPU, are Python's numbers.
 
-    A checkpoint that holds NumPy's does not load with ``weights_only``; a tensor on a GPU would be
-    waited for in each step. A learning rate may be a tensor: torch knows such.
+    A checkpoint that holds NumPy's does not load with ``weights_only``. Each step would wait for a
+    tensor on a GPU. A learning rate may be a tensor, as in torch.optim.
     """
     return {name: _number(name, value) for name, value in options.items()}
 

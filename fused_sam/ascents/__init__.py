@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 ASCENTS: Mapping[str, Ascent] = {ascent.key: ascent for ascent in (_SAM, _PNORM, _USAM, _MSAM)}
-"""By what a group's ``ascent`` says."""
+"""By the value of a group's ``ascent``."""
 
 KERNELS: tuple[Ascent, ...] = tuple({ascent.name: ascent for ascent in ASCENTS.values()}.values())
 """Those that have mathematics of their own."""

@@ -101,7 +101,7 @@ class Ascent:
         norm: the norm that it climbs by, (), of a climbing group's options and all the numbers.
         real: whether a group's options leave complex parameters undefined.
         shared: options on which all groups that climb must agree.
-        scale_matters: whether a loss scale changes the climb: then it has to be told.
+        scale_matters: whether a loss scale changes the climb, which must then know the scale.
         along_momentum: whether the climb follows a step, against the momentum, and stays until the
             next one; ``grad`` is then the momentum.
     """

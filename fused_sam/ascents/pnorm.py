@@ -2,8 +2,8 @@
 
     epsilon = rho * sign(g) * |g|**(q - 1) / (sum |g|**q)**(1/p),  1/p + 1/q = 1
 
-which is as long as rho in the p-norm; p = 2 is SAM, p = infinity rho * sign(g). For groups that are
-adaptive epsilon = rho * T * sign(T g) * |T g|**(q - 1) / (...)**(1/p), as ASAM (Kwon et al. 2021).
+whose p-norm is rho; p = 2 is SAM, and p = infinity is rho * sign(g). For groups that are adaptive
+epsilon = rho * T * sign(T g) * |T g|**(q - 1) / (...)**(1/p), as ASAM (Kwon et al. 2021).
 With u = |T g| / max |T g| that is rho * T * sign(T g) * u**(q - 1) / (sum u**q)**(1/p): of numbers
 between 0 and 1 no power overflows.
 """
@@ -24,7 +24,7 @@ from .base import Ascent, Choice, Sums
 
 @dataclass(frozen=True)
 class PNorm(Choice):
-    """SAM within a ball of the p-norm; groups with ``adaptive=True``: of ASAM's.
+    """SAM within a ball of the p-norm; groups with ``adaptive=True``: ASAM within one.
 
     Attributes:
         p: 1.1 or more; ``math.inf``: epsilon is rho * sign(g).

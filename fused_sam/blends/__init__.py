@@ -13,7 +13,7 @@ from .gsam import GSAM
 __all__ = ["BLENDS", "GSAM", "Blend", "Blending", "Choice", "chosen"]
 
 BLENDS: Mapping[str, Blend] = {blend.key: blend for blend in (_GSAM,)}
-"""By what a group's ``blend`` says. None is SAM's: the gradient at w + epsilon."""
+"""By the value of a group's ``blend``. None is SAM: the gradient at w + epsilon."""
 
 
 def chosen(groups: Iterable[Group]) -> Blend | None:

@@ -1,4 +1,4 @@
-"""What a blend is: which gradient the rule sees, out of those at w and at w + epsilon."""
+"""What a blend is: the gradient that a rule sees, made of those at w and at w + epsilon."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Blend:
             -> (a, b)`` of the numbers <g, g'>, <g', g'>, <g, g>, which may be infinite or NaN.
             Where b is 0, g is not looked at.
         columns: a group's numbers in float64, in the order of the text's arguments.
-        shared: options on which all groups that climb must agree, for clipping has one norm.
+        shared: options on which all groups that climb must agree, because clipping has one norm.
     """
 
     key: str
@@ -67,7 +67,7 @@ class Blending:
     numbers: Tensor
 
     def coefficients(self, group: Group) -> tuple[Tensor, Tensor]:
-        """A and b in a group, () float64."""
+        """The factors a and b of a group, each () float64."""
         a, b = self.blend.coefficients(*self.numbers.unbind(), *self.blend.numbers(group))
         return a, b
 

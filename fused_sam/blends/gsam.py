@@ -2,8 +2,8 @@
 
     v = g' - alpha * (g - <g, g'> / ||g'||**2 * g') = (1 + alpha * c) * g' - alpha * g
 
-with c = <g, g'> / ||g'||**2: the part of g that is orthogonal to g' is subtracted. Norms and
-products are over all parameters that climb.
+with c = <g, g'> / ||g'||**2. So alpha times the part of g that is orthogonal to g' is subtracted.
+Norms and products are over all parameters that climb.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from .base import Blend, Choice
 
 @dataclass(frozen=True)
 class GSAM(Choice):
-    """The surrogate gap's descent: SAM's gradient less alpha times what is orthogonal to it in g.
+    """GSAM: SAM's gradient g', minus alpha times the part of g that is orthogonal to it.
+
+    g is the gradient at w. Where one of them is zero or not finite, the step is SAM's.
 
     Attributes:
-        alpha: finite and >= 0; the authors take 0.1 to 0.4.
+        alpha: finite and >= 0; the authors take 0.1 to 0.4. 0 is SAM.
 
     Raises:
         TypeError, ValueError: alpha cannot be used.
