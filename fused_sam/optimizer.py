@@ -234,7 +234,7 @@ class FusedSAM(Descent):
 
     @property
     def is_perturbed(self) -> bool:
-        """Whether the parameters hold ``w + epsilon``: between first_step and second_step."""
+        """Whether the parameters are away from w: after a climb, and with ``MSAM()`` in training."""
         return self._facts.perturbed
 
     @property
@@ -262,9 +262,8 @@ class FusedSAM(Descent):
     def first_step(self, zero_grad: bool = False, *, scaler: Any = None) -> bool:
         """Save the weights w and climb to ``w + epsilon`` with the gradients that are there.
 
-        If ``when`` says that this step does not climb, the weights stay at w. The gradients are
-        kept for second_step(), which takes them if no others have come: a loop may leave out its
-        second pass, or do it at w.
+        If ``when`` says that this step does not climb, the weights stay at w. second_step() uses
+        the gradients if no others have come: a loop may leave out its second pass, or do it at w.
 
         Args:
             zero_grad: set the gradients to None afterwards. With ``when``, and something that reads
@@ -298,8 +297,8 @@ class FusedSAM(Descent):
             The closure's first value if it ran at w, else None.
 
         Raises:
-            RuntimeError: there is neither a closure nor a first_step() before; the closure leaves
-                no gradient; ``GradScaler.unscale_`` was called before.
+            RuntimeError: no closure and no first_step() before; the closure leaves no gradient;
+                ``GradScaler.unscale_`` was called before it.
         """
         facts = self._facts
         one_pass = self._follows() is not None
@@ -373,8 +372,8 @@ class FusedSAM(Descent):
         state, all others return. A parameter that was moved gets its w where it is now.
 
         Raises:
-            RuntimeError: parameters cannot hold their w any more (their shape has changed, say). It
-                names them, once. They stay as they are, and the optimizer goes on.
+            RuntimeError: parameters of another shape cannot hold their w any more. It names them,
+                once. They stay as they are, and the optimizer goes on.
         """
         facts = self._facts
         if not facts.perturbed:

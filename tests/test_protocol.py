@@ -626,7 +626,7 @@ def test_the_base_optimizer_does_not_step_while_perturbed(rule, backend):
 
 def test_an_instance_in_place_of_parameters_names_wrap():
     model = nn.Linear(2, 2)
-    with pytest.raises(TypeError, match=r"FusedSAM\.wrap\(optimizer, rho=\.\.\.\).*AdamW"):
+    with pytest.raises(TypeError, match=r"AdamW.*FusedSAM\.wrap\(optimizer, rho=\.\.\.\)"):
         FusedSAM(torch.optim.AdamW(model.parameters()), rho=0.1)
 
 
