@@ -234,7 +234,7 @@ class FusedSAM(Descent):
 
     @property
     def is_perturbed(self) -> bool:
-        """Whether the parameters are away from w: after a climb, and with ``MSAM()`` in training."""
+        """Whether the parameters are away from w: between the two steps; with MSAM in training."""
         return self._facts.perturbed
 
     @property
