@@ -23,7 +23,7 @@ BACKENDS = [name for name in ("reference", "triton", "native") if _runs_here(nam
 """All that run on this machine's CPU; each goes through the same table of cases."""
 
 
-INTERPRETED = {"test_bits", "test_capture", "test_default_device", "test_grad_dtype"}
+INTERPRETED = {"test_capture", "test_default_device", "test_grad_dtype"}
 INTERPRETED |= {"test_masters", "test_rounding", "test_table", "test_triton"}
 """Modules for Triton's interpreter, which is slow: those about arithmetic, not about semantics."""
 
