@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .ascents import SQUARES
-from .backends import Groups
 from .blends import Blending, chosen
 from .caches import forget_copies
 from .compiling import WRITES, opaque
@@ -113,7 +112,6 @@ class Descent(OnePass):
             if (rule := engine.layout.rule) is not None:
                 for group in groups:
                     check_options(rule, group)
-            rows: Groups = groups
             blending = None if blend is None else engine.blending(blend, grads, groups)
             if check_finite or max_grad_norm is not None:
                 sq_norm = engine.number(engine.reduce(SQUARES, grads, groups))
@@ -127,8 +125,8 @@ class Descent(OnePass):
                     grad_scale = clip_scale(sq_norm.sqrt(), max_grad_norm, grad_scale)
             if rule is not None:
                 if ahead is not None:
-                    grads, rows = decay_ahead(engine.buckets, grads, groups, grad_scale)
-                engine.update(blending, grads, rows, self.state, grad_scale, found_inf)
+                    grads = decay_ahead(engine.buckets, grads, groups, grad_scale)
+                engine.update(blending, grads, groups, self.state, grad_scale, found_inf)
                 facts.perturbed = False
             else:
                 self._step_base(blending, grad_scale, found_inf)

@@ -132,17 +132,19 @@ def decay_ahead(
     grads: Sequence[Gradients],
     groups: Groups,
     grad_scale: Tensor | None,
-) -> tuple[list[Gradients], Groups]:
-    """Gradients with the coupled weight decay in them, of the weights at which they were taken.
+) -> list[Gradients]:
+    """Gradients with which the rule's coupled weight decay is that of the weights ahead of w.
 
-    As the authors' code has it: the rule would decay w. Decoupled decay (AdamW) is the rule's.
+    As the authors' code has it. The rule decays w, in full precision, so what it gets is the decay
+    of the way from w, and no more: a gradient of half precision would round a whole decay away, or
+    overflow by it. Decoupled decay (AdamW) is the rule's.
 
     Returns:
-        The gradients, new tensors where there is decay, and groups that have no more of it.
+        The gradients; new tensors where something was added.
     """
     coupled = [_coupled(group) for group in groups]
     if not any(coupled):
-        return [*grads], groups
+        return [*grads]
     decayed = []
     for bucket, there in zip(buckets, grads, strict=True):
         tensors = list(there.tensors)
@@ -150,7 +152,7 @@ def decay_ahead(
             mine = [
                 i
                 for i, slot in enumerate(bucket.slots)
-                if slot.row == row and coupled[row] and there.present[i]
+                if slot.row == row and coupled[row] and there.present[i] and bucket.perturbed[i]
             ]
             if mine:
                 decay = _decay(bucket, mine, coupled[row], grad_scale)
@@ -161,9 +163,7 @@ def decay_ahead(
                     tensors[i] = new.to(bucket.grad_dtype)
         places = tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
         decayed.append(Gradients(tensors, there.present, there.complete, places))
-    return decayed, [
-        {**g, "weight_decay": 0.0} if c else g for g, c in zip(groups, coupled, strict=True)
-    ]
+    return decayed
 
 
 def _coupled(group: Any) -> float:
@@ -174,9 +174,14 @@ def _coupled(group: Any) -> float:
 def _decay(
     bucket: Bucket, indices: Sequence[int], weight_decay: float, grad_scale: Tensor | None
 ) -> list[Tensor]:
-    """weight_decay * w for these slots, as large as the gradients' scale makes it."""
-    weights = [as_real(bucket.slots[i].param.detach()) for i in indices]
-    decay = torch._foreach_mul(weights, weight_decay)
+    """weight_decay * (weight - w) for these slots, as large as the gradients' scale makes it.
+
+    In the compute dtype: float16 does not hold every scale.
+    """
+    slots, dtype = [bucket.slots[i] for i in indices], bucket.compute_dtype
+    weights = [as_real(slot.param.detach()).to(dtype) for slot in slots]
+    decay = torch._foreach_sub(weights, [slot.real(slot.of(bucket.saved)) for slot in slots])
+    torch._foreach_mul_(decay, weight_decay)
     if grad_scale is not None:
-        torch._foreach_mul_(decay, grad_scale.to(bucket.device, bucket.dtype))
+        torch._foreach_mul_(decay, grad_scale.to(bucket.device, dtype))
     return list(decay)
