@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .gradients import put_aside, put_back
-from .options import OPTIONS, RHO
+from .options import CLIMBS, OPTIONS, RHO
 from .randomness import Randomness
 from .record import Record
 from .schedule import Always
@@ -125,6 +125,7 @@ def _undone(optimizer: Passes, model: nn.Module) -> Iterator[Callable[[], None]]
     aside = put_aside(optimizer.param_groups)
     kept = facts.record, facts.total, facts.decision, facts.scale, owner._when
     facts.record, owner._when = Record(), Always()
+    climbs = optimizer.param_groups[0].get(CLIMBS)
 
     def rewind() -> None:
         optimizer.restore()
@@ -143,6 +144,10 @@ def _undone(optimizer: Passes, model: nn.Module) -> Iterator[Callable[[], None]]
     finally:
         rewind()
         facts.record, facts.total, facts.decision, facts.scale, owner._when = kept
+        if climbs is None:
+            optimizer.param_groups[0].pop(CLIMBS, None)
+        else:
+            optimizer.param_groups[0][CLIMBS] = climbs
         put_back(aside)
 
 

@@ -14,7 +14,7 @@ from .blends import Blending, chosen
 from .caches import forget_copies
 from .compiling import WRITES, opaque
 from .facts import Facts
-from .gradients import are_there, mark_used, put_back
+from .gradients import are_others, are_there, mark_used, put_back
 from .modes import working
 from .onepass import OnePass, decay_ahead
 from .rules import check_options
@@ -94,6 +94,8 @@ class Descent(OnePass):
                 facts.scaler.check_blend(blend.key)
             if there:
                 facts.record.check_complete()
+        elif are_others(self.param_groups, facts.aside):
+            facts.scaler.check_descent()
         if facts.aside and not there:
             put_back(facts.aside)
         max_grad_norm = self.max_grad_norm
@@ -178,6 +180,14 @@ class Descent(OnePass):
 
         Checkpoint libraries do it with zero gradients and every learning rate 0.
         """
+        if self._follows() is not None:
+            # Its base optimizers keep the bits. Real gradients, at the start of a warmup, have
+            # made momentum to go ahead by.
+            self._descend()
+            total = self._facts.total
+            if total is None or total.item() == 0:
+                self.restore()
+            return
         weights = [(p, p.detach().clone()) for g in self.param_groups for p in g["params"]]
         self._descend()
         for param, weight in weights:

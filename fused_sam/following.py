@@ -13,6 +13,7 @@ from .backends import capture
 from .checks import check_ahead, check_groups, keep_each_once
 from .engine import Engine
 from .facts import Facts
+from .gradients import are_there, put_back
 from .memory import Gradients, Layout, Stale
 from .memory.layout import members_of
 from .modes import working
@@ -42,7 +43,10 @@ class Following(Optimizer):
     def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's groups; each has ``rho``, ``adaptive`` and ``eta`` too."""
         if not torch.compiler.is_compiling():
-            self._facts.scaler.note(sys._getframe(1), self._facts.perturbed)
+            facts = self._facts
+            looks = facts.scaler.note(sys._getframe(1), facts.between)
+            if looks and facts.aside and not are_there(self.base_optimizer.param_groups):
+                put_back(facts.aside)  # of a step that does not climb, and has one pass
         return self.base_optimizer.param_groups
 
     @param_groups.setter
@@ -112,5 +116,9 @@ class Following(Optimizer):
                 "parameters were added, removed, thawed, moved or restrided: a replay reads and "
                 "writes the old memory, which is kept, and does not train them"
             )
+        facts = self._facts
+        written = facts.versions != facts.writes()
         layout = Layout(groups, rule, self.state, old, self._master_weights)
-        self._facts.engine = Engine(layout, [by_device[b.device] for b in layout.buckets])
+        facts.engine = Engine(layout, [by_device[b.device] for b in layout.buckets])
+        if not written:
+            facts.versions = facts.writes()  # of other parameters, or in another order

@@ -60,8 +60,10 @@ class OnePass(Climb):
                 self._refresh()
                 engine = facts.engine
                 engine.take_in(self.state, self.param_groups)
-                present = facts.ahead if len(facts.ahead) == len(engine.buckets) else None
-                self._go_ahead(ascent, present)
+                fits = [len(there) for there in facts.ahead] == [
+                    len(bucket.slots) for bucket in engine.buckets
+                ]
+                self._go_ahead(ascent, facts.ahead if fits else None)
 
     def _go_ahead(self, ascent: Ascent, present: Sequence[tuple[bool, ...]] | None) -> None:
         """Climb along the momentum of the parameters that are present, of all if that is None."""
@@ -86,14 +88,14 @@ class OnePass(Climb):
         except BaseException:
             self.restore()
             raise
-        facts.versions = _versions(buckets)
+        facts.versions = facts.writes()
 
     def _check_ahead(self) -> None:
         """Raise unless the gradients are those of where the weights should be."""
         facts = self._facts
         layout = facts.engine.layout
         if facts.perturbed:
-            if facts.versions != _versions(facts.engine.buckets):
+            if facts.versions != facts.writes():
                 raise RuntimeError(
                     "weights were written to while they were ahead of w, and the step would undo "
                     "it: call optimizer.eval() before model.load_state_dict() or whatever writes "
@@ -107,11 +109,6 @@ class OnePass(Climb):
                 "optimizer.train() before the forward, after optimizer.eval() and after loading a "
                 "checkpoint"
             )
-
-
-def _versions(buckets: Sequence[Bucket]) -> list[int]:
-    """Count what was written to the parameters, each by itself."""
-    return [param._version for bucket in buckets for param in bucket.params]
 
 
 def _momentum(bucket: Bucket, name: str, present: Sequence[bool]) -> Gradients:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from . import ascents, blends
 from .attached import check_model
 from .batchnorm import frozen_running_stats
 from .checkpoint import Checkpointing
@@ -128,7 +129,8 @@ class Passes(Checkpointing):
         Raises:
             RuntimeError: no model is attached; the weights are perturbed; there are gradients that
                 no step has used. If ``forward_backward`` raises, the weights return to w.
-            ValueError: there is no micro-batch; ``ascent`` is something else.
+            ValueError: there is no micro-batch; ``ascent`` is something else, or ``"local"`` with
+                a schedule or a blend that needs the gradient of all at w.
         """
         batches = list(micro_batches)
         if not batches:
@@ -175,12 +177,27 @@ class Passes(Checkpointing):
 
         Raises:
             RuntimeError: the weights are perturbed; ``forward_backward`` leaves no gradient.
+            ValueError: the ascent takes one pass, and there is no second to look at.
         """
         self._refuse_away("check()")
+        ascent = ascents.chosen(self.param_groups)
+        if ascent.along_momentum:
+            raise ValueError(
+                f"check() looks at the second pass of a step, and with ascent={ascent.key!r} there "
+                f"is none"
+            )
         return examine(self, model, forward_backward)
 
     def _each_climbs(self) -> bool:
         """Whether the micro-batches of the step that begins climb, each by itself."""
+        if ascents.chosen(self.param_groups).along_momentum:
+            return False
+        blend = blends.chosen(self.param_groups)
+        if blend is not None:
+            raise ValueError(
+                f"ascent='local' climbs for each micro-batch, and blend={blend.key!r} needs the "
+                f"gradient of the whole batch at w; use ascent='global', or blend=None"
+            )
         if self.when.needs_norm:
             raise ValueError(
                 f"ascent='local' climbs for each micro-batch, and {self.when} judges the gradient "
