@@ -78,6 +78,8 @@ class Climb(Passes):
                 # From here on restore() is needed. Which weights are away the buckets know.
                 first = self.param_groups[0]  # groups may be copies, with rho by the scale
                 number = first[CLIMBS] = first.get(CLIMBS, 0) + 1
+                if any([bucket.masters for bucket in facts.engine.buckets]):
+                    facts.engine.take_in(self.state, groups)  # the climb is from loaded masters
                 facts.leave()
                 keep = blend is not None
                 total = facts.engine.climb(ascent, grads, groups, number, keep)

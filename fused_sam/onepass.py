@@ -78,6 +78,9 @@ class OnePass(Climb):
             for bucket, there in zip(buckets, facts.ahead, strict=True)
         ]
         if not any(any(m.present) for m in momentum):
+            # Where training begins that is w; after a step without gradients too.
+            facts.perturbed = any([rule.momentum in entry for entry in self.state.values()])
+            facts.versions = facts.writes()
             return
         # Against the momentum: the weights will move so.
         groups: Groups = [{**g, "rho": -g["rho"], "maximize": False} for g in self.param_groups]

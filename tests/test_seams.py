@@ -1,5 +1,7 @@
 """Where two parts of the family meet: one-pass members, schedules, blends, scalers, checks."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -158,6 +160,29 @@ def test_micro_batches_of_one_pass_are_added_up_whatever_the_ascent():
     assert_same(model, other)
 
 
+def test_a_step_without_gradients_leaves_the_weights_where_the_next_may_start():
+    model, opt = make(ascent=MSAM())
+    train(model, opt, 2)
+    opt.zero_grad()
+    opt.step()
+    train(model, opt, 1)
+    opt.zero_grad()
+    opt.step()
+    opt.eval()
+    opt.train()
+    train(model, opt, 1)
+
+
+@pytest.mark.parametrize("options", [{"when": Every(2)}, {"base_optimizer": torch.optim.NAdam}])
+def test_a_checkpoint_of_one_pass_loads_only_where_that_has_a_meaning(options):
+    model, _ = make()
+    opt = FusedSAM(model.parameters(), **{"lr": 0.1, **options})
+    checkpoint = opt.state_dict()
+    checkpoint["param_groups"][0] |= {"ascent": "msam", "momentum": 0.9}
+    with pytest.raises(ValueError, match=r"MSAM\(\)"):
+        opt.load_state_dict(checkpoint)
+
+
 def test_check_has_nothing_to_say_of_one_pass():
     model, opt = make(ascent=MSAM())
     train(model, opt, 2)
@@ -185,6 +210,23 @@ def test_check_leaves_the_number_of_climbs():
     opt.step(lambda: backward(model))
     opt.check(model, lambda: backward(model))
     assert opt.param_groups[0]["sam_climbs"] == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"ascent": USAM()}, {"blend": GSAM(0.3)}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_resumed_run_climbs_from_the_masters_that_were_loaded(dtype, options):
+    """Guards the first climb, which must not take the rounded weights for them."""
+    model, opt = make(dtype, master_weights=True, **options)
+    for _ in range(3):
+        opt.step(lambda: backward(model))
+    other, like = make(dtype, master_weights=True, **options)
+    other.load_state_dict(model.state_dict())
+    like.load_state_dict(copy.deepcopy(opt.state_dict()))
+    opt.step(lambda: backward(model))
+    like.step(lambda: backward(other))
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        master, its = opt.state[p]["master_weight"], like.state[q]["master_weight"]
+        assert torch.equal(master, its)
 
 
 def test_climbs_are_counted_where_the_scale_is_told():
