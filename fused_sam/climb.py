@@ -58,6 +58,11 @@ class Climb(Passes):
                 check_values(group)
             _ = self.max_grad_norm  # before anything moves
             ascent, blend = ascents.chosen(groups), blends.chosen(groups)
+            if facts.perturbed and not ascent.along_momentum:
+                raise RuntimeError(
+                    f"ascent={ascent.key!r} climbs from w, and the weights are ahead of it, where "
+                    f"Momentum-SAM left them: call optimizer.restore(), and take the gradients anew"
+                )
             facts.scale = scale
             facts.scale_matters = self._when.needs_norm or ascent.scale_matters
             if ascent.scale_matters and scale is not None:
@@ -72,7 +77,10 @@ class Climb(Passes):
                 return False
             try:
                 # From here on restore() is needed. Which weights are away the buckets know.
-                number = groups[0][CLIMBS] = groups[0].get(CLIMBS, 0) + 1
+                first = self.param_groups[0]  # groups may be copies, with rho by the scale
+                number = first[CLIMBS] = first.get(CLIMBS, 0) + 1
+                if any([bucket.masters for bucket in facts.engine.buckets]):
+                    facts.engine.take_in(self.state, groups)  # the climb is from loaded masters
                 facts.leave()
                 keep = blend is not None
                 total = facts.engine.climb(ascent, grads, groups, number, keep)

@@ -10,12 +10,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .ascents import SQUARES
-from .backends import Groups
 from .blends import Blending, chosen
 from .caches import forget_copies
 from .compiling import WRITES, opaque
 from .facts import Facts
-from .gradients import are_there, mark_used, put_back
+from .gradients import are_others, are_there, mark_used, put_back
 from .modes import working
 from .onepass import OnePass, decay_ahead
 from .rules import check_options
@@ -97,6 +96,8 @@ class Descent(OnePass):
                 facts.scaler.check_blend(blend.key)
             if there:
                 facts.record.check_complete()
+        elif are_others(self.param_groups, facts.aside):
+            facts.scaler.check_descent()
         if facts.aside and not there:
             put_back(facts.aside)
         max_grad_norm = self.max_grad_norm
@@ -115,7 +116,6 @@ class Descent(OnePass):
             if (rule := engine.layout.rule) is not None:
                 for group in groups:
                     check_options(rule, group)
-            rows: Groups = groups
             blending = None if blend is None else engine.blending(blend, grads, groups)
             if check_finite or max_grad_norm is not None:
                 sq_norm = engine.number(engine.reduce(SQUARES, grads, groups))
@@ -129,8 +129,8 @@ class Descent(OnePass):
                     grad_scale = clip_scale(sq_norm.sqrt(), max_grad_norm, grad_scale)
             if rule is not None:
                 if ahead is not None:
-                    grads, rows = decay_ahead(engine.buckets, grads, groups, grad_scale)
-                engine.update(blending, grads, rows, self.state, grad_scale, found_inf)
+                    grads = decay_ahead(engine.buckets, grads, groups, grad_scale)
+                engine.update(blending, grads, groups, self.state, grad_scale, found_inf)
                 facts.perturbed = False
             else:
                 self._step_base(blending, grad_scale, found_inf)
@@ -182,6 +182,14 @@ class Descent(OnePass):
 
         Checkpoint libraries ask for it, with zero gradients and every learning rate 0.
         """
+        if self._follows() is not None:
+            # Its base optimizers keep the bits. Real gradients, at the start of a warmup, have
+            # made momentum to go ahead by.
+            self._descend()
+            total = self._facts.total
+            if total is None or total.item() == 0:
+                self.restore()
+            return
         weights = [(p, p.detach().clone()) for g in self.param_groups for p in g["params"]]
         self._descend()
         for param, weight in weights:

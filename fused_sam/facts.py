@@ -77,6 +77,10 @@ class Facts:
             devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
         return devices
 
+    def writes(self) -> list[int]:
+        """Torch's count of writes to each parameter."""
+        return [param._version for bucket in self.engine.buckets for param in bucket.params]
+
     def climbed(self, ascent: Ascent, groups: Groups, total: Tensor) -> None:
         """A climb was made, by what ``total`` says."""
         climbing = next((g for g in groups if g["ascent"] is not None), {})

@@ -45,7 +45,7 @@ class Following(Optimizer):
         groups = self.base_optimizer.param_groups
         if not torch.compiler.is_compiling():
             facts = self._facts
-            looks = facts.scaler.note(sys._getframe(1), facts.perturbed)
+            looks = facts.scaler.note(sys._getframe(1), facts.between)
             if looks and facts.aside and not are_there(groups):
                 put_back(facts.aside)  # or a GradScaler would see no gradient, and check none
         return groups
@@ -117,5 +117,9 @@ class Following(Optimizer):
                 "parameters were added, removed, thawed, moved or restrided: a replay reads and "
                 "writes the old memory, which is kept, and does not train them"
             )
+        facts = self._facts
+        written = facts.versions != facts.writes()
         layout = Layout(groups, rule, self.state, old, self._master_weights)
-        self._facts.engine = Engine(layout, [by_device[b.device] for b in layout.buckets])
+        facts.engine = Engine(layout, [by_device[b.device] for b in layout.buckets])
+        if not written:
+            facts.versions = facts.writes()  # of other parameters, or in another order

@@ -58,6 +58,14 @@ def put_aside(groups: Groups) -> list[tuple[Tensor, Tensor]]:
     return pairs
 
 
+def are_others(groups: Groups, pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Whether some parameter has a gradient now that is not the one of these pairs."""
+    if not pairs:
+        return False
+    known = dict(pairs)
+    return any([grad is not known.get(param) for param, grad in pairs_of(groups)])
+
+
 def put_back(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Give the gradients to the parameters again."""
     for param, grad in pairs:

@@ -60,8 +60,10 @@ class OnePass(Climb):
                 self._refresh()
                 engine = facts.engine
                 engine.take_in(self.state, self.param_groups)
-                present = facts.ahead if len(facts.ahead) == len(engine.buckets) else None
-                self._go_ahead(ascent, present)
+                fits = [len(there) for there in facts.ahead] == [
+                    len(bucket.slots) for bucket in engine.buckets
+                ]
+                self._go_ahead(ascent, facts.ahead if fits else None)
 
     def _go_ahead(self, ascent: Ascent, present: Sequence[tuple[bool, ...]] | None) -> None:
         """Climb along the momentum of the parameters that are present, of all if that is None."""
@@ -76,6 +78,9 @@ class OnePass(Climb):
             for bucket, there in zip(buckets, facts.ahead, strict=True)
         ]
         if not any(any(m.present) for m in momentum):
+            # Where training begins that is w; after a step without gradients too.
+            facts.perturbed = any([rule.momentum in entry for entry in self.state.values()])
+            facts.versions = facts.writes()
             return
         # Against the momentum: the weights will move so.
         groups: Groups = [{**g, "rho": -g["rho"], "maximize": False} for g in self.param_groups]
@@ -86,14 +91,14 @@ class OnePass(Climb):
         except BaseException:
             self.restore()
             raise
-        facts.versions = _versions(buckets)
+        facts.versions = facts.writes()
 
     def _check_ahead(self) -> None:
         """Raise unless the gradients are those of where the weights should be."""
         facts = self._facts
         layout = facts.engine.layout
         if facts.perturbed:
-            if facts.versions != _versions(facts.engine.buckets):
+            if facts.versions != facts.writes():
                 raise RuntimeError(
                     "weights were written to while they were ahead of w, and the step would undo "
                     "it: call optimizer.eval() before model.load_state_dict() or whatever writes "
@@ -107,11 +112,6 @@ class OnePass(Climb):
                 "optimizer.train() before the forward, after optimizer.eval() and after loading a "
                 "checkpoint"
             )
-
-
-def _versions(buckets: Sequence[Bucket]) -> list[int]:
-    """Count what was written to the parameters, each by itself."""
-    return [param._version for bucket in buckets for param in bucket.params]
 
 
 def _momentum(bucket: Bucket, name: str, present: Sequence[bool]) -> Gradients:
@@ -132,17 +132,19 @@ def decay_ahead(
     grads: Sequence[Gradients],
     groups: Groups,
     grad_scale: Tensor | None,
-) -> tuple[list[Gradients], Groups]:
-    """Gradients with the coupled weight decay in them, of the weights at which they were taken.
+) -> list[Gradients]:
+    """Gradients with which the rule's coupled weight decay is that of the weights ahead of w.
 
-    As the authors' code has it: the rule would decay w. Decoupled decay (AdamW) is the rule's.
+    As the authors' code has it. The rule decays w, in full precision, so what it gets is the decay
+    of the way from w, and no more: a gradient of half precision would round a whole decay away, or
+    overflow by it. Decoupled decay (AdamW) is the rule's.
 
     Returns:
-        The gradients, new tensors where there is decay, and groups that have no more of it.
+        The gradients; new tensors where something was added.
     """
     coupled = [_coupled(group) for group in groups]
     if not any(coupled):
-        return [*grads], groups
+        return [*grads]
     decayed = []
     for bucket, there in zip(buckets, grads, strict=True):
         tensors = list(there.tensors)
@@ -150,7 +152,7 @@ def decay_ahead(
             mine = [
                 i
                 for i, slot in enumerate(bucket.slots)
-                if slot.row == row and coupled[row] and there.present[i]
+                if slot.row == row and coupled[row] and there.present[i] and bucket.perturbed[i]
             ]
             if mine:
                 decay = _decay(bucket, mine, coupled[row], grad_scale)
@@ -161,9 +163,7 @@ def decay_ahead(
                     tensors[i] = new.to(bucket.grad_dtype)
         places = tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
         decayed.append(Gradients(tensors, there.present, there.complete, places))
-    return decayed, [
-        {**g, "weight_decay": 0.0} if c else g for g, c in zip(groups, coupled, strict=True)
-    ]
+    return decayed
 
 
 def _coupled(group: Any) -> float:
@@ -174,9 +174,14 @@ def _coupled(group: Any) -> float:
 def _decay(
     bucket: Bucket, indices: Sequence[int], weight_decay: float, grad_scale: Tensor | None
 ) -> list[Tensor]:
-    """weight_decay * w for these slots, as large as the gradients' scale makes it."""
-    weights = [as_real(bucket.slots[i].param.detach()) for i in indices]
-    decay = torch._foreach_mul(weights, weight_decay)
+    """weight_decay * (weight - w) for these slots, as large as the gradients' scale makes it.
+
+    In the compute dtype: float16 does not hold every scale.
+    """
+    slots, dtype = [bucket.slots[i] for i in indices], bucket.compute_dtype
+    weights = [as_real(slot.param.detach()).to(dtype) for slot in slots]
+    decay = torch._foreach_sub(weights, [slot.real(slot.of(bucket.saved)) for slot in slots])
+    torch._foreach_mul_(decay, weight_decay)
     if grad_scale is not None:
-        torch._foreach_mul_(decay, grad_scale.to(bucket.device, bucket.dtype))
+        torch._foreach_mul_(decay, grad_scale.to(bucket.device, dtype))
     return list(decay)

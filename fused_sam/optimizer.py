@@ -349,6 +349,8 @@ class FusedSAM(Descent):
 
     def _step_once(self, closure: Closure) -> Any:
         """A step of one pass: nothing moves before the closure has returned."""
+        if not are_fresh(self.param_groups):
+            self.zero_grad()  # or those that a step has used would count again
         try:
             value = self._run(closure)
             self._descend(check_finite=hasattr(self, "found_inf"))

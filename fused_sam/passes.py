@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .ascents import chosen
+from . import ascents, blends
 from .attached import check_model
 from .batchnorm import frozen_running_stats
 from .checkpoint import Checkpointing
@@ -131,7 +131,7 @@ class Passes(Checkpointing):
             RuntimeError: no model is attached; the weights are perturbed; there are gradients that
                 no step has used. If ``forward_backward`` raises, the weights return to w.
             ValueError: there is no micro-batch; ``ascent`` is something else, or ``"local"`` with
-                MSAM or AESAM.
+                MSAM, AESAM or a blend.
         """
         batches = list(micro_batches)
         if not batches:
@@ -178,23 +178,28 @@ class Passes(Checkpointing):
                 backward. It runs four times.
 
         Raises:
-            RuntimeError: the weights are perturbed; ``forward_backward`` leaves no gradient; the
-                ascent is MSAM, which has one pass.
+            RuntimeError: the weights are perturbed; ``forward_backward`` leaves no gradient.
+            ValueError: the ascent is MSAM, which has one pass.
         """
         self._refuse_away("check()")
-        if chosen(self.param_groups).along_momentum:
-            raise RuntimeError(
+        if ascents.chosen(self.param_groups).along_momentum:
+            raise ValueError(
                 "check() compares the two passes of a step, and a step with ascent=MSAM() has one"
             )
         return examine(self, model, forward_backward)
 
     def _each_climbs(self) -> bool:
         """Whether the micro-batches of the step that begins climb, each by itself."""
-        ascent = chosen(self.param_groups)
+        ascent, blend = ascents.chosen(self.param_groups), blends.chosen(self.param_groups)
         if ascent.along_momentum:
             raise ValueError(
                 f"accumulate(..., ascent='local') climbs for each micro-batch, and the groups' "
                 f"ascent={ascent.key!r} climbs once in a step; use accumulate(..., ascent='global')"
+            )
+        if blend is not None:
+            raise ValueError(
+                f"ascent='local' climbs for each micro-batch, and blend={blend.key!r} needs the "
+                f"gradient of the whole batch at w; use ascent='global', or blend=None"
             )
         if self.when.needs_norm:
             raise ValueError(

@@ -21,18 +21,22 @@ class ScalerFacts:
         """A step is over."""
         self._unscaled_at_w = self._unscaled_away = False
 
-    def note(self, frame: FrameType, perturbed: bool) -> bool:
+    def note(self, frame: FrameType, between: bool) -> bool:
         """Somebody reads the parameter groups: if it is ``unscale_``, keep in mind when.
 
+        Args:
+            frame: the reader's.
+            between: whether a step is half done.
+
         Returns:
-            Whether a GradScaler reads them, to look at the gradients.
+            Whether it is a GradScaler, which is about to look at the gradients.
         """
         code, caller = frame.f_code, frame.f_back
         if code.co_name != "_unscale_grads_" or caller is None:
             return False
         # Its other caller only looks for infinite gradients.
         if caller.f_code.co_name == "unscale_":
-            if perturbed:
+            if between:
                 self._unscaled_away = True
             else:
                 self._unscaled_at_w = True
@@ -48,7 +52,7 @@ class ScalerFacts:
             )
 
     def check_descent(self) -> None:
-        """Raise if the gradients at w + epsilon are scaled, and the scaler takes them for unscaled.
+        """Raise if a second pass's gradients are scaled, and the scaler takes them for unscaled.
 
         It does so once ``unscale_`` was called, and between two ``update()`` that can be once.
         """

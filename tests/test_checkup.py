@@ -122,7 +122,7 @@ def test_what_has_one_pass_cannot_be_checked():
     run()
     opt.step()
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(RuntimeError, match="compares the two passes"):
+    with pytest.raises(ValueError, match="compares the two passes"):
         opt.check(model, run)
     assert opt.is_perturbed and all(map(torch.equal, before, model.parameters()))
 

@@ -242,3 +242,23 @@ def test_two_hundred_steps_follow_the_float32_run(backend):
     without = (regression(BF16, backend) - exact).norm() / exact.norm()
     print(f"with masters {with_masters:.2e}, without {without:.2e}")
     assert with_masters < 2.0**-8 < without
+
+
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_climb_of_nothing_moves_no_weight_that_has_a_master(dtype, broken, backend):
+    """Guards rounding at random: a master would be rounded anew, and rarely to its weight."""
+    p = nn.Parameter(torch.linspace(-1, 1, 70).to(dtype))
+    opt = FusedSAM([p], torch.optim.SGD, lr=1e-3, rho=0.1, backend=backend, master_weights=True)
+    for _ in range(2):
+        p.grad = torch.cos(torch.arange(70.0)).to(dtype)
+        opt.first_step()
+        opt.second_step()
+    w = p.detach().clone()
+    assert not torch.equal(opt.state[p]["master_weight"], w.float())
+    if broken:
+        p.grad[3] = torch.inf
+    else:
+        opt.param_groups[0]["rho"] = 0.0
+    opt.first_step()
+    assert torch.equal(p, w)

@@ -371,3 +371,29 @@ def test_accumulate_takes_one_pass_and_no_local_ascents(backend):
     with pytest.raises(ValueError, match=r"climbs once in a step.*ascent='global'"):
         opt.accumulate([0, 1], run, ascent="local")
     assert ran == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(torch.bfloat16, 1.0), (torch.float16, 2.0**16)], ids=["bf16", "fp16"]
+)
+def test_decay_in_half_precision_is_neither_rounded_away_nor_infinite(dtype, scale, backend):
+    """Guards decay that is too small for a gradient of half precision, and a scale too large."""
+    w = torch.full((6,), 0.125, dtype=torch.float64)
+    p = nn.Parameter(w.to(dtype))
+    options = {"lr": 1.0, "momentum": 0.5, "weight_decay": 5e-4, "rho": 1e-3}
+    opt = FusedSAM(
+        [p], torch.optim.SGD, ascent=MSAM(), backend=backend, master_weights=True, **options
+    )
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1)
+    v = torch.zeros_like(w)
+    for i in range(4):
+        ahead = w - 1e-3 * v / v.norm() if i else w
+        grad = torch.full_like(w, (-1) ** i * 0.0625)
+        v = 0.5 * v + grad + 5e-4 * ahead
+        w = w - v
+        p.grad = (grad * scale).to(dtype)
+        scaler.scale(torch.zeros(()))
+        scaler.step(opt)
+        scaler.update()
+    opt.eval()
+    torch.testing.assert_close(opt.state[p]["master_weight"].double(), w, rtol=0, atol=2e-6)

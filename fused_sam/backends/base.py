@@ -129,7 +129,8 @@ class Backend:
                 weights = run.of(bucket.saved)[chunk].to(dtype)
                 moved = ascent.move(weights, grad[chunk], *scalars)
                 # 0 * inf is NaN, and a scale of 0 must move nothing.
-                moved = torch.where(scale == 0, weights, moved)
+                stays = run.weights[chunk].to(dtype)  # a master is not to be rounded anew
+                moved = torch.where(scale == 0, stays, moved)
                 if bucket.dtype in HALVES:
                     offset = run.start + chunk.start
                     moved = round_stochastically(moved, bucket.dtype, offset, seed_of(number))

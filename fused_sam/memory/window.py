@@ -23,7 +23,8 @@ def gradient_dtype(param: Tensor) -> torch.dtype:
     That is what it declares (``Tensor.grad_dtype``). Where it takes any, it is the dtype of all
     arithmetic, into which they are converted.
     """
-    dtype = param.grad_dtype
+    # Torch refuses what is no leaf, with its own words, once it gets it.
+    dtype = param.grad_dtype if param.is_leaf else param.dtype
     if dtype is None:
         dtype = torch.float64 if param.dtype.to_real() == torch.float64 else torch.float32
     return dtype.to_complex() if param.is_complex() else dtype

@@ -331,7 +331,10 @@ def _ascend_tile(
     if kept is not None:
         _store(kept + at + offs, g, mask)
     # 0 * inf is NaN, and a scale of 0 must move nothing.
-    moved = tl.where(scale == 0, w, MOVE(w, g, *scalars))
+    stays = w
+    if MASTERS:  # which are not to be rounded anew
+        stays = w.to(weights.dtype.element_ty).to(w.dtype)
+    moved = tl.where(scale == 0, stays, MOVE(w, g, *scalars))
     if MASTERS:
         _store(saved + at + offs, w, changed if mask is None else changed & mask)
     else:
