@@ -95,7 +95,8 @@ def agreed_max_grad_norm(groups: Sequence[Mapping[str, Any]]) -> float | None:
     Raises:
         TypeError, ValueError: they differ, or it cannot be used.
     """
-    values = [group[MAX_GRAD_NORM.name] for group in groups]
+    # A group that was added to the base optimizer has it from the next step on.
+    values = [group[MAX_GRAD_NORM.name] for group in groups if MAX_GRAD_NORM.name in group]
     if any([value != values[0] for value in values]):
         raise ValueError(
             f"groups have different values of max_grad_norm, {', '.join(map(str, values))}, and "
