@@ -31,16 +31,7 @@ from .compiling import WRITES, opaque, prepare
 from .descent import Descent
 from .gradients import are_fresh, are_there, mark_used
 from .modes import working
-from .options import (
-    ADAPTIVE,
-    ASCENT,
-    BLEND,
-    ETA,
-    MAX_GRAD_NORM,
-    RHO,
-    agreed_max_grad_norm,
-    numbers,
-)
+from .options import ADAPTIVE, ASCENT, BLEND, ETA, MAX_GRAD_NORM, RHO, agreed_max_grad_norm, numbers
 from .schedule import Always, When, check_when
 from .ways import WAYS, refuse_framework
 

@@ -95,7 +95,7 @@ MUTANTS = [
     Mutant("triton-masters-look-at-perturbed-weights", "fused_sam/backends/triton/kernels.py",
            "at_w = (offs >= 0) & (perturbed == 0)", "at_w = offs >= 0", MASTERS_IN_TRITON),
     Mutant("triton-does-not-save-what-changed", "fused_sam/backends/triton/kernels.py",
-           "_store(saved + offs, w, changed if mask is None else changed & mask)", "pass",
+           "_store(saved + at + offs, w, changed if mask is None else changed & mask)", "pass",
            MASTERS_IN_TRITON),
     # ---- the rules' texts, as torch runs them
     Mutant("sgd-dampens-the-first-gradient", "fused_sam/rules/sgd.py",
@@ -137,7 +137,7 @@ MUTANTS = [
            "is_finite(norm) & (norm > 0)", "is_finite(norm)", STEPS),
     # ---- the reference backend
     Mutant("climb-of-zero-adds", "fused_sam/backends/base.py",
-           "torch.where(scale == 0, weights, moved)", "moved", table("reference", EDGE)),
+           "torch.where(scale == 0, stays, moved)", "moved", table("reference", EDGE)),
     Mutant("lr-zero-subtracts", "fused_sam/backends/base.py", "if frozen is True:", "if False:",
            table("reference", EDGE)),
     Mutant("maximize-descends", "fused_sam/backends/base.py",
@@ -190,7 +190,7 @@ MUTANTS = [
            "tl.where(x > -0.35, x * series, tl.exp(x) - 1)", "tl.exp(x) - 1",
            ("tests/test_triton.py", "-k", "bias_correction")),
     Mutant("triton-climb-of-zero-adds", "fused_sam/backends/triton/kernels.py",
-           "tl.where(scale == 0, w, MOVE(w, g, *scalars))", "MOVE(w, g, *scalars)",
+           "tl.where(scale == 0, stays, MOVE(w, g, *scalars))", "MOVE(w, g, *scalars)",
            table("triton", EDGE)),
     Mutant("triton-climb-has-no-number", "fused_sam/backends/triton/kernels.py",
            "tl.store(climb_ptr, number)", "pass", table("triton", FAILS)),
@@ -330,8 +330,8 @@ MUTANTS = [
            table("reference", "clips")),
     Mutant("clip-forgets-the-loss-scale", "fused_sam/scaling.py",
            "return scale / coefficient", "return 1 / coefficient", table("reference", SCALER)),
-    Mutant("used-gradients-are-fresh", "fused_sam/optimizer.py",
-           "grad._fused_sam_consumed = grad._version", "grad._fused_sam_consumed = -1", STEPS),
+    Mutant("used-gradients-are-fresh", "fused_sam/gradients.py",
+           "setattr(grad, _USED, True)", "pass", STEPS),
 ]
 # fmt: on
 
