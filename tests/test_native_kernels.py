@@ -220,9 +220,7 @@ def _split(counts, older):
             twice = {
                 f"reduce SamNorm {dtype}": (1 if dtype == "BFloat16" else 4 + 1, 0),  # adaptive
                 f"reduce PNormMax {dtype}": (1 if half else 4 + 1, 0),  # adaptive
-                f"ascend Sam {dtype}": {"BFloat16": (0, 0), "Float16": (0, 2 + 1)}.get(
-                    dtype, (2, 2 + 1 + 2)
-                ),  # adaptive
+                f"ascend Sam {dtype}": (0, 0) if half else (2, 2 + 1 + 2),  # adaptive
                 f"update Sgd {dtype}": (2, 1) if dtype == "float" else (0, 0),  # decay
                 f"restore {dtype}": (-3, -3) if half else (0, 0),
             }
