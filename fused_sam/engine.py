@@ -160,11 +160,12 @@ def _climbing(bucket: Bucket, grads: Gradients, groups: Groups) -> Gradients:
     """The gradients of the groups that climb; the others count as missing."""
     if all([groups[row]["ascent"] is not None for row in bucket.rows]):
         return grads
-    takes_part = [groups[slot.row]["ascent"] is not None for slot in bucket.slots]
-    tensors = [g if part else None for g, part in zip(grads.tensors, takes_part, strict=True)]
-    present = tuple([grad is not None for grad in tensors])
-    places = tuple([a if part else 0 for a, part in zip(grads.addresses, takes_part, strict=True)])
-    return Gradients(tensors, present, all(present), places)
+    return Gradients.of(
+        [
+            None if groups[slot.row]["ascent"] is None else grad
+            for slot, grad in zip(bucket.slots, grads.tensors, strict=True)
+        ]
+    )
 
 
 def _there(bucket: Bucket, blending: Blending | None) -> Blending | None:

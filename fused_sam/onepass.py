@@ -118,13 +118,12 @@ def _momentum(bucket: Bucket, name: str, present: Sequence[bool]) -> Gradients:
     """A bucket's momentum as if it were its gradients: in their dtype."""
     there = bucket.states[name].present if name in bucket.states else [False] * len(present)
     windows = bucket.state(name).windows
-    tensors = [
-        as_real(window).to(bucket.grad_dtype) if taken and has else None
-        for window, taken, has in zip(windows, present, there, strict=True)
-    ]
-    present = tuple([tensor is not None for tensor in tensors])
-    places = tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
-    return Gradients(tensors, present, all(present), places)
+    return Gradients.of(
+        [
+            as_real(window).to(bucket.grad_dtype) if taken and has else None
+            for window, taken, has in zip(windows, present, there, strict=True)
+        ]
+    )
 
 
 def decay_ahead(
@@ -161,8 +160,7 @@ def decay_ahead(
                 raw = [grad for i in mine if (grad := tensors[i]) is not None]
                 for i, new in zip(mine, torch._foreach_add(raw, decay), strict=True):
                     tensors[i] = new.to(bucket.grad_dtype)
-        places = tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
-        decayed.append(Gradients(tensors, there.present, there.complete, places))
+        decayed.append(Gradients.of(tensors))
     return decayed
 
 

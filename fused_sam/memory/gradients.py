@@ -42,6 +42,13 @@ class Gradients:
     complete: bool
     addresses: tuple[int, ...]
 
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor | None]) -> Gradients:
+        """Tensors that fit their slots already, None where one is missing."""
+        present = tuple([tensor is not None for tensor in tensors])
+        places = tuple([0 if tensor is None else Tensor.data_ptr(tensor) for tensor in tensors])
+        return cls(tensors, present, all(present), places)
+
 
 class Stale(Exception):
     """A parameter changed its shape, strides or dtypes in place: the layout must be built anew."""
