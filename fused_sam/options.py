@@ -25,10 +25,15 @@ class Option:
     check: Callable[[str, Any], None]
 
 
-def check_size(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a finite number >= 0."""
+def check_number(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a number of Python's."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def check_size(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a finite number >= 0."""
+    check_number(name, value)
     try:
         finite = math.isfinite(value)
     except OverflowError:
@@ -50,8 +55,7 @@ def _check_flag(name: str, value: Any) -> None:
 
 
 def _check_p(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+    check_number(name, value)
     if not value >= 1.1:
         raise ValueError(f"{name} must be >= 1.1 (it may be math.inf), got {value!r}")
 

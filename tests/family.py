@@ -12,6 +12,21 @@ import torch
 ASCENT = ("rho", "adaptive", "eta", "ascent")
 
 
+def parameters(shapes, dtype=torch.float64):
+    """Where all runs begin."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.nn.Parameter(torch.randn(s, dtype=torch.float64, generator=generator).to(dtype))
+        for s in shapes
+    ]
+
+
+def give(params, grads, scale=1.0):
+    """Put new tensors of these gradients, scaled, into ``p.grad``."""
+    for p, g in zip(params, grads, strict=True):
+        p.grad = None if g is None else g * scale
+
+
 class Surface:
     """A loss with curvature and quartic walls, the same for every run: ``gradient(weights, i)``.
 

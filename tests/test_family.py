@@ -7,9 +7,8 @@ import math
 import family
 import pytest
 import torch
-from family import Surface
+from family import Surface, give, parameters
 from oracle import assert_same_bits
-from torch import nn
 
 from fused_sam import FusedSAM
 from fused_sam.ascents import USAM, PNorm
@@ -54,8 +53,7 @@ GROUPS = [
 
 
 def start():
-    generator = torch.Generator().manual_seed(1)
-    return [nn.Parameter(torch.randn(s, dtype=torch.float64, generator=generator)) for s in SHAPES]
+    return parameters(SHAPES)
 
 
 def make(name, base="sgd", backend="auto", groups=GROUPS, **options):
@@ -71,11 +69,6 @@ def oracle(name, base="sgd", groups=GROUPS, **options):
     common = {"lr": 0.05, "rho": 0.4, "adaptive": False, "eta": 0.0, **more}
     rows = [{**common, **group} for group in groups]
     return MEMBERS[name][1](start(), rows, cls, **options)
-
-
-def give(params, grads):
-    for p, g in zip(params, grads, strict=True):
-        p.grad = None if g is None else g.clone()
 
 
 def step(opt, params, surface, i):

@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 from family import MSAM as Oracle
-from family import Surface
+from family import Surface, give, parameters
 from oracle import assert_same_bits
 from torch import nn
 
@@ -32,11 +32,7 @@ class AdamOracle(Oracle):
 
 
 def start(dtype=torch.float64):
-    generator = torch.Generator().manual_seed(1)
-    return [
-        nn.Parameter(torch.randn(s, dtype=torch.float64, generator=generator).to(dtype))
-        for s in SHAPES
-    ]
+    return parameters(SHAPES, dtype)
 
 
 def make(name="sgd-decay", backend="auto", dtype=torch.float64, groups=None, **options):
@@ -58,11 +54,6 @@ def oracle(name="sgd-decay", groups=None, **options):
     common = {"lr": 0.05, "rho": 0.4, "weight_decay": 0.0, **more, **options}
     rows = groups or [{"params": range(3)}]
     return cls(start(), [{**common, **row} for row in rows], base)
-
-
-def give(params, grads, scale=1.0):
-    for p, g in zip(params, grads, strict=True):
-        p.grad = None if g is None else g * scale
 
 
 def plain(opt, params, surface, i):

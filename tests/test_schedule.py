@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from family import Member, Surface, norm
+from family import Member, Surface, give, norm, parameters
 from oracle import assert_same_bits
 from torch import nn
 
@@ -26,16 +26,7 @@ SCHEDULES = {
 
 
 def start(dtype=torch.float64):
-    generator = torch.Generator().manual_seed(1)
-    return [
-        nn.Parameter(torch.randn(s, dtype=torch.float64, generator=generator).to(dtype))
-        for s in SHAPES
-    ]
-
-
-def give(params, grads):
-    for p, g in zip(params, grads, strict=True):
-        p.grad = None if g is None else g.clone()
+    return parameters(SHAPES, dtype)
 
 
 def aware(opt, params, surface, i):

@@ -122,6 +122,9 @@ class Bucket:
             return as_real(slot.param.detach()).as_strided((slot.numel,), (1,))
         return slot.of(self.weights)
 
+    def _new_kept(self) -> Tensor:
+        return self.saved.new_zeros(self.size, dtype=self.grad_dtype)
+
     def state(self, name: str) -> StateBuffer:
         """The buffer of one optimizer state, allocated when first asked for."""
         if name not in self.states:
@@ -144,7 +147,7 @@ class Bucket:
             Where it keeps the gradients, if it is to.
         """
         if keep and self.kept is None:
-            self.kept = self.saved.new_zeros(self.size, dtype=self.grad_dtype)
+            self.kept = self._new_kept()
         self._number, self._moving = number, grads.present
         self.held = grads.present if keep else self._at_w
         return self.kept if keep else None
@@ -196,7 +199,7 @@ class Bucket:
         """
         self.held = tuple([slot.param in kept for slot in self.slots])
         if any(self.held):
-            self.kept = self.saved.new_zeros(self.size, dtype=self.grad_dtype)
+            self.kept = self._new_kept()
             for slot in itertools.compress(self.slots, self.held):
                 slot.shaped(slot.of(self.kept)).copy_(kept[slot.param])
         perturbed = tuple([slot.param in saved for slot in self.slots])
