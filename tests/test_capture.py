@@ -75,7 +75,7 @@ def test_memory_that_a_graph_has_seen_stays_and_the_next_step_says_so(rebuild, b
     with capturing():
         run(opt)
     (bucket,) = opt._facts.engine.buckets
-    flat = [bucket.weights, bucket.saved, *[state.flat for state in bucket.states.values()]]
+    flat = [*bucket.weights, bucket.saved, *[state.flat for state in bucket.states.values()]]
     seen = [weakref.ref(x) for x in (*flat, *bucket.cache.values()) if not isinstance(x, dict)]
     del bucket, flat
     REBUILDS[rebuild](params, opt)

@@ -69,7 +69,7 @@ from fused_sam.backends.native.operations import _ASCENTS, _BLENDS, _RULES, _SUM
 runtime = ctypes.CDLL(sys.argv[1])
 runtime.stub_launches.restype = ctypes.c_char_p
 cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-weights, saved, state, ticket = *torch.zeros(3, 128), torch.zeros(1, dtype=torch.int32)
+saved, state, ticket = *torch.zeros(2, 128), torch.zeros(1, dtype=torch.int32)
 climb = torch.zeros(1, dtype=torch.int64)
 # One slot of 70 elements, and its one chunk.
 slots, grads = torch.tensor([0, 70, 0, 0, 0, 0]), torch.tensor([64])
@@ -77,7 +77,7 @@ flags = torch.zeros(1, dtype=torch.int32)
 ops = torch.ops.fused_sam
 three = torch.zeros(1, 3)
 tables = slots, grads, flags, three
-start = cuda, weights, [], saved
+start = cuda, saved
 
 def reduce(name, tables, kept=None, earlier=None):
     args = *start, kept, earlier, ticket, *tables, _SUMS[name]
@@ -92,7 +92,7 @@ def update(rule, columns, states, step, *blend):
     args = *states, step, ticket, climb, saved, kept, slots, grads, flags, torch.zeros(1, columns)
     numbers, hyper, number = blend or (None, None, -1)
     args = *args, numbers, hyper, None, None, _RULES[rule], number
-    ops.update_.default.redispatch(cuda, weights, [], *args)
+    ops.update_.default.redispatch(cuda, *args)
 
 update("Sgd", 5, [None, None, None], None)
 update("Adam", 10, [state, state, None], torch.zeros(1))
@@ -111,7 +111,7 @@ ops.ascend_.default.redispatch(*start, None, climb, *five, both, 1, _ASCENTS["PN
 three = reduce("Gram", (slots, grads, flags, torch.zeros(1, 0)), kept)
 assert three.shape == (3,)
 update("Sgd", 5, [None, None, None], None, three, torch.zeros(1, 1), _BLENDS["Gsam"])
-ops.restore_.default.redispatch(cuda, weights, [], climb, saved, slots, flags)
+ops.restore_.default.redispatch(cuda, climb, saved, slots, flags)
 assert runtime.stub_device() == 0
 print(runtime.stub_launches().decode(), end="")
 """

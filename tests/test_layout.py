@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import itertools
 import tracemalloc
 import weakref
 
@@ -13,6 +14,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from fused_sam import FusedSAM
+from fused_sam.memory import bucket as memory
 
 SGD, ADAM, ADAMW, RMSPROP = (
     torch.optim.SGD,
@@ -141,8 +143,9 @@ def test_parameters_are_aligned_to_64_elements(backend):
     opt = make(params, backend=backend)
     (bucket,) = opt._facts.engine.buckets
     assert [slot.start for slot in bucket.slots] == [0, 64, 128, 192, 320]
-    assert all(p.data_ptr() % (ALIGNMENT * 2) == bucket.weights.data_ptr() % 128 for p in params)
-    starts = {p.data_ptr() - bucket.weights.data_ptr() for p in params}
+    (weights,) = bucket.weights
+    assert all(p.data_ptr() % (ALIGNMENT * 2) == weights.data_ptr() % 128 for p in params)
+    starts = {p.data_ptr() - weights.data_ptr() for p in params}
     assert starts == {4 * slot.start for slot in bucket.slots}
 
 
@@ -167,7 +170,7 @@ def test_padding_stays_zero(rule, eps, dtype, backend):
             inject(grads)
             half()
     for bucket in opt._facts.engine.buckets:
-        buffers = [bucket.weights, bucket.saved]
+        buffers = [torch.cat(bucket.weights), bucket.saved]
         buffers += [state.flat for name, state in bucket.states.items() if name != "step"]
         for flat in buffers:
             assert not padding_of(bucket, flat).any()
@@ -188,7 +191,7 @@ def test_addresses_stay_from_step_to_step(rule, backend):
         for p in params:
             tensors += [v for v in opt.state[p].values()]
         for bucket in opt._facts.engine.buckets:
-            tensors += [bucket.weights, bucket.saved, *(s.flat for s in bucket.states.values())]
+            tensors += [*bucket.weights, bucket.saved, *(s.flat for s in bucket.states.values())]
         return [t.data_ptr() for t in tensors]
 
     before = addresses()
@@ -247,6 +250,56 @@ def test_changing_patterns_of_missing_gradients_do_not_pile_up(backend):
         tracemalloc.stop()
     # Forty steps with 24 parameters: a pattern kept costs 400 bytes at least, a plan 10 kB.
     assert grown < 40 * 2 * 400, f"{grown} bytes in 40 steps"
+
+
+def allocations(run):
+    """What torch has allocated during a call, in bytes, one after the other; freed: negative."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
+        run()
+        gc.collect()
+    events = sorted(profile.events(), key=lambda event: event.time_range.start)
+    return [event.self_cpu_memory_usage for event in events]
+
+
+@pytest.mark.parametrize("left", [0, 9, 10, 15, 17])
+def test_what_is_left_of_a_model_keeps_little_of_it(left, backend, monkeypatch):
+    """Guards a head of a few bytes, in use elsewhere, that kept the weights of the whole model."""
+    monkeypatch.setattr(memory, "PART_ELEMENTS", 1 << 12)
+    shapes = [(3,), *[(1 << 10,)] * 9, (5 << 11,), *[(1 << 10,)] * 6, (7,)]
+    held = {}
+
+    def train():
+        held["params"] = make_params(shapes)
+        held["opt"] = make(held["params"], backend=backend)
+        inject(grads_like(held["params"]))
+        held["opt"].first_step()
+        held["opt"].second_step()
+
+    def drop():
+        held["left"] = held["params"][left]
+        for key in "params", "opt":
+            del held[key]
+        held["left"].grad = None
+
+    kept = sum(allocations(train)) + sum(allocations(drop))
+    # A part is that large at most, or one larger parameter.
+    assert 0 < kept <= 4 * max(1 << 12, held["left"].numel())
+
+
+def test_construction_needs_no_second_copy_of_all_weights(backend, monkeypatch):
+    """The memory where the weights were goes part by part: the peak was one copy more."""
+    monkeypatch.setattr(memory, "PART_ELEMENTS", 1 << 12)
+    params = []
+
+    def build():
+        params.extend(make_params([(1 << 10,)] * 64))
+        make(params, backend=backend)
+
+    peak = max(itertools.accumulate(allocations(build)))
+    size = 4 * 64 << 10
+    assert peak < 2.2 * size, f"{peak / size:.1f} times the weights: w, saved, and a part of w"
 
 
 def test_dropped_optimizer_frees_its_memory(backend):
@@ -423,7 +476,7 @@ def test_moves_again_and_again(backend):
         opt.add_param_group({"params": make_params()})
         steps(textbook)
     (bucket,) = opt._facts.engine.buckets
-    assert bucket.weights.numel() == bucket.size == 64 * (1 + 1 + 2 + 1) * 4
+    assert bucket.weights[0].numel() == bucket.size == 64 * (1 + 1 + 2 + 1) * 4
 
 
 def test_group_added_while_perturbed(backend):

@@ -5,48 +5,34 @@
 namespace fused_sam {
 namespace {
 
-// A bucket's memory as the kernels take it, checked. The pinned weights are the list's.
+// A bucket's memory as the kernels take it, checked as far as it can be: for the addresses of
+// weights and gradients fused_sam/backends/tables.py answers.
 struct Bucket {
   Dtype dtype;
   Problem problem = {};
-  std::vector<void*> pinned;
 
-  Bucket(const Tensor& weights, const std::vector<Tensor>& pinned_weights, const Tensor& saved,
-         const Tensor& slots, const std::optional<Tensor>& grads, const Tensor& flags,
-         const std::optional<Tensor>& hyper, int columns)
+  Bucket(const Tensor& saved, const Tensor& slots, const std::optional<Tensor>& grads,
+         const Tensor& flags, const std::optional<Tensor>& hyper, int columns)
       : dtype(dtype_of(saved)) {
     Problem& p = problem;
     p.num_slots = flags.numel();
-    p.num_moved = p.num_slots - static_cast<int64_t>(pinned_weights.size());
     p.size = saved.numel();
-    check(weights, "weights", saved.scalar_type(), -1, saved);
     check(slots, "slots", ScalarType::Long, p.num_slots * 4, saved);
     check(flags, "flags", ScalarType::Int, p.num_slots, saved);
     if (grads) check(*grads, "grads", ScalarType::Long, p.num_slots, saved);
     if (hyper) check(*hyper, "hyper", compute_type(dtype), -1, saved);
     STD_TORCH_CHECK(saved.is_contiguous(), "fused_sam: saved must be contiguous");
     const int64_t numbers = hyper ? hyper->numel() : 0;
-    STD_TORCH_CHECK(p.num_moved >= 0 && (columns == 0 || numbers % columns == 0),
-                    "fused_sam: tables of wrong size");
+    STD_TORCH_CHECK(columns == 0 || numbers % columns == 0, "fused_sam: tables of wrong size");
     p.slots = static_cast<const Slot*>(slots.const_data_ptr());
-    const int64_t moved_size = weights.numel() < p.size ? weights.numel() : p.size;
     for (int64_t i = 0; i < p.num_slots; ++i) {
       const Slot& slot = p.slots[i];
-      const bool moved = i < p.num_moved;
-      const int64_t limit = moved ? moved_size : p.size;
       STD_TORCH_CHECK(slot.start >= (i ? p.slots[i - 1].start + p.slots[i - 1].numel : 0) &&
-                          slot.start <= limit && slot.numel >= 0 &&
-                          slot.numel <= limit - slot.start && slot.row >= 0 &&
+                          slot.start <= p.size && slot.numel >= 0 &&
+                          slot.numel <= p.size - slot.start && slot.row >= 0 &&
                           (columns == 0 || slot.row < numbers / columns),
                       "fused_sam: slot ", i, " does not fit its bucket");
-      if (!moved) {
-        const Tensor& memory = pinned_weights[i - p.num_moved];
-        check(memory, "a pinned weight", saved.scalar_type(), slot.numel, saved);
-        pinned.push_back(memory.mutable_data_ptr());
-      }
     }
-    p.weights = weights.mutable_data_ptr();
-    p.pinned = pinned.data();
     p.saved = saved.mutable_data_ptr();
     p.grads = grads ? static_cast<const int64_t*>(grads->const_data_ptr()) : nullptr;
     p.flags = static_cast<const int32_t*>(flags.const_data_ptr());
@@ -78,11 +64,11 @@ double all_of(const void* values, int64_t n, bool max) {
   return static_cast<double>(static_cast<T>(all));
 }
 
-Tensor reduce(Tensor weights, std::vector<Tensor> pinned, Tensor saved, std::optional<Tensor> kept,
-              std::optional<Tensor> earlier, std::optional<Tensor> /*ticket*/, Tensor slots,
-              Tensor grads, Tensor flags, Tensor hyper, int64_t sums) {
+Tensor reduce(Tensor saved, std::optional<Tensor> kept, std::optional<Tensor> earlier,
+              std::optional<Tensor> /*ticket*/, Tensor slots, Tensor grads, Tensor flags,
+              Tensor hyper, int64_t sums) {
   check_index(sums, kNumSums, "sums");
-  Bucket bucket(weights, pinned, saved, slots, grads, flags, hyper, kSumsColumns[sums]);
+  Bucket bucket(saved, slots, grads, flags, hyper, kSumsColumns[sums]);
   Problem& p = bucket.problem;
   p.earlier = check_earlier(earlier, sums, saved);
   const int count = kSumsCount[sums];
@@ -104,11 +90,10 @@ Tensor reduce(Tensor weights, std::vector<Tensor> pinned, Tensor saved, std::opt
   return total;
 }
 
-void ascend_(Tensor weights, std::vector<Tensor> pinned, Tensor saved, std::optional<Tensor> kept,
-             Tensor climb, Tensor slots, Tensor grads, Tensor flags, Tensor hyper, Tensor total,
-             int64_t number, int64_t ascent) {
+void ascend_(Tensor saved, std::optional<Tensor> kept, Tensor climb, Tensor slots, Tensor grads,
+             Tensor flags, Tensor hyper, Tensor total, int64_t number, int64_t ascent) {
   check_index(ascent, kNumAscents, "ascent");
-  Bucket bucket(weights, pinned, saved, slots, grads, flags, hyper, kAscentColumns[ascent]);
+  Bucket bucket(saved, slots, grads, flags, hyper, kAscentColumns[ascent]);
   check(total, "total", ScalarType::Double, kAscentNumbers[ascent], saved);
   const double* numbers = static_cast<const double*>(total.const_data_ptr());
   bucket.problem.kept = check_kept(kept, saved);
@@ -119,15 +104,15 @@ void ascend_(Tensor weights, std::vector<Tensor> pinned, Tensor saved, std::opti
                  [&](int64_t begin, int64_t end) { kernel(p, numbers, number, begin, end); });
 }
 
-void update_(Tensor weights, std::vector<Tensor> pinned, std::optional<Tensor> state0,
-             std::optional<Tensor> state1, std::optional<Tensor> state2, std::optional<Tensor> step,
+void update_(std::optional<Tensor> state0, std::optional<Tensor> state1,
+             std::optional<Tensor> state2, std::optional<Tensor> step,
              std::optional<Tensor> /*ticket*/, Tensor climb, Tensor saved,
              std::optional<Tensor> kept, Tensor slots, Tensor grads, Tensor flags, Tensor hyper,
              std::optional<Tensor> numbers, std::optional<Tensor> blend_hyper,
              std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, int64_t rule,
              int64_t blend) {
   check_index(rule, kNumRules, "rule");
-  Bucket bucket(weights, pinned, saved, slots, grads, flags, hyper, kRuleColumns[rule]);
+  Bucket bucket(saved, slots, grads, flags, hyper, kRuleColumns[rule]);
   Problem& p = bucket.problem;
   const unsigned has = check_update(state0, state1, state2, step, grad_scale, found_inf, saved,
                                     p.num_slots, rule, p.states);
@@ -161,9 +146,8 @@ void update_(Tensor weights, std::vector<Tensor> pinned, std::optional<Tensor> s
   set_climb(climb, saved, 0);
 }
 
-void restore_(Tensor weights, std::vector<Tensor> pinned, Tensor climb, Tensor saved, Tensor slots,
-              Tensor flags) {
-  const Bucket bucket(weights, pinned, saved, slots, std::nullopt, flags, std::nullopt, 0);
+void restore_(Tensor climb, Tensor saved, Tensor slots, Tensor flags) {
+  const Bucket bucket(saved, slots, std::nullopt, flags, std::nullopt, 0);
   const auto kernel = kernels().restore_[static_cast<int>(bucket.dtype)];
   const Problem& p = bucket.problem;
   parallel_spans(p.size, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
@@ -177,27 +161,22 @@ std::string mathematics() { return FUSED_SAM_MATHEMATICS; }
 }  // namespace
 }  // namespace fused_sam
 
-// pinned: the weights of the last slots, which are not in `weights`. grads: their addresses. The
-// tables are described in tables.h, the rows of `hyper` in mathematics.h (Columns), the operations
-// in fused_sam/backends/base.py.
+// The weights are where `slots` says, and written there. grads: addresses. The tables are described
+// in tables.h, the rows of `hyper` in mathematics.h (Columns), the operations in
+// fused_sam/backends/base.py.
 STABLE_TORCH_LIBRARY(fused_sam, m) {
   m.def(
-      "reduce(Tensor weights, Tensor[] pinned, Tensor saved, Tensor? kept, Tensor? earlier, "
-      "Tensor(a!)? ticket, Tensor slots, Tensor grads, Tensor flags, Tensor hyper, int sums) "
-      "-> Tensor");
+      "reduce(Tensor saved, Tensor? kept, Tensor? earlier, Tensor(a!)? ticket, Tensor slots, "
+      "Tensor grads, Tensor flags, Tensor hyper, int sums) -> Tensor");
   m.def(
-      "ascend_(Tensor(a!) weights, Tensor(b!)[] pinned, Tensor(c!) saved, Tensor(e!)? kept, "
-      "Tensor(d!) climb, Tensor slots, Tensor grads, Tensor flags, Tensor hyper, Tensor total, int "
-      "number, "
-      "int ascent) -> ()");
+      "ascend_(Tensor(a!) saved, Tensor(b!)? kept, Tensor(c!) climb, Tensor slots, Tensor grads, "
+      "Tensor flags, Tensor hyper, Tensor total, int number, int ascent) -> ()");
   m.def(
-      "update_(Tensor(a!) weights, Tensor(b!)[] pinned, Tensor(c!)? state0, Tensor(d!)? state1, "
-      "Tensor(e!)? state2, Tensor(f!)? step, Tensor(g!)? ticket, Tensor(h!) climb, Tensor saved, "
-      "Tensor? kept, Tensor slots, Tensor grads, Tensor flags, Tensor hyper, Tensor? numbers, "
-      "Tensor? blend_hyper, Tensor? grad_scale, Tensor? found_inf, int rule, int blend) -> ()");
-  m.def(
-      "restore_(Tensor(a!) weights, Tensor(b!)[] pinned, Tensor(c!) climb, Tensor saved, "
-      "Tensor slots, Tensor flags) -> ()");
+      "update_(Tensor(a!)? state0, Tensor(b!)? state1, Tensor(c!)? state2, Tensor(d!)? step, "
+      "Tensor(e!)? ticket, Tensor(f!) climb, Tensor saved, Tensor? kept, Tensor slots, "
+      "Tensor grads, Tensor flags, Tensor hyper, Tensor? numbers, Tensor? blend_hyper, "
+      "Tensor? grad_scale, Tensor? found_inf, int rule, int blend) -> ()");
+  m.def("restore_(Tensor(a!) climb, Tensor saved, Tensor slots, Tensor flags) -> ()");
   m.def("cpu_kernels() -> str");
   m.def("mathematics() -> str");
 }

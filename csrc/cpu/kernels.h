@@ -16,13 +16,11 @@ constexpr int64_t kSpan = 16384;
 
 // A bucket's memory and tables; T is the compute type, S the storage type of the dtype.
 struct Problem {
-  void* weights;            // S (moved,)
-  void* const* pinned;      // the weights of the last slots, which stay where they are
   void* saved;              // S (size,)
   void* kept;               // S (size,), gradients at w, or null
   void* states[3];          // S (size,) or null
   float* step;              // (num_slots,) or null
-  const Slot* slots;        // (num_slots,), by rising start
+  const Slot* slots;        // (num_slots,), by rising start; they tell where the weights are
   const int64_t* grads;     // (num_slots,): addresses of S (numel,); null for restore_
   const int32_t* flags;     // (num_slots,)
   const void* hyper;        // Columns<T> (rows,) of what is computed
@@ -31,7 +29,6 @@ struct Problem {
   const void* blend_hyper;  // the blend's Columns<T> (rows,), or null
   int blend;                // its number in FUSED_SAM_BLENDS; negative: none
   int64_t num_slots;
-  int64_t num_moved;  // slots in the flat weights
   int64_t size;
   bool stream;  // buffers too large for the caches: store past them what is not read again soon
 };

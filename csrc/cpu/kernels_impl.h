@@ -64,8 +64,7 @@ FUSED_SAM_INLINE void for_each_piece(const Problem& p, int64_t begin, int64_t en
     const int64_t first = begin > slot.start ? begin - slot.start : 0;
     const int64_t stop = end - slot.start < slot.numel ? end - slot.start : slot.numel;
     if (first >= stop) continue;
-    S* weights = i < p.num_moved ? static_cast<S*>(p.weights) + slot.start
-                                 : static_cast<S*>(p.pinned[i - p.num_moved]);
+    S* weights = reinterpret_cast<S*>(slot.weights);
     const bool missing = !p.grads || p.flags[i] & kMissing;
     const S* grad = missing ? nullptr : reinterpret_cast<const S*>(p.grads[i]) + first;
     f(Piece<S>{&slot, i, p.flags[i], first, stop - first, weights + first, grad});

@@ -11,8 +11,7 @@ namespace {
 
 // A bucket's memory on a GPU. `slots` holds the slots and then the chunks, both made by
 // fused_sam/backends/native/operations.py, which answers for what the host cannot check without
-// waiting. The pinned weights are reached through the table; they are arguments so that the schemas
-// are true. Its device is the current one for as long as it lives.
+// waiting. Its device is the current one for as long as it lives.
 struct Bucket {
   Dtype dtype;
   DeviceProblem problem = {};
@@ -20,14 +19,12 @@ struct Bucket {
   torch::stable::accelerator::DeviceGuard guard;
   void* stream = nullptr;
 
-  Bucket(const Tensor& weights, const Tensor& saved, const Tensor& slots,
-         const std::optional<Tensor>& grads, const Tensor& flags,
-         const std::optional<Tensor>& hyper, int columns)
+  Bucket(const Tensor& saved, const Tensor& slots, const std::optional<Tensor>& grads,
+         const Tensor& flags, const std::optional<Tensor>& hyper, int columns)
       : dtype(dtype_of(saved)), device(saved.get_device_index()), guard(device) {
     DeviceProblem& p = problem;
     const int64_t num_slots = flags.numel();
     const int64_t num_chunks = (slots.numel() - 4 * num_slots) / 2;
-    check(weights, "weights", saved.scalar_type(), -1, saved);
     check(slots, "slots", ScalarType::Long, 4 * num_slots + 2 * num_chunks, saved);
     check(flags, "flags", ScalarType::Int, num_slots, saved);
     if (grads) check(*grads, "grads", ScalarType::Long, num_slots, saved);
@@ -63,12 +60,11 @@ int64_t* climb_of(const Tensor& climb, const Tensor& saved) {
   return static_cast<int64_t*>(climb.mutable_data_ptr());
 }
 
-Tensor reduce(Tensor weights, std::vector<Tensor> /*pinned*/, Tensor saved,
-              std::optional<Tensor> kept, std::optional<Tensor> earlier,
+Tensor reduce(Tensor saved, std::optional<Tensor> kept, std::optional<Tensor> earlier,
               std::optional<Tensor> ticket, Tensor slots, Tensor grads, Tensor flags, Tensor hyper,
               int64_t sums) {
   check_index(sums, kNumSums, "sums");
-  Bucket bucket(weights, saved, slots, grads, flags, hyper, kSumsColumns[sums]);
+  Bucket bucket(saved, slots, grads, flags, hyper, kSumsColumns[sums]);
   bucket.problem.earlier = check_earlier(earlier, sums, saved);
   STD_TORCH_CHECK(!kSumsReadsKept[sums] || kept, "fused_sam: the sum needs kept");
   bucket.problem.kept = check_kept(kept, saved);
@@ -82,11 +78,10 @@ Tensor reduce(Tensor weights, std::vector<Tensor> /*pinned*/, Tensor saved,
   return total;
 }
 
-void ascend_(Tensor weights, std::vector<Tensor> /*pinned*/, Tensor saved,
-             std::optional<Tensor> kept, Tensor climb, Tensor slots, Tensor grads, Tensor flags,
-             Tensor hyper, Tensor total, int64_t number, int64_t ascent) {
+void ascend_(Tensor saved, std::optional<Tensor> kept, Tensor climb, Tensor slots, Tensor grads,
+             Tensor flags, Tensor hyper, Tensor total, int64_t number, int64_t ascent) {
   check_index(ascent, kNumAscents, "ascent");
-  Bucket bucket(weights, saved, slots, grads, flags, hyper, kAscentColumns[ascent]);
+  Bucket bucket(saved, slots, grads, flags, hyper, kAscentColumns[ascent]);
   bucket.problem.kept = check_kept(kept, saved);
   check(total, "total", ScalarType::Double, kAscentNumbers[ascent], saved);
   check_launch(launch_ascend_(bucket.dtype, ascent, bucket.problem,
@@ -94,14 +89,14 @@ void ascend_(Tensor weights, std::vector<Tensor> /*pinned*/, Tensor saved,
                               climb_of(climb, saved), number, bucket.device, bucket.stream));
 }
 
-void update_(Tensor weights, std::vector<Tensor> /*pinned*/, std::optional<Tensor> state0,
-             std::optional<Tensor> state1, std::optional<Tensor> state2, std::optional<Tensor> step,
-             std::optional<Tensor> ticket, Tensor climb, Tensor saved, std::optional<Tensor> kept,
-             Tensor slots, Tensor grads, Tensor flags, Tensor hyper, std::optional<Tensor> numbers,
+void update_(std::optional<Tensor> state0, std::optional<Tensor> state1,
+             std::optional<Tensor> state2, std::optional<Tensor> step, std::optional<Tensor> ticket,
+             Tensor climb, Tensor saved, std::optional<Tensor> kept, Tensor slots, Tensor grads,
+             Tensor flags, Tensor hyper, std::optional<Tensor> numbers,
              std::optional<Tensor> blend_hyper, std::optional<Tensor> grad_scale,
              std::optional<Tensor> found_inf, int64_t rule, int64_t blend) {
   check_index(rule, kNumRules, "rule");
-  Bucket bucket(weights, saved, slots, grads, flags, hyper, kRuleColumns[rule]);
+  Bucket bucket(saved, slots, grads, flags, hyper, kRuleColumns[rule]);
   DeviceProblem& p = bucket.problem;
   check_update(state0, state1, state2, step, grad_scale, found_inf, saved, p.num_slots, rule,
                p.states);
@@ -116,9 +111,8 @@ void update_(Tensor weights, std::vector<Tensor> /*pinned*/, std::optional<Tenso
                               bucket.stream));
 }
 
-void restore_(Tensor weights, std::vector<Tensor> /*pinned*/, Tensor climb, Tensor saved,
-              Tensor slots, Tensor flags) {
-  const Bucket bucket(weights, saved, slots, std::nullopt, flags, std::nullopt, 0);
+void restore_(Tensor climb, Tensor saved, Tensor slots, Tensor flags) {
+  const Bucket bucket(saved, slots, std::nullopt, flags, std::nullopt, 0);
   check_launch(launch_restore_(bucket.dtype, bucket.problem, climb_of(climb, saved), bucket.device,
                                bucket.stream));
 }

@@ -14,9 +14,6 @@ from ..memory import Bucket, Gradients, Slot
 from ..memory.window import as_real
 from ..rules import STEP
 
-_RUN_ELEMENTS = 1 << 20
-"""Runs end here, so that what one operation writes is still in cache when the next one reads it."""
-
 CHUNK_ELEMENTS = 1 << 17
 """The size of the pieces in which arithmetic with temporaries goes over a run."""
 
@@ -106,21 +103,19 @@ def runs(bucket: Bucket, kinds: tuple[Hashable, ...]) -> list[Run]:
 
 
 def _spans(slots: Sequence[Slot], kinds: Sequence[Hashable]) -> Iterator[range]:
-    start = elements = 0
+    start = 0
     for i, slot in enumerate(slots):
         first = slots[start]
         together = (
             kinds[i] == kinds[start]
             and slot.row == first.row
+            and slot.part == first.part
             and not slot.pinned
-            and not first.pinned
-            and elements + slot.numel <= _RUN_ELEMENTS
         )
         if i and not together:
             if kinds[start] is not None:
                 yield range(start, i)
-            start, elements = i, 0
-        elements += slot.numel
+            start = i
     if slots and kinds[start] is not None:
         yield range(start, len(slots))
 
@@ -128,8 +123,6 @@ def _spans(slots: Sequence[Slot], kinds: Sequence[Hashable]) -> Iterator[range]:
 def _make_run(bucket: Bucket, kind: Any, span: range) -> Run:
     slots = bucket.slots[span.start : span.stop]
     first, last = slots[0], slots[-1]
-    stop = last.start + last.numel
-    weights = bucket.memory(first) if first.pinned else bucket.weights[first.start : stop]
     gaps = [
         torch.arange(a.start + a.numel - first.start, b.start - first.start, device="cpu")
         for a, b in itertools.pairwise(slots)
@@ -140,8 +133,8 @@ def _make_run(bucket: Bucket, kind: Any, span: range) -> Run:
         first.row,
         span,
         first.start,
-        stop,
-        weights,
+        last.start + last.numel,
+        bucket.memory(first, last),
         # Through detach(), which shares the version counter: autograd notices what is written.
         [as_real(slot.param.detach()) for slot in slots],
         padding.to(bucket.device) if padding.numel() else None,

@@ -20,6 +20,11 @@ from .window import as_real, contiguous_stride, gradient_dtype, is_dense, make_w
 ALIGNMENT = 64
 """Elements; a parameter's offset is a multiple, so every window is 128-byte aligned or better."""
 
+PART_ELEMENTS = 1 << 20
+"""The weights are cut into allocations of no more, or of one larger parameter: each stays as long
+as one of its parameters is in use. What runs over neighbours (backends/runs.py) ends there too, so
+that what one operation writes is still in cache when the next one reads it."""
+
 _CARRIED = -1
 """Stands for the number of a climb that another bucket made."""
 
@@ -41,7 +46,7 @@ class Bucket:
         slots: one for each parameter; those that moved first, pinned ones last.
         rows: the indices of the groups that have parameters here, rising.
         size: elements of a flat buffer, padding included. Padding is zero and stays zero.
-        weights: (size of the moved slots,), the flat buffer whose windows the parameters are.
+        weights: the allocations whose windows the parameters are, one for each part.
         saved: (size,), the weights w while the parameters hold w + epsilon; or the masters.
         kept: (size,) in their dtype, gradients at w, where a blend wants them; None before.
         held: for each slot, whether the last climb has put its gradient into ``kept``.
@@ -64,17 +69,19 @@ class Bucket:
         self.masters = masters and self.dtype in (torch.bfloat16, torch.float16)
         self._like_grad = like_grad
         self.slots: list[Slot] = []
-        start = moved = 0
+        self._parts: list[tuple[int, int]] = []  # of each, where it begins and ends
+        start = 0
         for param, row in sorted(members, key=lambda member: member[0] in pinned):
             numel = param.numel() * (2 if param.is_complex() else 1)
             stride = param.stride() if is_dense(param) else contiguous_stride(param.shape)
             kind = param.dtype, param.shape, stride, gradient_dtype(param)
-            self.slots.append(Slot(param, row, start, numel, param in pinned, *kind))
-            start += -(-numel // ALIGNMENT) * ALIGNMENT
-            moved = moved if param in pinned else start
+            stop = start + -(-numel // ALIGNMENT) * ALIGNMENT
+            part = None if param in pinned else self._part_for(start, stop)
+            self.slots.append(Slot(param, row, start, numel, part, *kind))
+            start = stop
         self.size = start
         self.rows = sorted({slot.row for slot in self.slots})
-        self.weights = torch.zeros(moved, dtype=self.dtype, device=self.device)
+        self.weights: list[Tensor] = []
         kept_in = torch.float32 if self.masters else self.dtype
         self.saved = torch.zeros(self.size, dtype=kept_in, device=self.device)
         self.kept: Tensor | None = None
@@ -105,22 +112,45 @@ class Bucket:
             return torch.float32
         return self.grad_dtype if name in self._like_grad else self.dtype
 
+    def _part_for(self, start: int, stop: int) -> int:
+        """The part that takes these elements in, the next of those that move."""
+        if self._parts and stop - self._parts[-1][0] <= PART_ELEMENTS:
+            self._parts[-1] = self._parts[-1][0], stop
+        else:
+            self._parts.append((start, stop))
+        return len(self._parts) - 1
+
     def move_in(self) -> None:
-        """Copy the weights into the flat buffer and make the parameters windows of it."""
+        """Copy the weights into allocations of ours and make the parameters windows of them.
+
+        One after the other: the memory where the weights were goes meanwhile.
+        """
         for slot in self.slots:
-            if not slot.pinned:
-                window = slot.shaped(make_window(slot.of(self.weights)))
+            if slot.part is not None:
+                if slot.part == len(self.weights):
+                    begin, end = self._parts[slot.part]
+                    self.weights.append(
+                        torch.zeros(end - begin, dtype=self.dtype, device=self.device)
+                    )
+                window = slot.shaped(make_window(self.memory(slot)))
                 window.copy_(slot.param.detach())
                 slot.param.data = window
             if self.masters:
                 slot.of(self.saved).copy_(self.memory(slot))
         self._homes = list(map(Tensor.data_ptr, self.params))
 
-    def memory(self, slot: Slot) -> Tensor:
-        """The weights of a slot in memory order, (numel,), real, wherever they are."""
-        if slot.pinned:
+    def memory(self, slot: Slot, last: Slot | None = None) -> Tensor:
+        """The weights of a slot in memory order, (numel,), real, wherever they are.
+
+        Args:
+            slot: the slot.
+            last: a later one of the same part: then all weights up to its end, padding included.
+        """
+        if slot.part is None:
             return as_real(slot.param.detach()).as_strided((slot.numel,), (1,))
-        return slot.of(self.weights)
+        last = last or slot
+        begin = self._parts[slot.part][0]
+        return self.weights[slot.part][slot.start - begin : last.start + last.numel - begin]
 
     def _new_kept(self) -> Tensor:
         return self.saved.new_zeros(self.size, dtype=self.grad_dtype)

@@ -19,7 +19,7 @@ class Slot:
         row: the index of its group.
         start: where it begins in the flat buffers.
         numel: its real elements; a complex number has two.
-        pinned: whether its weights stay where they are, outside the flat buffer.
+        part: which of the bucket's allocations its weights are in; None if they stay in place.
         dtype: the parameter's, which may be complex.
         shape, stride: the parameter's.
         grad_dtype: its gradient's, which may be wider or narrower.
@@ -29,11 +29,16 @@ class Slot:
     row: int
     start: int
     numel: int
-    pinned: bool
+    part: int | None
     dtype: torch.dtype
     shape: torch.Size
     stride: tuple[int, ...]
     grad_dtype: torch.dtype
+
+    @property
+    def pinned(self) -> bool:
+        """Whether its weights stay where they are, in nobody's allocation but the user's."""
+        return self.part is None
 
     def is_like(self, param: Tensor) -> bool:
         """Whether the parameter still has the shape, strides and dtype of its slot."""

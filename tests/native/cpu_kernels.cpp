@@ -94,8 +94,6 @@ class Runner {
     hyper_.emplace(o);
     flags_ = bucket.bits(o);
     Problem p = {};
-    p.weights = bucket.weights;
-    p.pinned = bucket.pinned.data();
     p.saved = bucket.saved;
     p.kept = o.alpha >= 0 ? bucket.kept : nullptr;
     p.numbers = kNumbers;
@@ -108,7 +106,6 @@ class Runner {
     p.flags = flags_.data();
     p.hyper = ascent ? hyper_->ascent : hyper_->of(o.rule);
     p.num_slots = static_cast<int64_t>(bucket.slots.size());
-    p.num_moved = bucket.num_moved();
     p.size = bucket.size;
     p.stream = runs_++ % 2;
     return p;

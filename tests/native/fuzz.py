@@ -3,9 +3,11 @@
     python fuzz.py LIBRARY CALLS
 
 A sanitizer watches, if the library was built with one. What is wrong must be refused, or do no
-harm. Addresses of gradients stay right: nobody can check those.
+harm. Addresses of weights and gradients stay right, and lead to memory for as many elements as a
+bucket has, of the widest type: nobody can check those.
 """
 
+import functools
 import random
 import sys
 
@@ -23,18 +25,14 @@ class Arguments:
         self.dtype = random.choice(DTYPES)
         self.compute = torch.float64 if self.dtype == torch.float64 else torch.float32
         sizes = [random.choice((0, 1, 5, 64, 70)) for _ in range(random.randint(1, 4))]
-        pinned = random.randint(0, len(sizes))
-        moved = len(sizes) - pinned
+        size = sum([-(-numel // 64) * 64 for numel in sizes])
+        wide = functools.partial(torch.randn, size, dtype=torch.float64)
+        self.weights, self.grads = [[wide() for _ in sizes] for _ in range(2)]
         table, start = [], 0
-        for numel in sizes:
-            table += [start, numel, random.randrange(2), 0]
+        for numel, weights in zip(sizes, self.weights, strict=True):
+            table += [start, numel, random.randrange(2), weights.data_ptr()]
             start += -(-numel // 64) * 64
-        end = table[4 * moved] if pinned else start
-        self.size = start
-        self.grads = [torch.randn(max(n, 1)).to(self.dtype) for n in sizes]
         self.values = {
-            "weights": self.buffer(end),
-            "pinned": [self.buffer(n) for n in sizes[moved:]],
             "saved": self.buffer(start),
             "climb": torch.zeros(1, dtype=torch.int64),
             "slots": torch.tensor(table),
@@ -66,11 +64,10 @@ class Arguments:
         value = self.values[name]
         if name in ("slots", "flags") and value.numel() and random.random() < 0.8:
             number = random.choice(NUMBERS)
-            value[random.randrange(value.numel())] = (
-                number if name == "slots" else number & 0x7FFFFFFF
-            )
-        elif isinstance(value, list):
-            self.values[name] = value[1:] if value and random.random() < 0.5 else [*value, *value]
+            if name == "slots":
+                value.view(-1, 4)[random.randrange(len(self.weights)), random.randrange(3)] = number
+            else:
+                value[random.randrange(value.numel())] = number & 0x7FFFFFFF
         elif isinstance(value, torch.Tensor):
             self.values[name] = random.choice(
                 (value[:-1] if value.dim() else value, value.double(), value.int(), value.t())
@@ -84,23 +81,22 @@ class Arguments:
         """Call an operation; returns whether it took the arguments."""
         v = self.values
         hyper = torch.rand(random.choice((2 * 2520, 2 * 2520, 13)), dtype=self.compute)
-        head = (v["weights"], v["pinned"])
         tables = (v["slots"], v["grads"], v["flags"])
         arguments = {
             "reduce": (
-                *(*head, v["saved"], v["kept"], v["earlier"], None, *tables),
+                *(v["saved"], v["kept"], v["earlier"], None, *tables),
                 *(hyper, v["number"]),
             ),
             "ascend_": (
-                *(*head, v["saved"], v["kept"], v["climb"], *tables, hyper),
+                *(v["saved"], v["kept"], v["climb"], *tables, hyper),
                 *(v["total"], 1, v["number"]),
             ),
             "update_": (
-                *(*head, *[v[f"state{k}"] for k in range(STATES)], v["step"], None),
+                *(*[v[f"state{k}"] for k in range(STATES)], v["step"], None),
                 *(v["climb"], v["saved"], v["kept"], *tables, hyper, v["numbers"]),
                 *(v["blend_hyper"], v["grad_scale"], v["found_inf"], v["number"], v["blend"]),
             ),
-            "restore_": (*head, v["climb"], v["saved"], v["slots"], v["flags"]),
+            "restore_": (v["climb"], v["saved"], v["slots"], v["flags"]),
         }[operation]
         try:
             getattr(torch.ops.fused_sam, operation).default(*arguments)

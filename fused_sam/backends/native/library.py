@@ -138,7 +138,7 @@ def _is_same(library: Path, other: str) -> bool:
 def _register_fakes() -> None:
     """What torch.compile and torch.export need to know: shapes and dtypes of the results."""
 
-    def number(weights: Tensor, pinned: Any, saved: Tensor, *_: Any) -> Tensor:
+    def number(saved: Tensor, *_: Any) -> Tensor:
         return saved.new_empty(1, dtype=torch.float64)
 
     def nothing(*_: Any) -> None:

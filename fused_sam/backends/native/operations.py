@@ -24,12 +24,11 @@ _BLENDS = {blend.name: i for i, blend in enumerate(BLENDS.values())}
 
 
 class _Native(Tables):
-    """A bucket's tables, its pinned weights, and what blocks of threads count with."""
+    """A bucket's tables, and what blocks of threads count with."""
 
     def __init__(self, bucket: Bucket) -> None:
         on_cpu = bucket.device.type == "cpu"
         super().__init__(bucket, 0 if on_cpu else CHUNK)
-        self.pinned = [bucket.memory(slot) for slot in bucket.slots if slot.pinned]
         self.ticket = None if on_cpu else torch.zeros(1, dtype=torch.int32, device=self.device)
 
 
@@ -59,8 +58,6 @@ class NativeBackend(Backend):
         tables = _tables(bucket)
         bits = {row: READS_PARAM * sums.reads_param(groups[row]) for row in bucket.rows}
         total: Tensor = torch.ops.fused_sam.reduce.default(
-            bucket.weights,
-            tables.pinned,
             bucket.saved,
             bucket.kept if sums.reads_kept else None,
             earlier,
@@ -88,8 +85,6 @@ class NativeBackend(Backend):
             return super().ascend_(bucket, ascent, grads, groups, total, number, kept)
         tables = _tables(bucket)
         torch.ops.fused_sam.ascend_.default(
-            bucket.weights,
-            tables.pinned,
             bucket.saved,
             kept,
             bucket.climb,
@@ -125,8 +120,6 @@ class NativeBackend(Backend):
         bits = {row: rule_bits(rule, groups[row], blend is not None) for row in bucket.rows}
         numbers, rates = rule_rows(rule, groups, bucket.rows)
         torch.ops.fused_sam.update_.default(
-            bucket.weights,
-            tables.pinned,
             *states,
             *[None] * (MAX_STATES - len(states)),
             bucket.state(STEP).flat if rule.counts else None,
@@ -152,8 +145,6 @@ class NativeBackend(Backend):
             return super().restore_(bucket)
         tables = _tables(bucket)
         torch.ops.fused_sam.restore_.default(
-            bucket.weights,
-            tables.pinned,
             bucket.climb,
             bucket.saved,
             tables.slots,
