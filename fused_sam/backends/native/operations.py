@@ -80,7 +80,7 @@ class NativeBackend(Backend):
         grads: Gradients,
         groups: Groups,
         total: Tensor,
-        number: int,
+        number: int | Tensor,
         kept: Tensor | None = None,
     ) -> None:
         """As ``Backend.ascend_``, in one launch."""
@@ -98,7 +98,7 @@ class NativeBackend(Backend):
             tables.flags(dict.fromkeys(bucket.rows, 0), bucket.perturbed, grads),
             sums_table(tables, bucket, ascent.sums, groups),
             total,
-            number,
+            *((number, 0) if isinstance(number, Tensor) else (None, number)),
             _ASCENTS[ascent.name],
         )
 

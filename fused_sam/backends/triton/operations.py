@@ -186,7 +186,7 @@ class TritonBackend(Backend):
         grads: Gradients,
         groups: Groups,
         total: Tensor,
-        number: int,
+        number: int | Tensor,
         kept: Tensor | None = None,
     ) -> None:
         """As ``Backend.ascend_``, in one launch."""
@@ -197,7 +197,7 @@ class TritonBackend(Backend):
                 launcher.addresses(grads).table,
                 launcher.flags(dict.fromkeys(bucket.rows, 0), bucket.perturbed, grads),
                 sums_table(launcher, bucket, ascent.sums, groups),
-                number,
+                *((number, 0) if isinstance(number, Tensor) else (None, number)),
             )
             constants = (
                 *(compiled(ascent.scalars), compiled(ascent.move)),
