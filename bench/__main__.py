@@ -16,7 +16,7 @@ from . import report
 from .machine import ROOT
 from .results import RESULTS, keep, load, tidy
 
-SUITES = ("suite_models", "suite_sweeps", "suite_costs", "suite_training")
+SUITES = ("suite_models", "suite_sweeps", "suite_costs", "suite_training", "suite_family")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -26,6 +26,7 @@ from fused_sam import FusedSAM
 
 from . import workloads
 from .device import DEVICE, DRY
+from .family import measure as measure_family
 from .launches import ACCESSES, VARIANTS, Work, available, kernels_only, launches, variant
 from .machine import conditions, largest_cache
 from .models import MODULES
@@ -322,9 +323,24 @@ def training() -> Rows:
         }
 
 
-PARTS = {
-    part.__name__: part for part in (facts, kernels, steps, host, training, graphs, compiled, sweep)
-}
+def family() -> Rows:
+    """A whole training step of each member of SAM's family, relative to SGD's."""
+    name, batch, size = ("ResNet-20", 2, 8) if DRY else ("ResNet-18", 256, 224)
+    x = torch.randn(batch, 3, size, size, device=DEVICE).to(memory_format=torch.channels_last)
+    y = torch.randint(10, (batch,), device=DEVICE)
+
+    def make() -> torch.nn.Module:
+        return MODULES[name]().to(DEVICE, memory_format=torch.channels_last)
+
+    rows = measure_family(make, x, y, min(ROUNDS, 12))
+    for row in rows:
+        what = {"model": name, "batch": batch, "member": row["name"], "passes": row["passes"]}
+        relative = dataclasses.asdict(ratio(row["wall"], rows[0]["wall"]))
+        yield {**what, **summary(row["wall"]), "times_sgd": relative}
+
+
+_PARTS = (facts, kernels, steps, host, training, family, graphs, compiled, sweep)
+PARTS = {part.__name__: part for part in _PARTS}
 
 
 def main(name: str, folder: str) -> int:

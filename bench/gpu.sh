@@ -2,7 +2,7 @@
 # Everything that needs a GPU, in two calls of nine minutes: what is true, and who is faster.
 #
 #   bench/gpu.sh truth     tests, kernels one by one, memory checks, DRAM traffic
-#   bench/gpu.sh peers     steps against others, graph replay, host time, training, compiled, sweep
+#   bench/gpu.sh peers     steps against others, graph replay, host time, training, family, compiled
 #   bench/gpu.sh PART...   these parts only, where one that must be left out fails; `suites` too,
 #                          those of `python -m bench`
 #
@@ -16,7 +16,7 @@
 # built in place first. A part that fails is reported, and the rest still runs. See bench/parts.sh.
 cd "$(dirname "$0")/.." || exit 2
 truth="tests kernels memcheck racecheck traffic"
-peers="steps host training graphs compiled sweep"
+peers="steps host training family graphs compiled sweep"
 NAMED=
 case $* in
     truth) RUN=gpu-truth PARTS=$truth ;;
@@ -100,6 +100,7 @@ there traffic ncu && part traffic 20 70 "$python" -m bench.traffic "$work"
 measured steps 30 95
 measured host 10 20
 measured training 20 40
+measured family 20 60
 measured graphs 30 75
 measured compiled 40 85
 measured sweep 15 40

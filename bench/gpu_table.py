@@ -49,6 +49,22 @@ def page(folder: Path) -> str:
             for r in _read(folder, "training")
         ],
     )
+    lines += _table(
+        "A training step of each member, relative to SGD's",
+        ["model", "batch", "member", "passes", "ms", "times SGD's", "p20 to p80"],
+        [
+            [
+                r["model"],
+                r["batch"],
+                r["member"],
+                r["passes"],
+                f"{1e3 * r['median']:.2f}",
+                f"{r['times_sgd']['median']:.2f}",
+                f"{r['times_sgd']['p20']:.2f} to {r['times_sgd']['p80']:.2f}",
+            ]
+            for r in _read(folder, "family")
+        ],
+    )
     return "\n".join(lines + _sweep(_measured(_read(folder, "sweep"))))
 
 

@@ -38,15 +38,26 @@ def _bottleneck(inputs: int, width: int, stride: int) -> _Block:
     return _Block(inputs, outputs, stride, [*layers, _conv_norm(width, outputs, 1)])
 
 
-def resnet20() -> nn.Module:
-    """He et al. 2016, section 4.2, with projection shortcuts; any image size from 4x4 up."""
-    layers: list[nn.Module] = [_conv_norm(3, 16, 3), nn.ReLU()]
-    inputs = 16
-    for width in (16, 32, 64):
-        for i in range(3):
-            layers.append(_basic(inputs, width, 2 if width > 16 and i == 0 else 1))
+def small_image_resnet(widths: Sequence[int], blocks: int, stride: int = 1) -> nn.Module:
+    """A ResNet for 10 classes of small colour images, from 4x4 up, with projection shortcuts.
+
+    Args:
+        widths: channels of each stage; each but the first halves the image.
+        blocks: basic blocks in a stage.
+        stride: of the first convolution.
+    """
+    layers: list[nn.Module] = [_conv_norm(3, widths[0], 3, stride), nn.ReLU()]
+    inputs = widths[0]
+    for stage, width in enumerate(widths):
+        for i in range(blocks):
+            layers.append(_basic(inputs, width, 2 if stage and i == 0 else 1))
             inputs = width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 10))
+
+
+def resnet20() -> nn.Module:
+    """He et al. 2016, section 4.2."""
+    return small_image_resnet((16, 32, 64), 3)
 
 
 def _imagenet(block: type | object, expansion: int, depths: Sequence[int]) -> nn.Module:

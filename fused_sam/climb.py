@@ -82,8 +82,8 @@ class Climb(Passes):
                 if any([bucket.masters for bucket in facts.engine.buckets]):
                     facts.engine.take_in(self.state, groups)  # the climb is from loaded masters
                 facts.leave()
-                keep = blend is not None
-                total = facts.engine.climb(ascent, grads, groups, number, keep)
+                facts.blend = blend
+                total = facts.engine.climb(ascent, grads, groups, number, keep=blend is not None)
                 facts.climbed(ascent, groups, total)
             except BaseException:
                 self.restore()

@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from .ascents import Ascent
 from .attached import Attached
 from .backends import Groups
 from .backends.capture import Captures
+from .blends import Blend
 from .engine import Engine
 from .memory import Layout
+from .owners import ALL
 from .record import Record
 from .scaler import ScalerFacts
 from .schedule import Decision
@@ -35,12 +37,13 @@ class Facts:
         decision: what the schedule said of the last step that began.
         aside: the gradients of a half-done step that did not climb; it uses them, unless a second
             backward leaves others.
+        blend: what the last climb has kept gradients for; None for nothing.
         scale: the loss scale of the gradients at w, as far as first_step was told; else None.
         scale_matters: whether the step under way depends on it.
         total: (k,) float64, what the last climb reduced; None before the first.
         norm: which norm that is: of ``total``, ().
         training: whether the weights of a one-pass member belong ahead of w.
-        ahead: whether each slot of each bucket was taken there last.
+        visited: whether they have been there since the last step.
         versions: of all parameters, torch's count of writes to each, as they were left there.
         attached: the model, if it is known.
         record: the random states of the first pass.
@@ -49,8 +52,8 @@ class Facts:
         scaler: what a GradScaler did.
     """
 
-    def __init__(self, owner: Optimizer, attached: Attached | None = None) -> None:
-        self.owner = weakref.ref(owner)
+    def __init__(self, owner: Any, attached: Attached | None = None) -> None:
+        self.owner: weakref.ref[Any] = weakref.ref(owner)
         self.finishing = False
         self.scaler = ScalerFacts()
         self.attached = attached or Attached()
@@ -62,13 +65,15 @@ class Facts:
         self.perturbed = False
         self.decision = Decision(True, {})
         self.aside: list[tuple[Tensor, Tensor]] = []
+        self.blend: Blend | None = None
         self.scale: float | None = None
         self.scale_matters = False
         self.total: Tensor | None = None
         self.norm: Callable[[Tensor], Tensor] = torch.sum  # before the first climb nobody asks
         self.training = True
-        self.ahead: list[tuple[bool, ...]] = []
+        self.visited = False
         self.versions: list[int] = []
+        ALL.add(self)
 
     def devices(self) -> list[torch.device]:
         """Where random numbers may be drawn: the parameters' devices, and all GPUs in use."""

@@ -9,8 +9,9 @@ import torch
 from torch.optim import Optimizer
 
 from . import backends
+from .ascents import ASCENTS, Ascent
 from .backends import capture
-from .checks import check_ahead, check_groups, keep_each_once
+from .checks import check_groups, check_members, keep_each_once
 from .engine import Engine
 from .facts import Facts
 from .gradients import are_there, put_back
@@ -63,6 +64,15 @@ class Following(Optimizer):
     def state(self, state: Any) -> None:
         self.base_optimizer.state = state
 
+    def _follows(self) -> Ascent | None:
+        """The ascent, if it is one of one pass, which follows the momentum."""
+        # Not those of this class, which ask who reads them: a forward reads these.
+        for group in self.base_optimizer.param_groups:
+            if group["ascent"] is not None:
+                ascent = ASCENTS.get(group["ascent"])
+                return ascent if ascent is not None and ascent.along_momentum else None
+        return None
+
     def _fill_groups(self) -> None:
         for group in self.param_groups:
             for name in OPTIONS:
@@ -111,7 +121,7 @@ class Following(Optimizer):
         by_device = {device: backends.resolve(self._backend_name, device) for device in devices}
         self._fill_groups()
         rule = RULES.get(type(self.base_optimizer))
-        check_ahead(rule, groups, self.base_optimizer, self.when)
+        check_members(rule, groups, self.base_optimizer, self.when)
         if self._facts.captures.have_seen(old):
             self._facts.captures.outdate(
                 "parameters were added, removed, thawed, moved or restrided: a replay reads and "

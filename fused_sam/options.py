@@ -60,6 +60,12 @@ def _check_p(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be >= 1.1 (it may be math.inf), got {value!r}")
 
 
+def _check_gamma(name: str, value: Any) -> None:
+    check_number(name, value)
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+
+
 def _check_member(name: str, value: Any) -> None:
     if value is not None and not isinstance(value, str):
         raise TypeError(
@@ -75,16 +81,26 @@ MAX_GRAD_NORM = Option("max_grad_norm", None, _check_clip)
 P = Option("p", 2.0, _check_p)
 BLEND = Option("blend", None, _check_member)
 BLEND_ALPHA = Option("blend_alpha", 0.0, check_size)
+BLEND_GAMMA = Option("blend_gamma", 0.9, _check_gamma)
+BLEND_MAX_NORM = Option("blend_max_norm", None, _check_clip)
 
 OPTIONS: Mapping[str, Option] = {
     option.name: option
-    for option in (RHO, ADAPTIVE, ETA, ASCENT, P, BLEND, BLEND_ALPHA, MAX_GRAD_NORM)
+    for option in (
+        *(RHO, ADAPTIVE, ETA, ASCENT, P),
+        *(BLEND, BLEND_ALPHA, BLEND_GAMMA, BLEND_MAX_NORM, MAX_GRAD_NORM),
+    )
 }
 """What a group holds besides the base optimizer's options, by name."""
 
 CLIMBS = "sam_climbs"
 """Key in the first group: how many climbs there were. It is no option: the optimizer counts. The
 rounding of half precision depends on it, so a checkpoint must hold it."""
+
+
+MISSED = "sam_missed"
+"""Key in a group with Momentum-SAM: the indices of its parameters that had no gradient in the last
+step. They stay at w, so a checkpoint must hold it."""
 
 
 def check_values(group: Mapping[str, Any]) -> None:

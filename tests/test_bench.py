@@ -13,6 +13,7 @@ import torch
 from bench import __main__ as bench_main
 from bench import (
     compare,
+    family,
     gpu_table,
     losses,
     machine,
@@ -208,6 +209,17 @@ def test_spread_of_ratios_is_taken_pair_by_pair():
     found = stats.ratio([2.0, 30.0, 400.0], [1.0, 10.0, 100.0])
     assert found.median == 3.0
     assert 2.0 < found.p20 < 3.0 < found.p80 < 4.0
+
+
+def test_the_family_is_compared_with_sgd_round_by_round():
+    images, labels = torch.randn(2, 3, 8, 8), torch.arange(2)
+    rows = family.measure(lambda: models.small_image_resnet((4,), 1), images, labels, rounds=1)
+    assert [row["name"] for row in rows] == [member.name for member in family.MEMBERS]
+    assert all(len(row["wall"]) == len(row["cpu"]) == 1 for row in rows)
+    sgd = {"name": "SGD", "passes": 1, "wall": [1.0, 2.0, 4.0], "cpu": [1.0, 1.0, 1.0]}
+    other = {"name": "SAM", "passes": 2, "wall": [2.0, 4.0, 12.0], "cpu": [2.0, 2.5, 3.0]}
+    lines = family.table([sgd, other])
+    assert lines[2:] == ["| SAM | 2 | 2.00 (2.00–2.60) | 2.50 (2.20–2.80) |"]
 
 
 # ------------------------------------------------------------------------------------ bench/gpu.sh

@@ -67,7 +67,7 @@ def test_operations_do_what_their_schemas_say(pinned):
     torch.library.opcheck(ops.reduce.default, (*start, None, None, *places, *ascent, 0))
     total = torch.ones(1, dtype=torch.float64)
     torch.library.opcheck(
-        ops.ascend_.default, (*start, bucket.climb, *places, *ascent, total, 1, 0)
+        ops.ascend_.default, (*start, bucket.climb, *places, *ascent, total, None, 1, 0)
     )
     adam = dict(torch.optim.AdamW(params, amsgrad=True).param_groups[0])
     numbers, _ = tables.rule_rows(ADAM, [adam], [0])
@@ -140,7 +140,7 @@ def test_operations_refuse_tables_that_do_not_fit():
         with pytest.raises(RuntimeError, match="of which one is missing or unknown"):
             torch.ops.fused_sam.update_.default(
                 *(None, None, None, None, None, bucket.climb, bucket.saved),
-                *(None, own.slots, addresses, kept, own.hyper("sgd", 1, sgd), *[None] * 4),
+                *(None, own.slots, addresses, kept, own.hyper("sgd", 1, sgd), *[None] * 5),
                 *(operations._RULES["Sgd"], -1),
             )
     flags = own.flags({0: 0}, bucket.perturbed, grads)
@@ -159,7 +159,7 @@ def test_operations_refuse_tables_that_do_not_fit():
             torch.ops.fused_sam.update_.default(
                 *(None, None, None, None, None, bucket.climb, bucket.saved),
                 *(kept, own.slots, addresses, flags, own.hyper("sgd", 1, sgd), three, hyper),
-                *(None, None, operations._RULES["Sgd"], blend),
+                *(None, None, None, operations._RULES["Sgd"], blend),
             )
 
 
@@ -177,7 +177,7 @@ def test_states_that_adam_always_keeps_must_be_there_and_in_the_flags():
         torch.ops.fused_sam.update_.default(
             *(*states, torch.zeros(len(SIZES)), None, bucket.climb),
             *(bucket.saved, None, own.slots, own.addresses(grads).table, flags),
-            *(own.hyper("adam", 1, numbers), *[None] * 4, operations._RULES["Adam"], -1),
+            *(own.hyper("adam", 1, numbers), *[None] * 5, operations._RULES["Adam"], -1),
         )
 
     for states in ((state, None, None), (None, state, state)):

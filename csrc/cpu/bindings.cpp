@@ -91,12 +91,14 @@ Tensor reduce(Tensor saved, std::optional<Tensor> kept, std::optional<Tensor> ea
 }
 
 void ascend_(Tensor saved, std::optional<Tensor> kept, Tensor climb, Tensor slots, Tensor grads,
-             Tensor flags, Tensor hyper, Tensor total, int64_t number, int64_t ascent) {
+             Tensor flags, Tensor hyper, Tensor total, std::optional<Tensor> number_at,
+             int64_t number, int64_t ascent) {
   check_index(ascent, kNumAscents, "ascent");
   Bucket bucket(saved, slots, grads, flags, hyper, kAscentColumns[ascent]);
   check(total, "total", ScalarType::Double, kAscentNumbers[ascent], saved);
   const double* numbers = static_cast<const double*>(total.const_data_ptr());
   bucket.problem.kept = check_kept(kept, saved);
+  if (const int64_t* at = check_number(number_at, saved)) number = *at;
   set_climb(climb, saved, number);
   const auto kernel = kernels().ascend_[ascent][static_cast<int>(bucket.dtype)];
   const Problem& p = bucket.problem;
@@ -109,18 +111,20 @@ void update_(std::optional<Tensor> state0, std::optional<Tensor> state1,
              std::optional<Tensor> /*ticket*/, Tensor climb, Tensor saved,
              std::optional<Tensor> kept, Tensor slots, Tensor grads, Tensor flags, Tensor hyper,
              std::optional<Tensor> numbers, std::optional<Tensor> blend_hyper,
-             std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, int64_t rule,
-             int64_t blend) {
+             std::optional<Tensor> loss_scale, std::optional<Tensor> grad_scale,
+             std::optional<Tensor> found_inf, int64_t rule, int64_t blend) {
   check_index(rule, kNumRules, "rule");
   Bucket bucket(saved, slots, grads, flags, hyper, kRuleColumns[rule]);
   Problem& p = bucket.problem;
   const unsigned has = check_update(state0, state1, state2, step, grad_scale, found_inf, saved,
                                     p.num_slots, rule, p.states);
   p.step = memory<float>(step);
-  check_blend(kept, numbers, blend_hyper, saved, hyper.numel() / kRuleColumns[rule], blend);
+  check_blend(kept, numbers, blend_hyper, loss_scale, saved, hyper.numel() / kRuleColumns[rule],
+              blend);
   p.kept = check_kept(kept, saved);
   p.numbers = memory<double>(numbers);
   p.blend_hyper = memory(blend_hyper);
+  p.loss_scale = memory<double>(loss_scale);
   p.blend = static_cast<int>(blend);
   const bool skip = found_inf && *memory<float>(found_inf) != 0.0f;
   double scale = 1;
@@ -170,12 +174,12 @@ STABLE_TORCH_LIBRARY(fused_sam, m) {
       "Tensor grads, Tensor flags, Tensor hyper, int sums) -> Tensor");
   m.def(
       "ascend_(Tensor(a!) saved, Tensor(b!)? kept, Tensor(c!) climb, Tensor slots, Tensor grads, "
-      "Tensor flags, Tensor hyper, Tensor total, int number, int ascent) -> ()");
+      "Tensor flags, Tensor hyper, Tensor total, Tensor? number_at, int number, int ascent) -> ()");
   m.def(
       "update_(Tensor(a!)? state0, Tensor(b!)? state1, Tensor(c!)? state2, Tensor(d!)? step, "
       "Tensor(e!)? ticket, Tensor(f!) climb, Tensor saved, Tensor? kept, Tensor slots, "
       "Tensor grads, Tensor flags, Tensor hyper, Tensor? numbers, Tensor? blend_hyper, "
-      "Tensor? grad_scale, Tensor? found_inf, int rule, int blend) -> ()");
+      "Tensor? loss_scale, Tensor? grad_scale, Tensor? found_inf, int rule, int blend) -> ()");
   m.def("restore_(Tensor(a!) climb, Tensor saved, Tensor slots, Tensor flags) -> ()");
   m.def("cpu_kernels() -> str");
   m.def("mathematics() -> str");

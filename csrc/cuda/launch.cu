@@ -91,12 +91,13 @@ const char* launch_reduce(Dtype dtype, int64_t sums, const DeviceProblem& p, dou
 }
 
 const char* launch_ascend_(Dtype dtype, int64_t ascent, const DeviceProblem& p, const double* total,
-                           int64_t* climb, int64_t number, int device, void* stream) {
+                           int64_t* climb, const int64_t* number_at, int64_t number, int device,
+                           void* stream) {
   return with_storage(dtype, [&](auto s) {
     using S = decltype(s);
     return with_ascent(ascent, [&](auto value) {
       return launch(ascend_kernel<decltype(value), S>, p.num_chunks, device, stream, p, total,
-                    climb, number);
+                    climb, number_at, number);
     });
   });
 }
@@ -107,7 +108,9 @@ const char* launch_update_(Dtype dtype, int64_t rule, const DeviceProblem& p,
   return with_storage(dtype, [&](auto s) {
     using S = decltype(s);
     return with_rule(rule, [&](auto value) {
-      return launch(update_kernel<decltype(value), S>, p.num_chunks, device, stream, p,
+      using Rule = decltype(value);
+      const auto kernel = p.after ? update_kernel<Rule, S, true> : update_kernel<Rule, S, false>;
+      return launch(kernel, p.num_chunks, device, stream, p,
                     static_cast<const ComputeOf<S>*>(grad_scale), found_inf, ticket, climb);
     });
   });

@@ -77,7 +77,7 @@ class NativeBackend(Backend):
         grads: Gradients,
         groups: Groups,
         total: Tensor,
-        number: int,
+        number: int | Tensor,
         kept: Tensor | None = None,
     ) -> None:
         """As ``Backend.ascend_``, in one launch."""
@@ -93,7 +93,7 @@ class NativeBackend(Backend):
             tables.flags(dict.fromkeys(bucket.rows, 0), bucket.perturbed, grads),
             sums_table(tables, bucket, ascent.sums, groups),
             total,
-            number,
+            *((number, 0) if isinstance(number, Tensor) else (None, number)),
             _ASCENTS[ascent.name],
         )
 
@@ -133,6 +133,7 @@ class NativeBackend(Backend):
             tables.hyper(rule.name, len(groups), numbers, rates),
             None if blending is None else blending.numbers,
             None if blend is None else blend_table(tables, bucket, blend, groups),
+            None if blending is None else blending.scale,
             grad_scale,
             found_inf,
             _RULES[rule.name],

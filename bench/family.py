@@ -1,0 +1,161 @@
+"""A whole training step of each member of SAM's family, against SGD's on the same network.
+
+python -m bench.family bench/results/family.json     writes the section of docs/family.md
+"""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fused_sam import FusedSAM
+from fused_sam.ascents import MSAM
+from fused_sam.blends import GSAM
+from fused_sam.schedule import Every, From
+
+from .machine import ROOT
+from .measure import timed
+from .peers import BASES
+from .report import write_section
+from .results import entries, load
+from .stats import ratio, spread
+
+K = 5
+"""Steps that are timed together: a whole period of the members that climb in every fifth."""
+NEVER = 10**9
+
+
+@dataclass(frozen=True)
+class Member:
+    """A row of the table.
+
+    Attributes:
+        name: what it is called.
+        passes: forward and backward in a step, on average.
+        options: FusedSAM's; None is SGD in torch's fastest form.
+    """
+
+    name: str
+    passes: float
+    options: dict[str, Any] | None
+
+
+MEMBERS = (
+    Member("SGD", 1, None),
+    Member("MSAM", 1, {"ascent": MSAM(), "rho": 1.0}),
+    Member("late-phase SAM, before it climbs", 1, {"when": From(NEVER)}),
+    Member("late-phase SAM, once it climbs", 2, {"when": From(0)}),
+    Member(f"SAM in every {K}th step", 1 + 1 / K, {"when": Every(K)}),
+    Member("SAM", 2, {}),
+    Member("ASAM", 2, {"adaptive": True}),
+    Member("GSAM", 2, {"blend": GSAM(0.1)}),
+)
+"""The first is what all others are compared with."""
+
+
+class Trainee:
+    """A network that a member trains; notes the time of each turn, by the clock and of the CPU."""
+
+    def __init__(self, member: Member, network: nn.Module) -> None:
+        self.member, self.network = member, network
+        cls, options = BASES["SGD"]
+        if member.options is None:
+            self.optimizer: Any = cls(network.parameters(), **options, fused=True)
+        else:
+            more = {"rho": 0.05, **member.options}
+            self.optimizer = FusedSAM(network.parameters(), cls, model=network, **more, **options)
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+
+    def turn(self, images: Tensor, labels: Tensor) -> None:
+        """K steps."""
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad()
+            loss = F.cross_entropy(self.network(images), labels)
+            loss.backward()
+            return loss
+
+        def steps() -> None:
+            for _ in range(K):
+                self.optimizer.step(closure)
+
+        start = time.process_time()
+        self.wall.append(timed(images.device, steps) / K)
+        self.cpu.append((time.process_time() - start) / K)
+
+
+def measure(
+    make: Callable[[], nn.Module], images: Tensor, labels: Tensor, rounds: int
+) -> list[dict[str, Any]]:
+    """Turns of all members, round by round, another one first in each; after one to warm up.
+
+    Returns:
+        For each member its name, passes, and seconds of a step in each round, by both clocks.
+    """
+    trainees = []
+    for member in MEMBERS:
+        torch.manual_seed(0)
+        trainees.append(Trainee(member, make()))
+    for number in range(1 + rounds):
+        first = number % len(trainees)
+        for trainee in trainees[first:] + trainees[:first]:
+            trainee.turn(images, labels)
+    return [
+        {
+            "name": t.member.name,
+            "passes": t.member.passes,
+            "wall": [float(f"{s:.4g}") for s in t.wall[1:]],
+            "cpu": [float(f"{s:.4g}") for s in t.cpu[1:]],
+        }
+        for t in trainees
+    ]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Each member's step in units of SGD's: medians of the rounds' ratios, p20 and p80."""
+    lines = [
+        "| step of | passes | time, times SGD's | CPU time, times SGD's |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for row in rows[1:]:
+        cells = [ratio(row[clock], rows[0][clock]) for clock in ("wall", "cpu")]
+        texts = [f"{s.median:.2f} ({s.p20:.2f}–{s.p80:.2f})" for s in cells]
+        lines.append(f"| {row['name']} | {row['passes']:g} | {' | '.join(texts)} |")
+    return lines
+
+
+def page(results: dict[str, Any]) -> str:
+    """The section of docs/family.md."""
+    info, found = results["machine_info"], entries(results, "family")["test_family"]
+    rows, before, after = found["members"], info["load_before"], found["load_after"]
+    text = (
+        f"{info['cpu']}, {info['threads']} threads, torch {info['versions']['torch']}, commit "
+        f"`{info['commit']}`, {info['date'][:10]}: {found['network']} on {found['batch']} images "
+        f"of {found['pixels']}×{found['pixels']}, float32, SGD with momentum and weight decay. "
+        f"Whole training steps, forward and backward included, {K} in a turn, all in one process, "
+        f"turn by turn; median of {len(rows[0]['wall'])} rounds, 20th and 80th percentile. SGD's "
+        f"step took {1e3 * spread(rows[0]['wall']).median:.0f} ms, in torch's fused form. The "
+        f"machine's load was {before:g} before and {after:g} after: other work than this is in "
+        "both, and in the spread. `python -m bench --suite suite_family` measures again."
+    )
+    lines = textwrap.wrap(text, 100)
+    return "\n".join(["", *lines, "", *table(rows), ""])
+
+
+def main(path: str) -> None:
+    """Write the section from a file of results."""
+    write_section(ROOT / "docs" / "family.md", page(load(Path(path))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
