@@ -253,9 +253,11 @@ def rule_rows(
     return numbers, rates
 
 
-def sums_table(tables: Tables, bucket: Bucket, sums: Sums, groups: Groups) -> Tensor:
+def sums_table(
+    tables: Tables, bucket: Bucket, sums: Sums, groups: Groups, unscale: float = 1.0
+) -> Tensor:
     """The numbers that a sum, or the ascent that it is for, needs of each group."""
-    rows = {row: sums.numbers(groups[row]) for row in bucket.rows}
+    rows = {row: sums.numbers(groups[row], unscale) for row in bucket.rows}
     return tables.hyper(sums.name, len(groups), rows)
 
 
