@@ -650,12 +650,33 @@ struct Gsam {
   }
 };
 
+// v = a * g' + b * g
+struct CoupledWsam {
+  static constexpr int kColumns = 1;
+  template <typename T>
+  struct Columns {
+    T weight;
+  };
+
+  template <typename Group>
+  static FUSED_SAM_INLINE Coefficients coefficients([[maybe_unused]] const Group& columns_,
+                                                    const double* numbers_) {
+    using T = double;
+    [[maybe_unused]] T mixed = T(numbers_[0]);
+    [[maybe_unused]] T second = T(numbers_[1]);
+    [[maybe_unused]] T first = T(numbers_[2]);
+    [[maybe_unused]] T weight = columns_.weight;
+    auto known = words::is_finite(first);
+    return {words::where(known, weight, T(1.0)), words::where(known, (T(1) - weight), T(0.0))};
+  }
+};
+
 }  // namespace FUSED_SAM_ISA
 
 constexpr int kNumRules = 5;
 constexpr int kNumSums = 5;
 constexpr int kNumAscents = 3;
-constexpr int kNumBlends = 1;
+constexpr int kNumBlends = 2;
 
 }  // namespace fused_sam
 
@@ -665,6 +686,6 @@ constexpr int kNumBlends = 1;
 
 #define FUSED_SAM_ASCENTS(_) _(Sam) _(PNorm) _(Usam)
 
-#define FUSED_SAM_BLENDS(_) _(Gsam)
+#define FUSED_SAM_BLENDS(_) _(Gsam) _(CoupledWsam)
 
-#define FUSED_SAM_MATHEMATICS "3008f17408a23633"
+#define FUSED_SAM_MATHEMATICS "d2357a6131fb2b4e"

@@ -66,6 +66,12 @@ def _check_share(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be from 0 to 1, got {value!r}")
 
 
+def _check_gamma(name: str, value: Any) -> None:
+    check_number(name, value)
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value!r}")
+
+
 def _check_member(name: str, value: Any) -> None:
     if value is not None and not isinstance(value, str):
         raise TypeError(
@@ -83,10 +89,15 @@ SIGMA = Option("sigma", 1.0, check_size)
 LAM = Option("lam", 0.6, _check_share)
 BLEND = Option("blend", None, _check_member)
 BLEND_ALPHA = Option("blend_alpha", 0.0, check_size)
+BLEND_GAMMA = Option("blend_gamma", 0.9, _check_gamma)
 
 OPTIONS: Mapping[str, Option] = {
     option.name: option
-    for option in (RHO, ADAPTIVE, ETA, ASCENT, P, SIGMA, LAM, BLEND, BLEND_ALPHA, MAX_GRAD_NORM)
+    for option in (
+        *(RHO, ADAPTIVE, ETA, ASCENT, P, SIGMA, LAM),
+        *(BLEND, BLEND_ALPHA, BLEND_GAMMA),
+        MAX_GRAD_NORM,
+    )
 }
 """What a group holds besides the base optimizer's options, by name."""
 

@@ -139,11 +139,7 @@ class Member:
 
     def climb(self, g):
         """w + epsilon for the gradients at w."""
-        taking = [
-            None if x is None or self.row[i].get("ascent", "sam") is None else x
-            for i, x in enumerate(g)
-        ]
-        eps = self.epsilon(self.direction(taking))
+        eps = self.epsilon(self.direction(self.inside(g)))
         return [
             w.detach() if e is None else w.detach() + e
             for w, e in zip(self.weights, eps, strict=True)
@@ -156,11 +152,23 @@ class Member:
         g = surface.gradient(self.weights, i, 0)
         if self.climbs(i):
             g2 = surface.gradient(self.climb(g), i, 1)
-            v = self.blend(g, g2)
+            v = self.outside(g2, self.blend(self.inside(g), self.inside(g2)))
         else:
-            v = self.plain(g)
+            v = self.outside(g, self.plain(self.inside(g)))
         if not skip:
             self.descend(v)
+
+    def inside(self, g):
+        """The gradients of the groups that climb; the others count as missing."""
+        climbs = [self.row[i].get("ascent", "sam") is not None for i in range(len(g))]
+        return [x if climbs[i] else None for i, x in enumerate(g)]
+
+    def outside(self, g, v):
+        """What the base optimizer sees: ``v`` in the groups that climb, ``g`` in the others."""
+        return [
+            x if self.row[i].get("ascent", "sam") is None else y
+            for i, (x, y) in enumerate(zip(g, v, strict=True))
+        ]
 
     def descend(self, v):
         for w, x in zip(self.weights, v, strict=True):
@@ -296,7 +304,10 @@ class LookSAM(Member):
 
 
 class CoupledWSAM(Member):
-    """Yue et al. 2023: a ĝ + (1 - a) g, a = gamma / (1 - gamma)."""
+    """Yue et al. 2023: a ĝ + (1 - a) g, a = gamma / (1 - gamma).
+
+    A gradient that is missing at w is zero there.
+    """
 
     gamma = 0.88
 
@@ -306,26 +317,9 @@ class CoupledWSAM(Member):
 
     def blend(self, g, g2):
         return [
-            x if x is None or y is None else self.a * x + (1 - self.a) * y
+            None if x is None else self.a * x + (1 - self.a) * (0 if y is None else y)
             for x, y in zip(g2, g, strict=True)
         ]
-
-
-class DecoupledWSAM(CoupledWSAM):
-    """The base optimizer sees g; then w -= lr * a * (ĝ - g)."""
-
-    def step(self, surface, skip=False):
-        i = self.number
-        self.number += 1
-        g = surface.gradient(self.weights, i, 0)
-        g2 = surface.gradient(self.climb(g), i, 1)
-        if skip:
-            return
-        self.descend(g)
-        with torch.no_grad():
-            for j, (w, x, y) in enumerate(zip(self.weights, g2, g, strict=True)):
-                if x is not None and y is not None:
-                    w -= self.row[j]["lr"] * self.a * (x - y)
 
 
 class MSAM(Member):

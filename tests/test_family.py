@@ -12,7 +12,7 @@ from oracle import assert_same_bits
 
 from fused_sam import FusedSAM
 from fused_sam.ascents import USAM, FriendlySAM, PNorm
-from fused_sam.blends import GSAM
+from fused_sam.blends import GSAM, CoupledWSAM
 from fused_sam.schedule import Every
 
 SHAPES = [(5,), (3, 4), (), (2, 3)]
@@ -36,6 +36,10 @@ MEMBERS = {
     "usam": ({"ascent": USAM()}, family.USAM),
     "friendly": ({"ascent": FriendlySAM(sigma=0.9)}, Oracles.of(family.Friendly, sigma=0.9)),
     "gsam": ({"blend": GSAM(0.3)}, Oracles.of(family.GSAM, alpha=0.3)),
+    "coupled-wsam": (
+        {"blend": CoupledWSAM(0.88)},
+        Oracles.of(family.CoupledWSAM, gamma=0.88),
+    ),
     "gsam-usam": (
         {"blend": GSAM(0.2), "ascent": USAM()},
         type("Both", (family.GSAM, family.USAM), {"alpha": 0.2}),
@@ -114,15 +118,6 @@ def test_groups_that_do_not_climb(name, backend):
     groups = [GROUPS[0], {**GROUPS[1], "ascent": None}, GROUPS[2]]
     opt, params = make(name, backend=backend, groups=groups)
     surface, member = Surface(SHAPES), oracle(name, groups=groups)
-    if hasattr(member, "alpha"):
-        blend = member.blend
-
-        def partial(g, g2):
-            """Those that do not climb are no part of the products, and keep their gradient."""
-            inside = blend([*g[:1], None, *g[2:]], [*g2[:1], None, *g2[2:]])
-            return [*inside[:1], g2[1], *inside[2:]]
-
-        member.blend = partial
     for i in range(STEPS):
         step(opt, params, surface, i)
         member.step(surface)
@@ -191,10 +186,12 @@ def test_an_infinite_gradient_moves_nothing(backend):
             assert_same_bits(p, w)
 
 
-def test_alpha_zero_is_sam_to_the_bit(backend):
+@pytest.mark.parametrize("blend", [GSAM(0.0), CoupledWSAM(0.5)], ids=str)
+def test_a_blend_that_is_sam_is_sam_to_the_bit(blend, backend):
+    """Guards the gradient at w, which must not be looked at."""
     runs = []
-    for blend in (None, GSAM(0.0)):
-        opt, params = make("sam", backend=backend, blend=blend)
+    for other in (None, blend):
+        opt, params = make("sam", backend=backend, blend=other)
         for i in range(STEPS):
             step(opt, params, Surface(SHAPES), i)
         runs.append(params)

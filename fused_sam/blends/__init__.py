@@ -9,10 +9,12 @@ from ..rules.base import Group
 from .base import Blend, Blending, Choice
 from .gsam import BLEND as _GSAM
 from .gsam import GSAM
+from .wsam import COUPLED as _COUPLED_WSAM
+from .wsam import CoupledWSAM
 
-__all__ = ["BLENDS", "GSAM", "Blend", "Blending", "Choice", "chosen"]
+__all__ = ["BLENDS", "GSAM", "Blend", "Blending", "Choice", "CoupledWSAM", "chosen"]
 
-BLENDS: Mapping[str, Blend] = {blend.key: blend for blend in (_GSAM,)}
+BLENDS: Mapping[str, Blend] = {blend.key: blend for blend in (_GSAM, _COUPLED_WSAM)}
 """By the value of a group's ``blend``. None is SAM: the gradient at w + epsilon."""
 
 
