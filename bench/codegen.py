@@ -72,7 +72,14 @@ EVERYWHERE = (
     *("reduce", "ascend", "sgd-momentum", "adamw", "rmsprop"),
     *("reduce-gram", "ascend-keep", "sgd-momentum-gsam"),
 )
-NOT_ALIGNED = ("total_ptr", "earlier_ptr", "numbers_ptr", "grad_scale_ptr", "found_inf_ptr")
+NOT_ALIGNED = (
+    "total_ptr",
+    "number_ptr",
+    "earlier_ptr",
+    "numbers_ptr",
+    "grad_scale_ptr",
+    "found_inf_ptr",
+)
 REGISTER_FILE, THREADS = 65536, {"sm_80": 2048, "sm_90": 2048, "sm_100": 2048, "sm_120": 1536}
 """Per multiprocessor (CUDA programming guide, table of compute capabilities)."""
 

@@ -90,6 +90,12 @@ inline void* check_kept(const std::optional<Tensor>& kept, const Tensor& saved) 
   return memory(kept);
 }
 
+// Where a climb's number is, on the weights' device; null where it is an argument.
+inline const int64_t* check_number(const std::optional<Tensor>& number_at, const Tensor& saved) {
+  if (number_at) check(*number_at, "number_at", ScalarType::Long, 1, saved);
+  return number_at ? static_cast<const int64_t*>(number_at->const_data_ptr()) : nullptr;
+}
+
 // A blend and what its coefficients are made of: all of it is there, or nothing is.
 inline void check_blend(const std::optional<Tensor>& kept, const std::optional<Tensor>& numbers,
                         const std::optional<Tensor>& blend_hyper, const Tensor& saved, int64_t rows,

@@ -67,7 +67,7 @@ def test_operations_do_what_their_schemas_say(pinned):
     torch.library.opcheck(ops.reduce.default, (*start, None, None, None, *places, *ascent, 0))
     total = torch.ones(1, dtype=torch.float64)
     torch.library.opcheck(
-        ops.ascend_.default, (*start, None, bucket.climb, *places, *ascent, total, 1, 0)
+        ops.ascend_.default, (*start, None, bucket.climb, *places, *ascent, total, None, 1, 0)
     )
     adam = dict(torch.optim.AdamW(params, amsgrad=True).param_groups[0])
     numbers, _ = tables.rule_rows(ADAM, [adam], [0])

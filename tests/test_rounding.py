@@ -9,6 +9,7 @@ import torch
 from oracle import Textbook, assert_same_bits, inject, params_of, same_bits
 
 from fused_sam import FusedSAM
+from fused_sam.ascents import ASCENTS
 from fused_sam.backends.rounding import round_stochastically, seed_of
 
 SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
@@ -243,3 +244,21 @@ def test_half_precision_steps_as_the_textbook(dtype, backend):
     for i in range(3):
         grads = {p: torch.randn_like(p) for p in params[: 1 + i % 2]}
         textbook.step(grads, {p: torch.randn_like(p) for p in params})
+
+
+def test_a_number_that_is_read_when_the_kernel_runs_rounds_alike(backend):
+    """A CUDA graph has it on the device, where the host writes the next one before each replay."""
+    param = torch.nn.Parameter(torch.randn(128).bfloat16())
+    opt = FusedSAM([param], backend=backend, rho=0.5, lr=0.1)
+    param.grad = torch.randn_like(param)
+    engine, groups = opt._facts.engine, opt.param_groups
+    (bucket,), (work,) = engine.buckets, engine.backends
+    grads = bucket.gradients()
+    total = work.reduce(bucket, ASCENTS["sam"].sums, grads, groups)
+    climbed = []
+    for number in (7, torch.tensor([7]), torch.tensor([8])):
+        work.ascend_(bucket, ASCENTS["sam"], grads, groups, total, number)
+        assert bucket.climb.item() == int(number)
+        climbed.append(param.detach().clone())
+        param.data.copy_(bucket.saved)
+    assert same_bits(climbed[0], climbed[1]) and not same_bits(climbed[0], climbed[2])

@@ -106,12 +106,13 @@ Tensor reduce(Tensor weights, std::vector<Tensor> pinned, Tensor saved, std::opt
 
 void ascend_(Tensor weights, std::vector<Tensor> pinned, Tensor saved, std::optional<Tensor> kept,
              Tensor climb, Tensor slots, Tensor grads, Tensor flags, Tensor hyper, Tensor total,
-             int64_t number, int64_t ascent) {
+             std::optional<Tensor> number_at, int64_t number, int64_t ascent) {
   check_index(ascent, kNumAscents, "ascent");
   Bucket bucket(weights, pinned, saved, slots, grads, flags, hyper, kAscentColumns[ascent]);
   check(total, "total", ScalarType::Double, kAscentNumbers[ascent], saved);
   const double* numbers = static_cast<const double*>(total.const_data_ptr());
   bucket.problem.kept = check_kept(kept, saved);
+  if (const int64_t* at = check_number(number_at, saved)) number = *at;
   set_climb(climb, saved, number);
   const auto kernel = kernels().ascend_[ascent][static_cast<int>(bucket.dtype)];
   const Problem& p = bucket.problem;
@@ -187,9 +188,8 @@ STABLE_TORCH_LIBRARY(fused_sam, m) {
       "-> Tensor");
   m.def(
       "ascend_(Tensor(a!) weights, Tensor(b!)[] pinned, Tensor(c!) saved, Tensor(e!)? kept, "
-      "Tensor(d!) climb, Tensor slots, Tensor grads, Tensor flags, Tensor hyper, Tensor total, int "
-      "number, "
-      "int ascent) -> ()");
+      "Tensor(d!) climb, Tensor slots, Tensor grads, Tensor flags, Tensor hyper, Tensor total, "
+      "Tensor? number_at, int number, int ascent) -> ()");
   m.def(
       "update_(Tensor(a!) weights, Tensor(b!)[] pinned, Tensor(c!)? state0, Tensor(d!)? state1, "
       "Tensor(e!)? state2, Tensor(f!)? step, Tensor(g!)? ticket, Tensor(h!) climb, Tensor saved, "

@@ -84,14 +84,16 @@ Tensor reduce(Tensor weights, std::vector<Tensor> /*pinned*/, Tensor saved,
 
 void ascend_(Tensor weights, std::vector<Tensor> /*pinned*/, Tensor saved,
              std::optional<Tensor> kept, Tensor climb, Tensor slots, Tensor grads, Tensor flags,
-             Tensor hyper, Tensor total, int64_t number, int64_t ascent) {
+             Tensor hyper, Tensor total, std::optional<Tensor> number_at, int64_t number,
+             int64_t ascent) {
   check_index(ascent, kNumAscents, "ascent");
   Bucket bucket(weights, saved, slots, grads, flags, hyper, kAscentColumns[ascent]);
   bucket.problem.kept = check_kept(kept, saved);
   check(total, "total", ScalarType::Double, kAscentNumbers[ascent], saved);
   check_launch(launch_ascend_(bucket.dtype, ascent, bucket.problem,
                               static_cast<const double*>(total.const_data_ptr()),
-                              climb_of(climb, saved), number, bucket.device, bucket.stream));
+                              climb_of(climb, saved), check_number(number_at, saved), number,
+                              bucket.device, bucket.stream));
 }
 
 void update_(Tensor weights, std::vector<Tensor> /*pinned*/, std::optional<Tensor> state0,

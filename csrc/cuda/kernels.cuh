@@ -296,10 +296,13 @@ __device__ __forceinline__ void copy(S* to, const S* from, int numel, bool align
   });
 }
 
+// number_at: where the climb's number is; null: `number`.
 template <typename Ascent, typename S>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    ascend_kernel(DeviceProblem p, const double* numbers, int64_t* climbed, int64_t number) {
+    ascend_kernel(DeviceProblem p, const double* numbers, int64_t* climbed,
+                  const int64_t* number_at, int64_t number) {
   using T = ComputeOf<S>;
+  if (number_at) number = *number_at;
   if (blockIdx.x == 0 && threadIdx.x == 0) *climbed = number;
   const uint32_t seed = hash(uint32_t(number));
   for (int chunk = blockIdx.x; chunk < p.num_chunks; chunk += gridDim.x) {

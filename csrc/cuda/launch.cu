@@ -91,12 +91,13 @@ const char* launch_reduce(Dtype dtype, int64_t sums, const DeviceProblem& p, dou
 }
 
 const char* launch_ascend_(Dtype dtype, int64_t ascent, const DeviceProblem& p, const double* total,
-                           int64_t* climb, int64_t number, int device, void* stream) {
+                           int64_t* climb, const int64_t* number_at, int64_t number, int device,
+                           void* stream) {
   return with_storage(dtype, [&](auto s) {
     using S = decltype(s);
     return with_ascent(ascent, [&](auto value) {
       return launch(ascend_kernel<decltype(value), S>, p.num_chunks, device, stream, p, total,
-                    climb, number);
+                    climb, number_at, number);
     });
   });
 }

@@ -42,7 +42,8 @@ struct DeviceProblem {
 const char* launch_reduce(Dtype dtype, int64_t sums, const DeviceProblem& p, double* partials,
                           double* total, unsigned* ticket, int device, void* stream);
 const char* launch_ascend_(Dtype dtype, int64_t ascent, const DeviceProblem& p, const double* total,
-                           int64_t* climb, int64_t number, int device, void* stream);
+                           int64_t* climb, const int64_t* number_at, int64_t number, int device,
+                           void* stream);
 const char* launch_update_(Dtype dtype, int64_t rule, const DeviceProblem& p,
                            const void* grad_scale, const float* found_inf, unsigned* ticket,
                            int64_t* climb, int device, void* stream);

@@ -95,7 +95,7 @@ class Backend:
         grads: Gradients,
         groups: Groups,
         total: Tensor,
-        number: int,
+        number: int | Tensor,
         kept: Tensor | None = None,
         unscale: float = 1.0,
     ) -> None:
@@ -114,11 +114,11 @@ class Backend:
             grads: as for ``reduce``; only read.
             groups: rho and the other options of each row.
             total: (k,) float64, on the bucket's device: ``ascent.sums.chain`` over all buckets.
-            number: the climb's.
+            number: the climb's; or where it is, (1,) int64 on the bucket's device.
             kept: (bucket.size,), gets the gradients as they are; None if nobody wants them.
             unscale: as for ``reduce``.
         """
-        dtype = bucket.compute_dtype
+        dtype, number = bucket.compute_dtype, int(number)
         plan = runs(bucket, present(grads))
         reduced = total.to(dtype).unbind()
         for run in plan:

@@ -63,6 +63,9 @@ class Addresses:
     aligned: tuple[bool, ...]
 
 
+Numbers = Callable[[], dict[int, tuple[float, ...]]]
+"""Tells the hyperparameters of groups as they are now, by row."""
+
 _CODES = {torch.int32: "i", torch.int64: "q", torch.float32: "f", torch.float64: "d"}
 """What Python's arrays call these types."""
 
@@ -171,7 +174,7 @@ class Tables:
         self,
         kind: Hashable,
         num_groups: int,
-        rows: Mapping[int, tuple[float, ...]],
+        numbers: Numbers,
         rates: Mapping[int, Tensor] | None = None,
     ) -> Tensor:
         """Hyperparameters of all groups, (groups, columns) in the compute dtype.
@@ -179,11 +182,11 @@ class Tables:
         Args:
             kind: what they are for; the last table of each kind is remembered.
             num_groups: rows of the table; zeros for groups that have no parameters here.
-            rows: the numbers of those that have.
+            numbers: tells the numbers of those that have.
             rates: learning rates that are on the device, by row: the first column.
         """
-        rates = rates or {}
-        wanted = num_groups, dict(rows), tuple(rates)
+        rates, rows = rates or {}, numbers()
+        wanted = num_groups, rows, tuple(rates)
         known = self._hyper.get(kind)
         capturing = capture.is_capturing(self.device)
         if known is not None and known[0] == wanted and not capturing:
@@ -191,11 +194,11 @@ class Tables:
         else:
             width = len(next(iter(rows.values()), ()))
             every = [(0.0,) * width] * num_groups
-            for row, numbers in rows.items():
-                every[row] = numbers
+            for row, own in rows.items():
+                every[row] = own
             into = known[1] if known is not None and not capturing else None
-            numbers = tuple([number for row in every for number in row])
-            table = self._upload(numbers, self.dtype, into)
+            values = tuple([number for row in every for number in row])
+            table = self._upload(values, self.dtype, into)
             if not capturing:
                 self._hyper[kind] = (wanted, table)
         for row, rate in rates.items():
@@ -239,29 +242,37 @@ def rule_bits(rule: Rule, group: Group, blends: bool) -> int:
     return kept << KEPT_SHIFT | MAXIMIZE * bool(group["maximize"]) | BLENDS * blends
 
 
-def rule_rows(
-    rule: Rule, groups: Groups, rows: Iterable[int]
-) -> tuple[dict[int, tuple[float, ...]], dict[int, Tensor]]:
+def rule_rows(rule: Rule, groups: Groups, rows: Iterable[int]) -> tuple[Numbers, dict[int, Tensor]]:
     """Each group's hyperparameters, and the learning rates that are on a device."""
-    numbers, rates = {}, {}
-    for row in rows:
-        lr = groups[row]["lr"]
-        if isinstance(lr, Tensor) and lr.device.type != "cpu":
-            rates[row] = lr.detach()
-            lr = 0.0  # not read here: that would wait for the device
-        numbers[row] = (float(lr), *rule.numbers(groups[row]))
+    rates = {row: groups[row]["lr"].detach() for row in rows if _on_a_device(groups[row]["lr"])}
+
+    def numbers() -> dict[int, tuple[float, ...]]:
+        # A rate on a device is not read here: that would wait for it.
+        return {
+            row: (0.0 if row in rates else float(groups[row]["lr"]), *rule.numbers(groups[row]))
+            for row in rows
+        }
+
     return numbers, rates
+
+
+def _on_a_device(lr: float | Tensor) -> bool:
+    return isinstance(lr, Tensor) and lr.device.type != "cpu"
 
 
 def sums_table(
     tables: Tables, bucket: Bucket, sums: Sums, groups: Groups, unscale: float = 1.0
 ) -> Tensor:
     """The numbers that a sum, or the ascent that it is for, needs of each group."""
-    rows = {row: sums.numbers(groups[row], unscale) for row in bucket.rows}
-    return tables.hyper(sums.name, len(groups), rows)
+    rows = bucket.rows
+    return tables.hyper(
+        sums.name, len(groups), lambda: {row: sums.numbers(groups[row], unscale) for row in rows}
+    )
 
 
 def blend_table(tables: Tables, bucket: Bucket, blend: Blend, groups: Groups) -> Tensor:
     """The numbers that a blend needs of each group."""
-    rows = {row: blend.numbers(groups[row]) for row in bucket.rows}
-    return tables.hyper(blend.name, len(groups), rows)
+    rows = bucket.rows
+    return tables.hyper(
+        blend.name, len(groups), lambda: {row: blend.numbers(groups[row]) for row in rows}
+    )

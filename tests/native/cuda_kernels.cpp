@@ -55,7 +55,10 @@ class Runner {
     in_every_order(bucket, {3}, [&](unsigned blocks, Order order) {
       int64_t climbed = 0;
       const DeviceProblem p = problem(bucket, o, true);
-      launch(blocks, order, [&] { ascend_kernel<Sam, S>(p, &total, &climbed, kNumber); });
+      // From where a CUDA graph reads it, and as an argument: the same bits.
+      const int64_t number = kNumber, *at = blocks % 2 ? &number : nullptr;
+      const int64_t given = at ? kNumber + 1 : kNumber;
+      launch(blocks, order, [&] { ascend_kernel<Sam, S>(p, &total, &climbed, at, given); });
       EXPECT(climbed == kNumber, "the climb's number is %ld", long(climbed));
       return 0.0;
     });

@@ -81,7 +81,7 @@ class NativeBackend(Backend):
         grads: Gradients,
         groups: Groups,
         total: Tensor,
-        number: int,
+        number: int | Tensor,
         kept: Tensor | None = None,
         unscale: float = 1.0,
     ) -> None:
@@ -100,7 +100,7 @@ class NativeBackend(Backend):
             tables.flags(dict.fromkeys(bucket.rows, 0), bucket.perturbed, grads),
             sums_table(tables, bucket, ascent.sums, groups, unscale),
             total,
-            number,
+            *((number, 0) if isinstance(number, Tensor) else (None, number)),
             _ASCENTS[ascent.name],
         )
 

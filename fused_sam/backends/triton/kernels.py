@@ -344,7 +344,7 @@ def _ascend_tile(
 
 @triton.jit(
     do_not_specialize=["n_chunks", "n_slots", "number"],
-    do_not_specialize_on_alignment=["total_ptr"],
+    do_not_specialize_on_alignment=["total_ptr", "number_ptr"],
 )
 def ascend_kernel(
     saved_ptr,
@@ -355,6 +355,7 @@ def ascend_kernel(
     grads_ptr,
     flags_ptr,
     hyper_ptr,
+    number_ptr,
     number,
     n_chunks,
     n_slots,
@@ -370,10 +371,13 @@ def ascend_kernel(
 ):
     """Save w and climb by ``total`` (NUMBERS,) float64; ``number`` goes to ``climb`` (1,) int64.
 
+    ``number_ptr`` is where it is, (1,) int64; None where it is an argument.
     ``kept`` gets the gradients; None where nobody wants them.
     """
     dtype = hyper_ptr.dtype.element_ty
     lanes = tl.arange(0, BLOCK)
+    if number_ptr is not None:
+        number = tl.load(number_ptr)
     if tl.program_id(0) == 0:
         tl.store(climb_ptr, number)
     numbers = _numbers(total_ptr, dtype, NUMBERS)

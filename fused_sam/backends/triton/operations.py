@@ -189,7 +189,7 @@ class TritonBackend(Backend):
         grads: Gradients,
         groups: Groups,
         total: Tensor,
-        number: int,
+        number: int | Tensor,
         kept: Tensor | None = None,
         unscale: float = 1.0,
     ) -> None:
@@ -203,7 +203,7 @@ class TritonBackend(Backend):
                 launcher.addresses(grads).table,
                 launcher.flags(dict.fromkeys(bucket.rows, 0), bucket.perturbed, grads),
                 sums_table(launcher, bucket, ascent.sums, groups, unscale),
-                number,
+                *((number, 0) if isinstance(number, Tensor) else (None, number)),
             )
             constants = (
                 *(compiled(ascent.scalars), compiled(ascent.move)),
