@@ -8,6 +8,7 @@ other path, how many registers the kernel takes and whether any are spilled. Pri
 kernels for sm_90, those of the traffic budget and RMSprop for the other targets.
 """
 
+import itertools
 import json
 import os
 import re
@@ -48,9 +49,12 @@ UPDATES = {
     "rmsprop-all": (RMSPROP, (True, True, True)),
 }
 """Rule and the state buffers that it keeps."""
-BLENDED = {"sgd-momentum-gsam": "sgd-momentum", "adamw-gsam": "adamw"}
+BLENDED = {
+    f"{plain}-{blend}": (plain, blend)
+    for plain, blend in itertools.product(("sgd-momentum", "adamw"), ("gsam", "wsam"))
+}
 """Updates that see a blend of both gradients."""
-UPDATES |= {name: UPDATES[plain] for name, plain in BLENDED.items()}
+UPDATES |= {name: UPDATES[plain] for name, (plain, _) in BLENDED.items()}
 REDUCES = {
     "reduce": (ASCENTS["sam"].sums, False),
     "reduce-asam": (ASCENTS["sam"].sums, True),
@@ -70,13 +74,14 @@ MASTERS = ("ascend", "sgd-momentum", "adamw", "restore")
 """Compiled for bfloat16 weights and gradients with float32 masters and states, too."""
 EVERYWHERE = (
     *("reduce", "ascend", "sgd-momentum", "adamw", "rmsprop"),
-    *("reduce-gram", "ascend-keep", "sgd-momentum-gsam"),
+    *("reduce-gram", "ascend-keep", "sgd-momentum-gsam", "sgd-momentum-wsam"),
 )
 NOT_ALIGNED = (
     "total_ptr",
     "number_ptr",
     "earlier_ptr",
     "numbers_ptr",
+    "loss_scale_ptr",
     "grad_scale_ptr",
     "found_inf_ptr",
 )
@@ -108,11 +113,13 @@ def build(name, dtype, target):
         constants |= {"COLUMNS": 1 + len(rule.column_names), "MIXED": False}
         types["states"] = ("*" + wide,) * len(kept)
         types["step_ptr"] = "*fp32" if rule.counts else None
-        blend = BLENDS["gsam"] if name in BLENDED else None
+        blend = BLENDS[BLENDED[name][1]] if name in BLENDED else None
         constants["COEFFICIENTS"] = None if blend is None else text(blend.coefficients)
+        constants["AFTER"] = blend is not None and blend.after
         constants["BLEND_COLUMNS"] = 0 if blend is None else len(blend.column_names)
         if blend is not None:
             types |= {"kept_ptr": "*" + dtype, "numbers_ptr": "*fp64", "blend_ptr": compute}
+            types["loss_scale_ptr"] = "*fp64"
         function = kernels.update_kernel
     elif name in REDUCES:
         sums, reads = REDUCES[name]

@@ -70,6 +70,7 @@ inline int64_t check_index(int64_t index, int64_t count, const char* what) {
 #define FUSED_SAM_WIDE(value) value::kWide,
 #define FUSED_SAM_READS_KEPT(value) value::kReadsKept,
 #define FUSED_SAM_NUMBERS(value) value::kNumbers,
+#define FUSED_SAM_AFTER(value) value::kAfter,
 constexpr int kSumsColumns[] = {FUSED_SAM_SUMS(FUSED_SAM_COLUMNS)};
 constexpr int kSumsEarlier[] = {FUSED_SAM_SUMS(FUSED_SAM_EARLIER)};
 constexpr bool kSumsMax[] = {FUSED_SAM_SUMS(FUSED_SAM_MAX)};
@@ -77,6 +78,7 @@ constexpr int kSumsCount[] = {FUSED_SAM_SUMS(FUSED_SAM_COUNT)};
 constexpr bool kSumsWide[] = {FUSED_SAM_SUMS(FUSED_SAM_WIDE)};
 constexpr bool kSumsReadsKept[] = {FUSED_SAM_SUMS(FUSED_SAM_READS_KEPT)};
 constexpr int kBlendColumns[] = {FUSED_SAM_BLENDS(FUSED_SAM_COLUMNS)};
+constexpr bool kBlendAfter[] = {FUSED_SAM_BLENDS(FUSED_SAM_AFTER)};
 constexpr int kAscentNumbers[] = {FUSED_SAM_ASCENTS(FUSED_SAM_NUMBERS)};
 constexpr int kAscentColumns[] = {FUSED_SAM_ASCENTS(FUSED_SAM_COLUMNS)};
 constexpr int kRuleColumns[] = {FUSED_SAM_RULES(FUSED_SAM_COLUMNS)};
@@ -98,7 +100,8 @@ inline const int64_t* check_number(const std::optional<Tensor>& number_at, const
 
 // A blend and what its coefficients are made of: all of it is there, or nothing is.
 inline void check_blend(const std::optional<Tensor>& kept, const std::optional<Tensor>& numbers,
-                        const std::optional<Tensor>& blend_hyper, const Tensor& saved, int64_t rows,
+                        const std::optional<Tensor>& blend_hyper,
+                        const std::optional<Tensor>& loss_scale, const Tensor& saved, int64_t rows,
                         int64_t blend) {
   if (blend < 0) return;
   check_index(blend, kNumBlends, "blend");
@@ -107,6 +110,7 @@ inline void check_blend(const std::optional<Tensor>& kept, const std::optional<T
   check(*numbers, "numbers", ScalarType::Double, 3, saved);
   check(*blend_hyper, "blend_hyper", compute_type(dtype_of(saved)), rows * kBlendColumns[blend],
         saved);
+  if (loss_scale) check(*loss_scale, "loss_scale", ScalarType::Double, 1, saved);
 }
 
 // The numbers that were reduced before a sum, on the weights' device; null where it needs none.

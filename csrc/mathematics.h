@@ -17,6 +17,13 @@ FUSED_SAM_INLINE auto is_finite(T x) {
 }
 
 template <typename T>
+FUSED_SAM_INLINE auto clip(T norm, T limit) {
+  norm = (norm + T(1e-06));
+  return words::where(((limit < norm) && ((norm - norm) == T(0))), words::divide(limit, norm),
+                      T(1.0));
+}
+
+template <typename T>
 FUSED_SAM_INLINE auto lerp(T start, T end, T weight) {
   return words::where((weight < T(0.5)), (start + (weight * (end - start))),
                       (end - ((end - start) * (T(1) - weight))));
@@ -624,12 +631,13 @@ struct Usam {
 };
 
 struct Coefficients {
-  double a, b;
+  double a, b, c = 0, d = 0;
 };
 
 // v = a * g' + b * g
 struct Gsam {
   static constexpr int kColumns = 1;
+  static constexpr bool kAfter = false;  // w -= lr (c g' + d g)
   template <typename T>
   struct Columns {
     T alpha;
@@ -637,7 +645,8 @@ struct Gsam {
 
   template <typename Group>
   static FUSED_SAM_INLINE Coefficients coefficients([[maybe_unused]] const Group& columns_,
-                                                    const double* numbers_) {
+                                                    const double* numbers_,
+                                                    [[maybe_unused]] double scale) {
     using T = double;
     [[maybe_unused]] T mixed = T(numbers_[0]);
     [[maybe_unused]] T second = T(numbers_[1]);
@@ -651,23 +660,59 @@ struct Gsam {
 };
 
 // v = a * g' + b * g
-struct CoupledWsam {
-  static constexpr int kColumns = 1;
+struct Wsam {
+  static constexpr int kColumns = 2;
+  static constexpr bool kAfter = true;  // w -= lr (c g' + d g)
   template <typename T>
   struct Columns {
     T weight;
+    T max_norm;
   };
 
   template <typename Group>
   static FUSED_SAM_INLINE Coefficients coefficients([[maybe_unused]] const Group& columns_,
-                                                    const double* numbers_) {
+                                                    const double* numbers_,
+                                                    [[maybe_unused]] double scale) {
     using T = double;
     [[maybe_unused]] T mixed = T(numbers_[0]);
     [[maybe_unused]] T second = T(numbers_[1]);
     [[maybe_unused]] T first = T(numbers_[2]);
     [[maybe_unused]] T weight = columns_.weight;
+    [[maybe_unused]] T max_norm = columns_.max_norm;
     auto known = words::is_finite(first);
-    return {words::where(known, weight, T(1.0)), words::where(known, (T(1) - weight), T(0.0))};
+    auto clip1 = words::clip(words::divide(words::sqrt(first), scale), max_norm);
+    auto clip2 = words::clip(words::divide(words::sqrt(second), scale), max_norm);
+    weight = words::where(known, words::divide(weight, scale), T(0.0));
+    return {words::where(known, T(0.0), clip2), words::where(known, clip1, T(0.0)),
+            (weight * clip2), ((-weight) * clip1)};
+  }
+};
+
+// v = a * g' + b * g
+struct CoupledWsam {
+  static constexpr int kColumns = 2;
+  static constexpr bool kAfter = false;  // w -= lr (c g' + d g)
+  template <typename T>
+  struct Columns {
+    T weight;
+    T max_norm;
+  };
+
+  template <typename Group>
+  static FUSED_SAM_INLINE Coefficients coefficients([[maybe_unused]] const Group& columns_,
+                                                    const double* numbers_,
+                                                    [[maybe_unused]] double scale) {
+    using T = double;
+    [[maybe_unused]] T mixed = T(numbers_[0]);
+    [[maybe_unused]] T second = T(numbers_[1]);
+    [[maybe_unused]] T first = T(numbers_[2]);
+    [[maybe_unused]] T weight = columns_.weight;
+    [[maybe_unused]] T max_norm = columns_.max_norm;
+    auto known = words::is_finite(first);
+    auto clip1 = words::clip(words::divide(words::sqrt(first), scale), max_norm);
+    auto clip2 = words::clip(words::divide(words::sqrt(second), scale), max_norm);
+    return {(words::where(known, weight, T(1.0)) * clip2),
+            words::where(known, ((T(1) - weight) * clip1), T(0.0))};
   }
 };
 
@@ -676,7 +721,7 @@ struct CoupledWsam {
 constexpr int kNumRules = 5;
 constexpr int kNumSums = 5;
 constexpr int kNumAscents = 3;
-constexpr int kNumBlends = 2;
+constexpr int kNumBlends = 3;
 
 }  // namespace fused_sam
 
@@ -686,6 +731,6 @@ constexpr int kNumBlends = 2;
 
 #define FUSED_SAM_ASCENTS(_) _(Sam) _(PNorm) _(Usam)
 
-#define FUSED_SAM_BLENDS(_) _(Gsam) _(CoupledWsam)
+#define FUSED_SAM_BLENDS(_) _(Gsam) _(Wsam) _(CoupledWsam)
 
-#define FUSED_SAM_MATHEMATICS "d2357a6131fb2b4e"
+#define FUSED_SAM_MATHEMATICS "8414c7dce2ecd9ce"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_ahead
+from .checks import check_members
 from .facts import Facts
 from .following import Following
 from .memory.members import put_in, take_out
@@ -70,7 +70,7 @@ class Checkpointing(Following):
             if rule is not None:
                 for group in base.param_groups:
                     check_options(rule, group)
-            check_ahead(rule, base.param_groups, base, self.when)
+            check_members(rule, base.param_groups, base, self.when)
             check_states(rule, base.param_groups, base.state)
         except BaseException as error:
             if rule is not None:

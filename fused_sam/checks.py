@@ -141,27 +141,43 @@ def check_keywords(cls: type[Optimizer], options: Mapping[str, Any], ours: Itera
             )
 
 
-def check_ahead(
+def check_members(
     rule: Rule | None, groups: Sequence[Mapping[str, Any]], base: Optimizer, when: When
 ) -> None:
-    """Raise if the groups climb along the momentum, and that has no meaning with the rest."""
+    """Raise if an ascent or a blend of the groups has no meaning with the rest."""
     for group in groups:
-        ascent = ASCENTS.get(group["ascent"] or "")
-        if ascent is None or not ascent.along_momentum:
+        if group["ascent"] is None:
             continue
-        momentum = rule.momentum if rule is not None else None
-        if rule is None or momentum not in rule.kept(group):
+        ascent, blend = ASCENTS.get(group["ascent"]), blends.BLENDS.get(group["blend"] or "")
+        if ascent is not None and ascent.along_momentum:
+            _check_ahead(rule, group, base, when)
+        if blend is not None and blend.after and _is_no_rate(group.get("lr")):
             raise ValueError(
-                f"ascent={MSAM()} climbs along the momentum, and {type(base).__name__} has none "
-                f"here; use SGD with momentum > 0, Adam or AdamW of torch.optim"
+                f"blend={blend.key!r} steps by the group's learning rate, and that of "
+                f"{type(base).__name__} is lr={group.get('lr')!r}; give it one, or choose "
+                f"another blend"
             )
-        if group["adaptive"]:
-            raise ValueError(f"ascent={MSAM()} is not defined with adaptive=True; leave it out")
-        if not isinstance(when, Always):
-            raise ValueError(
-                f"ascent={MSAM()} has one pass in every step, so when={when} has no meaning; "
-                f"leave it out"
-            )
+
+
+def _is_no_rate(lr: Any) -> bool:
+    return isinstance(lr, bool) or not isinstance(lr, (int, float, Tensor))
+
+
+def _check_ahead(rule: Rule | None, group: Mapping[str, Any], base: Optimizer, when: When) -> None:
+    """Raise if a group climbs along the momentum, and that has no meaning with the rest."""
+    momentum = rule.momentum if rule is not None else None
+    if rule is None or momentum not in rule.kept(group):
+        raise ValueError(
+            f"ascent={MSAM()} climbs along the momentum, and {type(base).__name__} has none "
+            f"here; use SGD with momentum > 0, Adam or AdamW of torch.optim"
+        )
+    if group["adaptive"]:
+        raise ValueError(f"ascent={MSAM()} is not defined with adaptive=True; leave it out")
+    if not isinstance(when, Always):
+        raise ValueError(
+            f"ascent={MSAM()} has one pass in every step, so when={when} has no meaning; "
+            f"leave it out"
+        )
 
 
 def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:

@@ -79,6 +79,7 @@ class Climb(Passes):
                 if any([bucket.masters for bucket in facts.engine.buckets]):
                     facts.engine.take_in(self.state, groups)  # the climb is from loaded masters
                 facts.leave()
+                facts.blend = blend
                 keep = blend is not None
                 unscale = 1 / (scale or 1.0)
                 total = facts.engine.climb(ascent, grads, groups, number, keep, unscale)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .ascents import SQUARES
-from .blends import Blending, chosen
+from .blends import Blending
 from .caches import forget_copies
 from .compiling import WRITES, opaque
 from .facts import Facts
@@ -88,7 +88,7 @@ class Descent(OnePass):
         if between:
             self._refuse_unknown_scale()
         ahead = self._follows()
-        blend = chosen(self.param_groups) if climbed and ahead is None else None
+        blend = facts.blend if climbed and ahead is None else None
         if ahead is not None:
             self._check_ahead()
         elif climbed:
@@ -117,7 +117,7 @@ class Descent(OnePass):
             if (rule := engine.layout.rule) is not None:
                 for group in groups:
                     check_options(rule, group)
-            blending = None if blend is None else engine.blending(blend, grads, groups)
+            blending = None if blend is None else engine.blending(blend, grads, groups, grad_scale)
             if check_finite or max_grad_norm is not None:
                 sq_norm = engine.number(engine.reduce(SQUARES, grads, groups))
                 if check_finite:
@@ -172,12 +172,18 @@ class Descent(OnePass):
         # Only here the host has to wait: the base optimizer cannot be told to skip on the device.
         if found_inf is not None and found_inf.item() != 0:
             return
+        engine = self._facts.engine
         if grad_scale is not None or blending is not None:
-            self._facts.engine.blend(blending, self.param_groups, grad_scale)
+            engine.blend(blending, self.param_groups, grad_scale)
+        # A step may change its learning rate, or take its gradients away.
+        groups = [{**group} for group in self.param_groups] if blending is not None else []
+        stepped = [[p.grad is not None for p in bucket.params] for bucket in engine.buckets]
         # Without torch's wrapper, which would run the global step hooks a second time.
         step = type(self.base_optimizer).step
         step = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
         step(self.base_optimizer)
+        if blending is not None:
+            engine.after(blending.blend, stepped, groups)
 
     @torch.no_grad()
     def _initialize_state(self) -> None:

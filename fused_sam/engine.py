@@ -97,10 +97,17 @@ class Engine:
             if any(climbing) and chosen(groups).average is not None:
                 bucket.member(AVERAGE).show(climbing)
 
-    def blending(self, blend: Blend, grads: Sequence[Gradients], groups: Groups) -> Blending:
-        """What a blend needs to know of these gradients at w + epsilon and those that are kept."""
+    def blending(
+        self, blend: Blend, grads: Sequence[Gradients], groups: Groups, scale: Tensor | None
+    ) -> Blending:
+        """What a blend needs to know of these gradients at w + epsilon and those that are kept.
+
+        ``scale`` is the loss scale of both, None for 1.
+        """
+        for bucket in self.buckets:
+            bucket.make_kept()  # one that was made since the climb has none
         climbing = [_climbing(b, g, groups) for b, g in zip(self.buckets, grads, strict=True)]
-        return Blending(blend, self.reduce(GRAM, climbing, groups))
+        return Blending(blend, self.reduce(GRAM, climbing, groups), scale)
 
     def update(
         self,
@@ -147,6 +154,18 @@ class Engine:
             scale = _on(bucket, grad_scale, bucket.compute_dtype)
             backend.blend_(bucket, _there(bucket, blending), grads, groups, scale)
 
+    def after(self, blend: Blend, stepped: Sequence[Sequence[bool]], groups: Groups) -> None:
+        """What a blend does after the step of a base optimizer without a rule.
+
+        Args:
+            blend: the one of ``self.blend``.
+            stepped: for each bucket, which slots had a gradient then.
+            groups: as they were then.
+        """
+        if blend.after:
+            for backend, bucket, had in zip(self.backends, self.buckets, stepped, strict=True):
+                backend.after_(bucket, had, groups)
+
     def restore(self) -> list[str]:
         """Return to w, without any check; each bucket whatever becomes of the others.
 
@@ -191,8 +210,8 @@ def _climbing(bucket: Bucket, grads: Gradients, groups: Groups) -> Gradients:
 def _there(bucket: Bucket, blending: Blending | None) -> Blending | None:
     if blending is None:
         return None
-    numbers = blending.numbers
-    return Blending(blending.blend, moved(numbers, bucket.device, numbers.dtype))
+    numbers = moved(blending.numbers, bucket.device, torch.float64)
+    return Blending(blending.blend, numbers, _on(bucket, blending.scale, torch.float64))
 
 
 def _on(bucket: Bucket, value: Tensor | None, dtype: torch.dtype) -> Tensor | None:

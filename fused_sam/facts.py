@@ -14,6 +14,7 @@ from .ascents import Ascent
 from .attached import Attached
 from .backends import Groups
 from .backends.capture import Captures
+from .blends import Blend
 from .engine import Engine
 from .memory import Layout
 from .record import Record
@@ -35,6 +36,7 @@ class Facts:
         decision: what the schedule said of the last step that began.
         aside: the gradients of a half-done step that did not climb; it uses them, unless a second
             backward leaves others.
+        blend: what the last climb has kept gradients for; None for nothing.
         scale: the loss scale of the gradients at w, as far as first_step was told; else None.
         scale_matters: whether the step under way depends on it.
         total: (k,) float64, what the last climb reduced; None before the first.
@@ -62,6 +64,7 @@ class Facts:
         self.perturbed = False
         self.decision = Decision(True, {})
         self.aside: list[tuple[Tensor, Tensor]] = []
+        self.blend: Blend | None = None
         self.scale: float | None = None
         self.scale_matters = False
         self.total: Tensor | None = None

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from . import backends
 from .backends import capture
-from .checks import check_ahead, check_groups, keep_each_once
+from .checks import check_groups, check_members, keep_each_once
 from .engine import Engine
 from .facts import Facts
 from .gradients import are_there, put_back
@@ -111,7 +111,7 @@ class Following(Optimizer):
         by_device = {device: backends.resolve(self._backend_name, device) for device in devices}
         self._fill_groups()
         rule = RULES.get(type(self.base_optimizer))
-        check_ahead(rule, groups, self.base_optimizer, self.when)
+        check_members(rule, groups, self.base_optimizer, self.when)
         if self._facts.captures.have_seen(old):
             self._facts.captures.outdate(
                 "parameters were added, removed, thawed, moved or restrided: a replay reads and "

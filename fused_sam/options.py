@@ -90,13 +90,13 @@ LAM = Option("lam", 0.6, _check_share)
 BLEND = Option("blend", None, _check_member)
 BLEND_ALPHA = Option("blend_alpha", 0.0, check_size)
 BLEND_GAMMA = Option("blend_gamma", 0.9, _check_gamma)
+BLEND_MAX_NORM = Option("blend_max_norm", None, _check_clip)
 
 OPTIONS: Mapping[str, Option] = {
     option.name: option
     for option in (
         *(RHO, ADAPTIVE, ETA, ASCENT, P, SIGMA, LAM),
-        *(BLEND, BLEND_ALPHA, BLEND_GAMMA),
-        MAX_GRAD_NORM,
+        *(BLEND, BLEND_ALPHA, BLEND_GAMMA, BLEND_MAX_NORM, MAX_GRAD_NORM),
     )
 }
 """What a group holds besides the base optimizer's options, by name."""

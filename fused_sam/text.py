@@ -77,6 +77,12 @@ def is_finite(x):
     return x - x == 0
 
 
+def clip(norm, limit):
+    """What a gradient of this norm is multiplied by, as torch clips it; 1 if it is not finite."""
+    norm = norm + 1e-6
+    return where((limit < norm) & (norm - norm == 0), divide(limit, norm), 1.0)
+
+
 def lerp(start, end, weight):
     """``start`` for weight 0, ``end`` for weight 1, and between them, to rounding."""
     return where(weight < 0.5, start + weight * (end - start), end - (end - start) * (1 - weight))

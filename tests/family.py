@@ -150,13 +150,19 @@ class Member:
         i = self.number
         self.number += 1
         g = surface.gradient(self.weights, i, 0)
-        if self.climbs(i):
+        climbs = self.climbs(i)
+        if climbs:
             g2 = surface.gradient(self.climb(g), i, 1)
             v = self.outside(g2, self.blend(self.inside(g), self.inside(g2)))
         else:
             v = self.outside(g, self.plain(self.inside(g)))
         if not skip:
             self.descend(v)
+            if climbs:
+                self.after()
+
+    def after(self):
+        """What follows the base optimizer's step after a climb."""
 
     def inside(self, g):
         """The gradients of the groups that climb; the others count as missing."""
@@ -304,22 +310,42 @@ class LookSAM(Member):
 
 
 class CoupledWSAM(Member):
-    """Yue et al. 2023: a ĝ + (1 - a) g, a = gamma / (1 - gamma).
+    """Yue et al. 2023: a ĝ + (1 - a) g, a = gamma / (1 - gamma), each clipped before.
 
-    A gradient that is missing at w is zero there.
+    A gradient that is missing at w is zero there. Of those that are missing at w + epsilon the
+    norm of g knows nothing.
     """
 
-    gamma = 0.88
+    gamma, max_norm = 0.88, math.inf
 
     @property
     def a(self):
         return self.gamma / (1 - self.gamma)
 
+    def both(self, g, g2):
+        """g and ĝ of the parameters that have a ĝ, clipped."""
+        g = [None if x is None else 0 * x if y is None else y for x, y in zip(g2, g, strict=True)]
+        factors = [min(1.0, self.max_norm / (norm(x) + 1e-6)) for x in (g, g2)]
+        return [each(lambda x, c=c: c * x, h) for c, h in zip(factors, (g, g2), strict=True)]
+
     def blend(self, g, g2):
-        return [
-            None if x is None else self.a * x + (1 - self.a) * (0 if y is None else y)
-            for x, y in zip(g2, g, strict=True)
-        ]
+        return each(lambda y, x: self.a * x + (1 - self.a) * y, *self.both(g, g2))
+
+
+class DecoupledWSAM(CoupledWSAM):
+    """The base optimizer sees g; then w -= lr * a * (ĝ - g)."""
+
+    def blend(self, g, g2):
+        first, second = self.both(g, g2)
+        self.sharpness = each(torch.sub, second, first)
+        return first
+
+    def after(self):
+        with torch.no_grad():
+            for i, (w, x) in enumerate(zip(self.weights, self.sharpness, strict=True)):
+                if x is not None:
+                    sign = -1 if self.row[i].get("maximize") else 1
+                    w -= sign * self.row[i]["lr"] * self.a * x
 
 
 class MSAM(Member):

@@ -9,7 +9,7 @@ from oracle import Textbook, assert_same_bits, blend, exact, inject, params_of
 
 from fused_sam import FusedSAM
 from fused_sam.ascents import MSAM, SAM
-from fused_sam.blends import GSAM
+from fused_sam.blends import GSAM, WSAM, CoupledWSAM
 
 SGD = torch.optim.SGD
 
@@ -37,7 +37,7 @@ def test_a_value_checks_itself_and_prints_what_it_is():
     with pytest.raises(TypeError, match=r"blend=SAM\(\).*pass it as ascent=SAM"):
         FusedSAM([{"params": [p], "blend": SAM()}], lr=0.1)
     with pytest.raises(
-        ValueError, match=r"blend='mix' is not known; choose from \['gsam', .*, or N"
+        ValueError, match=r"blend='mix' is not known; choose from \['gsam', .*\], or N"
     ):
         FusedSAM([p], lr=0.1, blend="mix")
     q = torch.nn.Parameter(torch.ones(1))
@@ -45,6 +45,11 @@ def test_a_value_checks_itself_and_prints_what_it_is():
     with pytest.raises(ValueError, match=r"blend='gsam' and None"):
         FusedSAM(groups, lr=0.1, blend=GSAM(0.1))
     FusedSAM([{"params": [p]}, {"params": [q], "ascent": None}], lr=0.1, blend=GSAM(0.1))
+    for gamma in (1, 1.5, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=r"gamma must be in \[0, 1\), got"):
+            WSAM(gamma)
+    with pytest.raises(ValueError, match="max_norm=0 would stop"):
+        CoupledWSAM(max_norm=0)
     with pytest.raises(ValueError, match=r"blend='gsam' needs a gradient at w.*'msam'"):
         FusedSAM([p], lr=0.1, momentum=0.9, ascent=MSAM(), blend=GSAM(0.1))
 
@@ -154,3 +159,97 @@ def test_plain_sam_keeps_no_gradients(backend):
     inject(some_grads(opt, 1))
     opt.first_step()
     assert opt._facts.engine.buckets[0].kept is not None
+
+
+class Rateless(torch.optim.Optimizer):
+    """A base optimizer that has no learning rate."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    def step(self):
+        """None that would be seen."""
+
+
+def test_what_is_subtracted_by_the_learning_rate_needs_one(backend):
+    p = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=r"blend='wsam' steps by the group's.*Rateless is lr=None"):
+        FusedSAM([p], Rateless, backend=backend, blend=WSAM())
+    FusedSAM([p], Rateless, backend=backend, blend=CoupledWSAM())
+
+
+@pytest.mark.parametrize("base", [SGD, torch.optim.AdamW, torch.optim.Adamax])
+def test_a_learning_rate_of_zero_keeps_the_bits(base, backend):
+    """Guards the sharpness, which the learning rate multiplies: -0.0 - 0.0 and infinity too."""
+    params = [torch.nn.Parameter(torch.tensor([-0.0, 1.0, 3e-39])) for _ in range(2)]
+    options = {"weight_decay": 0.0, "backend": backend}
+    opt = FusedSAM(params, base, rho=0.0, lr=0.0, blend=WSAM(), **options)
+    before = [p.detach().clone() for p in params]
+    for value in (1.0, torch.inf):
+        inject({p: torch.ones(3) for p in params})
+        opt.first_step()
+        inject({p: torch.full((3,), value) for p in params})
+        opt.second_step()
+        for p, w in zip(params, before, strict=True):
+            if base is not torch.optim.Adamax or value == 1.0:
+                assert_same_bits(p, w)
+
+
+@pytest.mark.parametrize(
+    "blend", [WSAM(0.8, max_norm=0.7), CoupledWSAM(0.8, max_norm=0.7)], ids=str
+)
+@pytest.mark.parametrize("base", [SGD, torch.optim.RMSprop, torch.optim.Adamax])
+def test_the_loss_scale_does_not_show(base, blend, backend):
+    """Guards the norms that are clipped, and the sharpness: both are of unscaled gradients.
+
+    The scale changes from step to step, one step is skipped, and max_grad_norm clips on top.
+    """
+    ends = []
+    for scales in ((1.0,) * 5, (1024.0, 4.0, 2.0**20, 64.0, 1.0)):
+        params = [torch.nn.Parameter(torch.linspace(-1, 1, n).double()) for n in (3, 65, 7)]
+        groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.02}]
+        options = {"lr": 0.05, "rho": 0.1, "max_grad_norm": 0.5, "blend": blend}
+        opt = FusedSAM(groups, base, backend=backend, **options)
+        for i, scale in enumerate(scales):
+            first, second = some_grads(opt, 2 * i), some_grads(opt, 2 * i + 1)
+            inject({p: g.double() * scale for p, g in first.items()})
+            opt.first_step()
+            inject({p: g.double() * scale for p, g in second.items()})
+            opt.grad_scale, opt.found_inf = torch.tensor(scale), torch.tensor(float(i == 2))
+            opt.second_step()
+            del opt.grad_scale, opt.found_inf
+        ends.append([p.detach().clone() for p in params])
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("base", [SGD, torch.optim.Adamax])
+@pytest.mark.parametrize("blend", [WSAM(), CoupledWSAM()], ids=str)
+def test_uphill_is_downhill_of_the_negative(blend, base, backend):
+    """Guards the sign of what is subtracted after the step."""
+    ends = []
+    for sign in (1, -1):
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 65))
+        options = {"rho": 0.0, "lr": 0.1, "maximize": sign < 0, "blend": blend}
+        opt = FusedSAM([p], base, backend=backend, **options)
+        inject({p: torch.full((65,), sign * 1.0)})
+        opt.first_step()
+        inject({p: torch.full((65,), sign * 2.0)})
+        opt.second_step()
+        ends.append(p.detach().clone())
+    torch.testing.assert_close(*ends)
+    assert not torch.equal(ends[0], torch.linspace(-1, 1, 65))
+
+
+@pytest.mark.parametrize("base", [SGD, torch.optim.Adamax])
+@pytest.mark.parametrize("blend", [WSAM(0.0), CoupledWSAM(0.0)], ids=str)
+def test_what_has_the_weight_zero_is_not_looked_at(blend, base, backend):
+    """Guards zero times infinity: with gamma = 0 the step is the base optimizer's, with g."""
+    p, q = [torch.nn.Parameter(torch.linspace(-1, 1, 65)) for _ in range(2)]
+    opt, plain = FusedSAM([p], base, lr=0.1, backend=backend, blend=blend), base([q], lr=0.1)
+    g = torch.linspace(2, 3, 65)
+    inject({p: g, q: g})
+    opt.first_step()
+    inject({p: torch.full((65,), torch.inf)})
+    opt.second_step()
+    plain.step()
+    torch.testing.assert_close(p.detach(), q.detach())

@@ -91,7 +91,7 @@ ops.ascend_.default.redispatch(*start, kept, climb, *tables, total, climb, 0, _A
 def update(rule, columns, states, step, *blend):
     args = *states, step, ticket, climb, saved, kept, slots, grads, flags, torch.zeros(1, columns)
     numbers, hyper, number = blend or (None, None, -1)
-    args = *args, numbers, hyper, None, None, _RULES[rule], number
+    args = *args, numbers, hyper, None, None, None, _RULES[rule], number
     ops.update_.default.redispatch(cuda, weights, [], *args)
 
 update("Sgd", 5, [None, None, None], None)
@@ -111,6 +111,7 @@ ops.ascend_.default.redispatch(*start, None, climb, *five, both, None, 1, _ASCEN
 three = reduce("Gram", (slots, grads, flags, torch.zeros(1, 0)), kept)
 assert three.shape == (3,)
 update("Sgd", 5, [None, None, None], None, three, torch.zeros(1, 1), _BLENDS["Gsam"])
+update("Sgd", 5, [None, None, None], None, three, torch.zeros(1, 2), _BLENDS["Wsam"])
 ops.restore_.default.redispatch(cuda, weights, [], climb, saved, slots, flags)
 assert runtime.stub_device() == 0
 print(runtime.stub_launches().decode(), end="")

@@ -12,7 +12,7 @@ from oracle import assert_same_bits
 
 from fused_sam import FusedSAM
 from fused_sam.ascents import USAM, FriendlySAM, PNorm
-from fused_sam.blends import GSAM, CoupledWSAM
+from fused_sam.blends import GSAM, WSAM, CoupledWSAM
 from fused_sam.schedule import Every
 
 SHAPES = [(5,), (3, 4), (), (2, 3)]
@@ -39,6 +39,15 @@ MEMBERS = {
     "coupled-wsam": (
         {"blend": CoupledWSAM(0.88)},
         Oracles.of(family.CoupledWSAM, gamma=0.88),
+    ),
+    "coupled-wsam-clips": (
+        {"blend": CoupledWSAM(0.6, max_norm=1.5)},
+        Oracles.of(family.CoupledWSAM, gamma=0.6, max_norm=1.5),
+    ),
+    "wsam": ({"blend": WSAM(0.88)}, Oracles.of(family.DecoupledWSAM, gamma=0.88)),
+    "wsam-clips": (
+        {"blend": WSAM(0.8, max_norm=1.5)},
+        Oracles.of(family.DecoupledWSAM, gamma=0.8, max_norm=1.5),
     ),
     "gsam-usam": (
         {"blend": GSAM(0.2), "ascent": USAM()},

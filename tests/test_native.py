@@ -151,7 +151,7 @@ def test_operations_refuse_tables_that_do_not_fit():
         with pytest.raises(RuntimeError, match="of which one is missing or unknown"):
             torch.ops.fused_sam.update_.default(
                 *(bucket.weights, [], None, None, None, None, None, bucket.climb, bucket.saved),
-                *(None, own.slots, addresses, kept, own.hyper("sgd", 1, sgd), *[None] * 4),
+                *(None, own.slots, addresses, kept, own.hyper("sgd", 1, sgd), *[None] * 5),
                 *(operations._RULES["Sgd"], -1),
             )
     flags = own.flags({0: 0}, bucket.perturbed, grads)
@@ -170,7 +170,7 @@ def test_operations_refuse_tables_that_do_not_fit():
             torch.ops.fused_sam.update_.default(
                 *(bucket.weights, [], None, None, None, None, None, bucket.climb, bucket.saved),
                 *(kept, own.slots, addresses, flags, own.hyper("sgd", 1, sgd), three, hyper),
-                *(None, None, operations._RULES["Sgd"], blend),
+                *(None, None, None, operations._RULES["Sgd"], blend),
             )
 
 
@@ -188,7 +188,7 @@ def test_states_that_adam_always_keeps_must_be_there_and_in_the_flags():
         torch.ops.fused_sam.update_.default(
             *(bucket.weights, [], *states, torch.zeros(len(SIZES)), None, bucket.climb),
             *(bucket.saved, None, own.slots, own.addresses(grads).table, flags),
-            *(own.hyper("adam", 1, numbers), *[None] * 4, operations._RULES["Adam"], -1),
+            *(own.hyper("adam", 1, numbers), *[None] * 5, operations._RULES["Adam"], -1),
         )
 
     for states in ((state, None, None), (None, state, state)):

@@ -125,18 +125,20 @@ void update_(Tensor weights, std::vector<Tensor> pinned, std::optional<Tensor> s
              std::optional<Tensor> /*ticket*/, Tensor climb, Tensor saved,
              std::optional<Tensor> kept, Tensor slots, Tensor grads, Tensor flags, Tensor hyper,
              std::optional<Tensor> numbers, std::optional<Tensor> blend_hyper,
-             std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, int64_t rule,
-             int64_t blend) {
+             std::optional<Tensor> loss_scale, std::optional<Tensor> grad_scale,
+             std::optional<Tensor> found_inf, int64_t rule, int64_t blend) {
   check_index(rule, kNumRules, "rule");
   Bucket bucket(weights, pinned, saved, slots, grads, flags, hyper, kRuleColumns[rule]);
   Problem& p = bucket.problem;
   const unsigned has = check_update(state0, state1, state2, step, grad_scale, found_inf, saved,
                                     p.num_slots, rule, p.states);
   p.step = memory<float>(step);
-  check_blend(kept, numbers, blend_hyper, saved, hyper.numel() / kRuleColumns[rule], blend);
+  check_blend(kept, numbers, blend_hyper, loss_scale, saved, hyper.numel() / kRuleColumns[rule],
+              blend);
   p.kept = check_kept(kept, saved);
   p.numbers = memory<double>(numbers);
   p.blend_hyper = memory(blend_hyper);
+  p.loss_scale = memory<double>(loss_scale);
   p.blend = static_cast<int>(blend);
   const bool skip = found_inf && *memory<float>(found_inf) != 0.0f;
   double scale = 1;
@@ -194,7 +196,8 @@ STABLE_TORCH_LIBRARY(fused_sam, m) {
       "update_(Tensor(a!) weights, Tensor(b!)[] pinned, Tensor(c!)? state0, Tensor(d!)? state1, "
       "Tensor(e!)? state2, Tensor(f!)? step, Tensor(g!)? ticket, Tensor(h!) climb, Tensor saved, "
       "Tensor? kept, Tensor slots, Tensor grads, Tensor flags, Tensor hyper, Tensor? numbers, "
-      "Tensor? blend_hyper, Tensor? grad_scale, Tensor? found_inf, int rule, int blend) -> ()");
+      "Tensor? blend_hyper, Tensor? loss_scale, Tensor? grad_scale, Tensor? found_inf, int rule, "
+      "int blend) -> ()");
   m.def(
       "restore_(Tensor(a!) weights, Tensor(b!)[] pinned, Tensor(c!) climb, Tensor saved, "
       "Tensor slots, Tensor flags) -> ()");

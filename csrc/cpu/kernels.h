@@ -16,20 +16,21 @@ constexpr int64_t kSpan = 16384;
 
 // A bucket's memory and tables; T is the compute type, S the storage type of the dtype.
 struct Problem {
-  void* weights;            // S (moved,)
-  void* const* pinned;      // the weights of the last slots, which stay where they are
-  void* saved;              // S (size,)
-  void* kept;               // S (size,), gradients at w, or null
-  void* states[3];          // S (size,) or null
-  float* step;              // (num_slots,) or null
-  const Slot* slots;        // (num_slots,), by rising start
-  const int64_t* grads;     // (num_slots,): addresses of S (numel,); null for restore_
-  const int32_t* flags;     // (num_slots,)
-  const void* hyper;        // Columns<T> (rows,) of what is computed
-  const double* earlier;    // the numbers that a sum needs, or null
-  const double* numbers;    // what the coefficients of a blend are made of, or null
-  const void* blend_hyper;  // the blend's Columns<T> (rows,), or null
-  int blend;                // its number in FUSED_SAM_BLENDS; negative: none
+  void* weights;             // S (moved,)
+  void* const* pinned;       // the weights of the last slots, which stay where they are
+  void* saved;               // S (size,)
+  void* kept;                // S (size,), gradients at w, or null
+  void* states[3];           // S (size,) or null
+  float* step;               // (num_slots,) or null
+  const Slot* slots;         // (num_slots,), by rising start
+  const int64_t* grads;      // (num_slots,): addresses of S (numel,); null for restore_
+  const int32_t* flags;      // (num_slots,)
+  const void* hyper;         // Columns<T> (rows,) of what is computed
+  const double* earlier;     // the numbers that a sum needs, or null
+  const double* numbers;     // what the coefficients of a blend are made of, or null
+  const void* blend_hyper;   // the blend's Columns<T> (rows,), or null
+  const double* loss_scale;  // of both gradients; null for 1
+  int blend;                 // its number in FUSED_SAM_BLENDS; negative: none
   int64_t num_slots;
   int64_t num_moved;  // slots in the flat weights
   int64_t size;

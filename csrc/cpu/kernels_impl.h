@@ -279,34 +279,47 @@ template <typename T>
 FUSED_SAM_INLINE Coefficients coefficients_of(const Problem& p, const Slot& slot, int32_t flags) {
   Coefficients found = {1, 0};
   if (!(flags & kBlends)) return found;
+  const double scale = p.loss_scale ? *p.loss_scale : 1;
   int number = 0;
 #define FUSED_SAM_COEFFICIENTS(value)                                            \
   if (p.blend == number++) {                                                     \
     using Columns = value::Columns<T>;                                           \
     const Columns& group = static_cast<const Columns*>(p.blend_hyper)[slot.row]; \
-    found = value::coefficients(group, p.numbers);                               \
+    found = value::coefficients(group, p.numbers, scale);                        \
   }
   FUSED_SAM_BLENDS(FUSED_SAM_COEFFICIENTS)
 #undef FUSED_SAM_COEFFICIENTS
-  if (!(flags & kHeld)) found.b = 0;
+  if (!(flags & kHeld)) found.b = found.d = 0;
   return found;
 }
 
-// a * grad + b * kept; where b is 0, what is kept may be anything.
+// x * grad + y * kept; what has the factor 0 may be anything.
 template <typename T, typename S>
-FUSED_SAM_INLINE void blend(T* blended, const S* grad, const S* kept, int64_t n,
-                            const Coefficients& coefficients) {
-  const T a = T(coefficients.a), b = T(coefficients.b);
+FUSED_SAM_INLINE void mix(T* mixed, const S* grad, const S* kept, int64_t n, T x, T y) {
+  const bool reads = x != T(0);
   FUSED_SAM_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) blended[i] = a * load(grad[i]);
-  if (b == T(0)) return;
+  for (int64_t i = 0; i < n; ++i) mixed[i] = reads ? x * load(grad[i]) : T(0);
+  if (y == T(0)) return;
   FUSED_SAM_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) blended[i] += b * load(kept[i]);
+  for (int64_t i = 0; i < n; ++i) mixed[i] += y * load(kept[i]);
 }
 
-// weights and from may be the same memory. G: the gradients' type, or T for what was blended.
-template <typename Rule, unsigned kKept, typename S, typename G>
-FUSED_SAM_INLINE void step(S* weights, const S* from, const G* grad, S* const (&states)[kMaxStates],
+// What a blend subtracts after the rule's step. weights and from may be the same memory.
+template <typename T, typename S>
+FUSED_SAM_INLINE void subtract(S* weights, const S* from, const T* stepped, const T* after,
+                               int64_t n, bool frozen) {
+  FUSED_SAM_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) {
+    const S old = from[i];
+    const S updated = round_to<S>(stepped[i] - after[i]);
+    weights[i] = frozen ? old : updated;
+  }
+}
+
+// weights and from may be the same memory. G: the gradients' type, or T for what was blended. W:
+// that of the weights, or T where they are not done with.
+template <typename Rule, unsigned kKept, typename S, typename G, typename W>
+FUSED_SAM_INLINE void step(W* weights, const S* from, const G* grad, S* const (&states)[kMaxStates],
                            int64_t n, ComputeOf<S> descent, bool frozen,
                            const typename Rule::template Scalars<ComputeOf<S>>& scalars_) {
   using T = ComputeOf<S>;
@@ -322,13 +335,17 @@ FUSED_SAM_INLINE void step(S* weights, const S* from, const G* grad, S* const (&
     if (kKept & 2u) state[1] = load(state1[i]);
     if (kKept & 4u) state[2] = load(state2[i]);
     const S old = from[i];
-    const S updated = round_to<S>(
+    const W updated = round_to<W>(
         Rule::template update<kKept>(load(old), descent * load(grad[i]), state, scalars));
     if (kKept & 1u) state0[i] = round_to<S>(state[0]);
     if (kKept & 2u) state1[i] = round_to<S>(state[1]);
     if (kKept & 4u) state2[i] = round_to<S>(state[2]);
     // 0 * inf is NaN and -0.0 - -0.0 is 0.0: with lr 0 only a copy gives the bits back.
-    weights[i] = frozen ? old : updated;
+    if constexpr (std::is_same_v<W, S>) {
+      weights[i] = frozen ? old : updated;
+    } else {
+      weights[i] = updated;
+    }
   }
 }
 
@@ -366,17 +383,26 @@ void update_(const Problem& p, double grad_scale, bool skip, int64_t begin, int6
         for (int k = 0; k < kMaxStates; ++k) {
           if (kept.value & 1u << k) states[k] = static_cast<S*>(p.states[k]) + at + i;
         }
-        const auto go = [&](const auto* grad) {
-          step<Rule, kept.value, S>(streams ? tile : piece.weights + i, from + i, grad, states, n,
-                                    descent, group.lr == T(0), scalars);
+        S* weights = streams ? tile : piece.weights + i;
+        const auto go = [&](auto* to, const auto* grad) {
+          step<Rule, kept.value>(to, from + i, grad, states, n, descent, group.lr == T(0), scalars);
         };
         if (piece.flags & kBlends) {
           const S* first = static_cast<const S*>(p.kept) + at + i;
           alignas(64) T blended[kTile];
-          blend(blended, piece.grad + i, first, n, coefficients);
-          go(static_cast<const T*>(blended));
+          mix(blended, piece.grad + i, first, n, T(coefficients.a), T(coefficients.b));
+          if (coefficients.c == 0 && coefficients.d == 0) {
+            go(weights, static_cast<const T*>(blended));
+          } else {
+            alignas(64) T stepped[kTile];
+            go(stepped, static_cast<const T*>(blended));
+            const double rate = piece.flags & kMaximize ? -double(group.lr) : double(group.lr);
+            mix(blended, piece.grad + i, first, n, T(rate * coefficients.c),
+                T(rate * coefficients.d));
+            subtract(weights, from + i, stepped, blended, n, group.lr == T(0));
+          }
         } else {
-          go(piece.grad + i);
+          go(weights, piece.grad + i);
         }
         if (streams) stream(piece.weights + i, tile, n);
       }

@@ -100,19 +100,23 @@ void update_(Tensor weights, std::vector<Tensor> /*pinned*/, std::optional<Tenso
              std::optional<Tensor> state1, std::optional<Tensor> state2, std::optional<Tensor> step,
              std::optional<Tensor> ticket, Tensor climb, Tensor saved, std::optional<Tensor> kept,
              Tensor slots, Tensor grads, Tensor flags, Tensor hyper, std::optional<Tensor> numbers,
-             std::optional<Tensor> blend_hyper, std::optional<Tensor> grad_scale,
-             std::optional<Tensor> found_inf, int64_t rule, int64_t blend) {
+             std::optional<Tensor> blend_hyper, std::optional<Tensor> loss_scale,
+             std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, int64_t rule,
+             int64_t blend) {
   check_index(rule, kNumRules, "rule");
   Bucket bucket(weights, saved, slots, grads, flags, hyper, kRuleColumns[rule]);
   DeviceProblem& p = bucket.problem;
   check_update(state0, state1, state2, step, grad_scale, found_inf, saved, p.num_slots, rule,
                p.states);
   p.step = memory<float>(step);
-  check_blend(kept, numbers, blend_hyper, saved, hyper.numel() / kRuleColumns[rule], blend);
+  check_blend(kept, numbers, blend_hyper, loss_scale, saved, hyper.numel() / kRuleColumns[rule],
+              blend);
   p.kept = check_kept(kept, saved);
   p.numbers = memory<double>(numbers);
   p.blend_hyper = memory(blend_hyper);
+  p.loss_scale = memory<double>(loss_scale);
   p.blend = static_cast<int>(blend);
+  p.after = blend >= 0 && kBlendAfter[blend];
   check_launch(launch_update_(bucket.dtype, rule, p, memory(grad_scale), memory<float>(found_inf),
                               ticket_of(ticket, saved), climb_of(climb, saved), bucket.device,
                               bucket.stream));

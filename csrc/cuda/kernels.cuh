@@ -335,33 +335,43 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
 // ----------------------------------------------------------------------------------------- update_
 
-// v = a * grad + b * kept; kept is null where b is 0: then it may be anything.
+// v = a * grad + b * kept, and c * grad + d * kept is subtracted after the rule's step. What has
+// the factor 0 may be anything; kept is null where all of its are.
 template <typename S>
 struct Blended {
   const S* kept;
-  ComputeOf<S> a, b;
+  ComputeOf<S> a, b, c, d;
 };
+
+template <typename T>
+__device__ __forceinline__ T scaled(T factor, T x) {
+  return factor == T(0) ? T(0) : factor * x;
+}
 
 // What a blend makes of the gradients of a piece.
 template <typename S>
-__device__ __forceinline__ Blended<S> blended_of(const DeviceProblem& p, const Piece<S>& piece) {
+__device__ __forceinline__ Blended<S> blended_of(const DeviceProblem& p, const Piece<S>& piece,
+                                                 ComputeOf<S> lr) {
   using T = ComputeOf<S>;
-  if (!piece.has(kBlends)) return {nullptr, T(1), T(0)};
+  if (!piece.has(kBlends)) return {nullptr, T(1), T(0), T(0), T(0)};
+  const double scale = p.loss_scale ? *p.loss_scale : 1;
   Coefficients found = {1, 0};
   int number = 0;
 #define FUSED_SAM_COEFFICIENTS(value)                                          \
   if (p.blend == number++) {                                                   \
     const auto* groups = static_cast<const value::Columns<T>*>(p.blend_hyper); \
-    found = value::coefficients(groups[piece.slot.row], p.numbers);            \
+    found = value::coefficients(groups[piece.slot.row], p.numbers, scale);     \
   }
   FUSED_SAM_BLENDS(FUSED_SAM_COEFFICIENTS)
 #undef FUSED_SAM_COEFFICIENTS
-  const bool looks = piece.has(kHeld) && found.b != 0;
-  return {looks ? static_cast<const S*>(p.kept) + piece.at : nullptr, T(found.a), T(found.b)};
+  const bool looks = piece.has(kHeld) && (found.b != 0 || found.d != 0);
+  const double rate = piece.has(kMaximize) ? -double(lr) : double(lr);
+  return {looks ? static_cast<const S*>(p.kept) + piece.at : nullptr, T(found.a), T(found.b),
+          T(rate * found.c), T(rate * found.d)};
 }
 
 // weights and from may be the same memory.
-template <typename Rule, unsigned kKept, typename S>
+template <typename Rule, bool kAfter, unsigned kKept, typename S>
 __device__ __forceinline__ void update_piece(
     const DeviceProblem& p, const Piece<S>& piece, const S* from, const Blended<S>& blended,
     ComputeOf<S> descent, bool frozen,
@@ -399,10 +409,17 @@ __device__ __forceinline__ void update_piece(
           if (kKept & 1u << s) buffers[s] = load(state[s][u].at[k]);
         }
         const S old = weights[u].at[k];
-        T gradient = blended.a * load(grad[u].at[k]);
-        if (blended.kept) gradient += blended.b * load(kept[u].at[k]);
-        const S updated = round_to<S>(
-            Rule::template update<kKept>(load(old), descent * gradient, buffers, scalars));
+        const T second = load(grad[u].at[k]);
+        T gradient = scaled(blended.a, second), after = T(0);
+        if (kAfter) after = scaled(blended.c, second);
+        if (blended.kept) {
+          const T first = load(kept[u].at[k]);
+          gradient += scaled(blended.b, first);
+          if (kAfter) after += scaled(blended.d, first);
+        }
+        T stepped = Rule::template update<kKept>(load(old), descent * gradient, buffers, scalars);
+        if (kAfter) stepped -= after;
+        const S updated = round_to<S>(stepped);
 #pragma unroll
         for (int s = 0; s < kMaxStates; ++s) {
           if (kKept & 1u << s) state[s][u].at[k] = round_to<S>(buffers[s]);
@@ -428,7 +445,7 @@ __device__ __forceinline__ void with_kept(unsigned kept, const F& f) {
   if constexpr (kMask + 1 < 1u << Rule::kStates) with_kept<Rule, kMask + 1>(kept, f);
 }
 
-template <typename Rule, typename S>
+template <typename Rule, bool kAfter, typename S>
 __device__ __forceinline__ void update_chunk(const DeviceProblem& p, ComputeOf<S> grad_scale,
                                              bool skip, int chunk) {
   using T = ComputeOf<S>;
@@ -440,14 +457,16 @@ __device__ __forceinline__ void update_chunk(const DeviceProblem& p, ComputeOf<S
   const T descent = (piece.has(kMaximize) ? T(-1) : T(1)) / grad_scale;
   const S* from = piece.has(kPerturbed) ? static_cast<const S*>(p.saved) + piece.at : piece.weights;
   FUSED_SAM_ASSUME_GLOBAL(from);
-  const auto blended = blended_of(p, piece);
+  const auto blended = blended_of(p, piece, group.lr);
   with_kept<Rule>(unsigned(piece.flags) >> kKeptShift, [&](auto kept) {
-    update_piece<Rule, kept.value>(p, piece, from, blended, descent, group.lr == T(0), scalars);
+    update_piece<Rule, kAfter, kept.value>(p, piece, from, blended, descent, group.lr == T(0),
+                                           scalars);
   });
 }
 
-// grad_scale, found_inf: one number each, or null. ticket: 0, and 0 again afterwards.
-template <typename Rule, typename S>
+// grad_scale, found_inf: one number each, or null. ticket: 0, and 0 again afterwards. kAfter:
+// p.after.
+template <typename Rule, typename S, bool kAfter = false>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     update_kernel(DeviceProblem p, const ComputeOf<S>* grad_scale, const float* found_inf,
                   unsigned* ticket, int64_t* climbed) {
@@ -455,7 +474,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const bool skip = found_inf && *found_inf != 0.0f;
   const ComputeOf<S> scale = grad_scale ? *grad_scale : ComputeOf<S>(1);
   for (int chunk = blockIdx.x; chunk < p.num_chunks; chunk += gridDim.x) {
-    update_chunk<Rule, S>(p, scale, skip, chunk);
+    update_chunk<Rule, kAfter, S>(p, scale, skip, chunk);
   }
   if constexpr (Rule::kCounts) {
     // The last block to come here counts the step: all others have read the old count.

@@ -108,7 +108,9 @@ const char* launch_update_(Dtype dtype, int64_t rule, const DeviceProblem& p,
   return with_storage(dtype, [&](auto s) {
     using S = decltype(s);
     return with_rule(rule, [&](auto value) {
-      return launch(update_kernel<decltype(value), S>, p.num_chunks, device, stream, p,
+      using Rule = decltype(value);
+      const auto kernel = p.after ? update_kernel<Rule, S, true> : update_kernel<Rule, S, false>;
+      return launch(kernel, p.num_chunks, device, stream, p,
                     static_cast<const ComputeOf<S>*>(grad_scale), found_inf, ticket, climb);
     });
   });

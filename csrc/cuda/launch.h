@@ -33,7 +33,9 @@ struct DeviceProblem {
   const double* earlier;
   const double* numbers;
   const void* blend_hyper;
+  const double* loss_scale;
   int blend;
+  bool after;  // the blend subtracts something after the rule's step
   int num_slots;
   int num_chunks;
 };

@@ -19,6 +19,7 @@ from ..ascents import Ascent, Average, Sums
 from ..blends import Blending
 from ..memory import Bucket, Gradients
 from ..memory.members import AVERAGE
+from ..memory.window import as_real
 from ..rules import STEP, Group, Rule
 from .rounding import HALVES, round_stochastically, seed_of
 from .runs import CHUNK_ELEMENTS, Run, present, runs
@@ -27,7 +28,7 @@ Groups = Sequence[dict[str, Any]]
 
 
 class Backend:
-    """Five operations on a bucket, none of which waits for the device.
+    """Six operations on a bucket, none of which waits for the device.
 
     A slot whose gradient is missing is left out. ``groups`` are the optimizer's parameter groups;
     those of ``bucket.rows`` are looked at.
@@ -210,14 +211,20 @@ class Backend:
                 )
             else:
                 grad = run.gather(bucket, grads)
+                after = None
                 if blends:
-                    kept = run.of(bucket.kept) if held and bucket.kept is not None else None
-                    grad = _blended(blending, group, grad, kept)
+                    assert blending is not None
+                    assert bucket.kept is not None
+                    kept = run.of(bucket.kept) if held else None
+                    a, b, *more = blending.coefficients(group)
+                    if blending.blend.after:
+                        after = _mix(more[0], more[1], grad, kept).mul_(_signed_lr(group))
+                    grad = _mix(a, b, grad, kept)
                 if grad_scale is not None:
                     grad.div_(grad_scale)
                 if group["maximize"]:
                     grad.neg_()
-                _update_run(bucket, run, rule, home, grad, group, fresh, found_inf)
+                _update_run(bucket, run, rule, home, grad, after, group, fresh, found_inf)
             # 0 * inf is NaN and -0.0 - -0.0 is 0.0: with lr 0 only a copy gives the bits back.
             if frozen is True:
                 home.copy_(before)
@@ -237,6 +244,8 @@ class Backend:
     ) -> None:
         """Give a base optimizer that has no rule the gradient that it is to see, in place.
 
+        What a blend subtracts from w afterwards goes to ``bucket.kept``: see ``after_``.
+
         Args:
             bucket: whose they are.
             blending: as for ``update_``.
@@ -244,19 +253,46 @@ class Backend:
             groups: the options of each row.
             grad_scale: (), compute dtype, on the bucket's device: gradients are divided by it.
         """
-        done = set()  # two parameters may have one gradient
-        for slot, held, grad in zip(bucket.slots, bucket.held, grads, strict=True):
-            if grad is None or (address := Tensor.data_ptr(grad)) in done:
-                continue
-            done.add(address)
+        owners: dict[int, list[int]] = {}  # two parameters may have one gradient
+        for i, grad in enumerate(grads):
+            if grad is not None:
+                owners.setdefault(Tensor.data_ptr(grad), []).append(i)
+        for indices in owners.values():
+            grad = grads[indices[0]]
+            assert grad is not None
             # In the compute dtype: float16 does not hold every scale.
-            value = grad.to(torch.promote_types(grad.dtype, bucket.compute_dtype))
+            value = seen = grad.to(torch.promote_types(grad.dtype, bucket.compute_dtype))
+            for i in reversed(indices):
+                slot, group = bucket.slots[i], groups[bucket.slots[i].row]
+                if blending is None or group["ascent"] is None:
+                    continue
+                assert bucket.kept is not None
+                there = slot.shaped(slot.of(bucket.kept))
+                kept = there if bucket.held[i] else None
+                a, b, *more = blending.coefficients(group)
+                seen = _mix(a, b, value, kept)
+                if blending.blend.after:
+                    there.copy_(_mix(more[0], more[1], value, kept))
+            grad.copy_(seen if grad_scale is None else seen / grad_scale)
+
+    def after_(self, bucket: Bucket, stepped: Sequence[bool], groups: Groups) -> None:
+        """What comes after the step of a base optimizer that has no rule: ``w -= lr * kept``.
+
+        Args:
+            bucket: ``blend_`` has left there what is subtracted.
+            stepped: which slots had a gradient.
+            groups: the options of each row, as they were in that step.
+        """
+        assert bucket.kept is not None
+        for slot, had in zip(bucket.slots, stepped, strict=True):
             group = groups[slot.row]
-            if blending is not None and group["ascent"] is not None:
-                kept = bucket.kept if held else None
-                there = None if kept is None else slot.shaped(slot.of(kept))
-                value = _blended(blending, group, value, there)
-            grad.copy_(value if grad_scale is None else value / grad_scale)
+            if not had or group["ascent"] is None or (frozen := _is_zero(group["lr"])) is True:
+                continue
+            weights = as_real(slot.param.detach())
+            wide = weights.to(bucket.compute_dtype)
+            after = slot.real(slot.of(bucket.kept)).to(wide.dtype) * _signed_lr(group)
+            moved = wide - after
+            weights.copy_(moved if frozen is False else torch.where(frozen, wide, moved))
 
     def restore_(self, bucket: Bucket) -> None:
         """Return the perturbed slots to w; ``climb`` is 0 afterwards."""
@@ -332,15 +368,19 @@ def _kinds(bucket: Bucket, rule: Rule, grads: Gradients, groups: Groups) -> tupl
     )
 
 
-def _blended(blending: Blending | None, group: Group, grad: Tensor, kept: Tensor | None) -> Tensor:
-    """A * grad + b * kept."""
-    assert blending is not None
-    a, b = [x.to(grad.dtype) for x in blending.coefficients(group)]
-    blended = a * grad
-    if kept is None:
-        return blended
-    # 0 * inf is NaN: where b is 0, what is kept may be anything.
-    return torch.where(b == 0, blended, blended + b * kept.to(grad.dtype))
+def _mix(x: Tensor, y: Tensor, grad: Tensor, kept: Tensor | None) -> Tensor:
+    """X * grad + y * kept, in the gradient's dtype; nothing for a gradient that is not kept."""
+    x, y = x.to(grad.dtype), y.to(grad.dtype)
+    # 0 * inf is NaN: what has the factor 0 may be anything.
+    mixed = torch.where(x == 0, 0.0, x * grad)
+    return mixed if kept is None else torch.where(y == 0, mixed, mixed + y * kept.to(grad.dtype))
+
+
+def _signed_lr(group: Group) -> float | Tensor:
+    """The learning rate of a group, negative where it goes uphill."""
+    lr: float | Tensor = group["lr"]
+    lr = lr.squeeze() if isinstance(lr, Tensor) else lr
+    return -lr if group.get("maximize") else lr
 
 
 def _count_steps(bucket: Bucket, grads: Gradients, found_inf: Tensor | None) -> None:
@@ -358,11 +398,15 @@ def _update_run(
     rule: Rule,
     home: Tensor,
     grad: Tensor,
+    after: Tensor | None,
     group: Group,
     fresh: bool,
     found_inf: Tensor | None,
 ) -> None:
-    """The rule's texts on the flat buffers of a run; ``home`` holds w: its weights or masters."""
+    """The rule's texts on the flat buffers of a run; ``home`` holds w: its weights or masters.
+
+    ``after`` is subtracted from what the rule makes of w.
+    """
     kept = rule.kept(group)
     names = [state.name for state in rule.states]
     flat = {name: run.of(bucket.state(name).flat) for name in names if name in kept}
@@ -371,7 +415,8 @@ def _update_run(
         targets = [home[chunk], *[flat[n][chunk] if n in flat else None for n in names]]
         param, *states = [None if t is None else t.to(grad.dtype) for t in targets]
         numbers = [s[chunk] if isinstance(s, Tensor) and s.dim() else s for s in scalars]
-        values = rule.update(param, grad[chunk], *states, *numbers)
+        value, *others = rule.update(param, grad[chunk], *states, *numbers)
+        values = (value if after is None else value - after[chunk], *others)
         for target, value in zip(targets, values, strict=True):
             if target is not None:
                 if found_inf is not None:

@@ -9,12 +9,13 @@ from ..rules.base import Group
 from .base import Blend, Blending, Choice
 from .gsam import BLEND as _GSAM
 from .gsam import GSAM
+from .wsam import BLEND as _WSAM
 from .wsam import COUPLED as _COUPLED_WSAM
-from .wsam import CoupledWSAM
+from .wsam import WSAM, CoupledWSAM
 
-__all__ = ["BLENDS", "GSAM", "Blend", "Blending", "Choice", "CoupledWSAM", "chosen"]
+__all__ = ["BLENDS", "GSAM", "WSAM", "Blend", "Blending", "Choice", "CoupledWSAM", "chosen"]
 
-BLENDS: Mapping[str, Blend] = {blend.key: blend for blend in (_GSAM, _COUPLED_WSAM)}
+BLENDS: Mapping[str, Blend] = {blend.key: blend for blend in (_GSAM, _WSAM, _COUPLED_WSAM)}
 """By the value of a group's ``blend``. None is SAM: the gradient at w + epsilon."""
 
 

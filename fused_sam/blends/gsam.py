@@ -37,7 +37,7 @@ def _columns(group: Group) -> tuple[float, ...]:
     return (group["blend_alpha"],)
 
 
-def _coefficients(mixed, second, first, alpha):
+def _coefficients(mixed, second, first, scale, alpha):
     share = divide(mixed, second)
     # Where a gradient is zero or not finite there is nothing to decompose: SAM.
     known = is_finite(share)

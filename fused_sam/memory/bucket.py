@@ -128,8 +128,10 @@ class Bucket:
             return as_real(slot.param.detach()).as_strided((slot.numel,), (1,))
         return slot.of(self.weights)
 
-    def _new_kept(self) -> Tensor:
-        return self.saved.new_zeros(self.size, dtype=self.grad_dtype)
+    def make_kept(self) -> None:
+        """Allocate ``kept``, unless it is there."""
+        if self.kept is None:
+            self.kept = self.saved.new_zeros(self.size, dtype=self.grad_dtype)
 
     def state(self, name: str) -> StateBuffer:
         """The buffer of one optimizer state, allocated when first asked for."""
@@ -158,8 +160,8 @@ class Bucket:
         Returns:
             Where it keeps the gradients, if it is to.
         """
-        if keep and self.kept is None:
-            self.kept = self._new_kept()
+        if keep:
+            self.make_kept()
         self._number, self._moving = number, grads.present
         self.held = grads.present if keep else self._at_w
         return self.kept if keep else None
@@ -211,7 +213,8 @@ class Bucket:
         """
         self.held = tuple([slot.param in kept for slot in self.slots])
         if any(self.held):
-            self.kept = self._new_kept()
+            self.make_kept()
+            assert self.kept is not None
             for slot in itertools.compress(self.slots, self.held):
                 slot.shaped(slot.of(self.kept)).copy_(kept[slot.param])
         perturbed = tuple([slot.param in saved for slot in self.slots])

@@ -77,8 +77,14 @@ struct Options {
   double beta1 = 0.8, beta2 = 0.95, rho = 0.5, eta = 0.01, grad_scale = 1;
   double step = 3;           // the running one
   double alpha = -1;         // GSAM's; negative: no blend, and nothing is kept
+  double weight = -1;        // WSAM's; negative: it is not that
   double p = 1.5;            // of the p-norm
   bool hides_param = false;  // the bit that asks for the weights is not set
+
+  bool blends() const { return alpha >= 0 || weight >= 0; }
+
+  // The blend's number in FUSED_SAM_BLENDS; negative: none.
+  int blend() const { return weight >= 0 ? 1 : alpha >= 0 ? 0 : -1; }
 
   // Which states the group keeps, as bits.
   int kept() const {
@@ -112,12 +118,17 @@ struct Hyper {
   SamNorm::Columns<T> ascent[kRows];
   PNorm::Columns<T> p_norm[kRows];
   Gsam::Columns<T> gsam[kRows];
+  Wsam::Columns<T> wsam[kRows];
   Sgd::Columns<T> sgd[kRows];
   Adam::Columns<T> adam[kRows];
   RmsProp::Columns<T> rmsprop[kRows];
 
   explicit Hyper(const Options& options) {
     for (int row = 0; row < kRows; ++row) fill(group_of(options, row), row);
+  }
+
+  const void* of_blend(const Options& o) const {
+    return o.weight >= 0 ? static_cast<const void*>(wsam) : gsam;
   }
 
   const void* of(RuleId rule) const {
@@ -133,6 +144,7 @@ struct Hyper {
     ascent[row] = {T(o.maximize ? -o.rho : o.rho), T(o.adaptive), T(o.eta)};
     p_norm[row] = {ascent[row].rho, T(o.adaptive), T(o.eta), T(1 / (o.p - 1)), T(1 / o.p)};
     gsam[row] = {T(o.alpha)};
+    wsam[row] = {T(o.weight), std::numeric_limits<T>::infinity()};
     const T momentum = T(o.variant & 1 ? o.momentum : 0);
     sgd[row] = {T(o.lr), T(o.weight_decay), momentum, T(1 - o.dampening), T(o.nesterov)};
     adam[row] = {T(o.lr),    T(o.weight_decay), T(o.decoupled), T(1 - o.beta1), log(o.beta1),
@@ -274,7 +286,7 @@ struct Bucket {
       const Options group = group_of(o, slots[i].row);
       all[i] |= (group.maximize ? kMaximize : 0) |
                 (group.adaptive && !group.hides_param ? kReadsParam : 0) |
-                (group.alpha >= 0 ? kBlends : 0) | group.kept() << kKeptShift;
+                (group.blends() ? kBlends : 0) | group.kept() << kKeptShift;
     }
     return all;
   }
@@ -451,7 +463,7 @@ void expect_perturbed(Bucket<S>& bucket, const typename Bucket<S>::Copy& before,
         continue;
       }
       EXPECT(same_bits(saved, w), "slot %zu, element %ld was not saved", i, long(k));
-      const S kept = o.alpha >= 0 ? bucket.grads[i].data[k] : before.kept[slot.start + k];
+      const S kept = o.blends() ? bucket.grads[i].data[k] : before.kept[slot.start + k];
       EXPECT(same_bits(bucket.kept[slot.start + k], kept), "slot %zu, element %ld: kept", i,
              long(k));
       if (!moves) {
@@ -499,12 +511,16 @@ void expect_updated(Bucket<S>& bucket, const typename Bucket<S>::Copy& before,
       double want = value(w);
       if (steps) {
         double g = value(bucket.grads[i].data[k]);
-        if (o.alpha >= 0) {
+        const double first = bucket.flags[i] & kHeld ? value(before.kept[at]) : 0;
+        double after = 0;
+        if (o.weight >= 0) {
+          after = o.lr * (o.maximize ? -1 : 1) * o.weight * (g - first) / o.grad_scale;
+          g = first;
+        } else if (o.alpha >= 0) {
           const double c = kNumbers[0] / kNumbers[1];
-          const double first = bucket.flags[i] & kHeld ? value(before.kept[at]) : 0;
           g = (1 + o.alpha * c) * g - o.alpha * first;
         }
-        want = textbook(value(w), g, s, o, bucket.flags[i] & kFresh);
+        want = textbook(value(w), g, s, o, bucket.flags[i] & kFresh) - after;
       }
       for (int m = 0; m < 3; ++m) {
         // At most 6 roundings on terms no larger than 4: what the data above allow.
@@ -551,9 +567,11 @@ inline std::vector<Options> all_options() {
     rmsprop.grad_scale = 3;
     all.push_back(rmsprop);
   }
-  for (size_t i = 0; i < 8; i += 3) {  // of each rule
-    Options blended = all[i < 6 ? i : all.size() - 1];
+  const Options of_each[] = {all[0], all[3], all[all.size() - 1]};  // of each rule
+  for (Options blended : of_each) {
     blended.alpha = 0.3;
+    all.push_back(blended);
+    blended.weight = 0.7;
     all.push_back(blended);
   }
   return all;

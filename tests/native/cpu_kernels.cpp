@@ -97,10 +97,12 @@ class Runner {
     p.weights = bucket.weights;
     p.pinned = bucket.pinned.data();
     p.saved = bucket.saved;
-    p.kept = o.alpha >= 0 ? bucket.kept : nullptr;
+    p.kept = o.blends() ? bucket.kept : nullptr;
     p.numbers = kNumbers;
-    p.blend_hyper = hyper_->gsam;
-    p.blend = o.alpha >= 0 ? 0 : -1;
+    p.blend_hyper = hyper_->of_blend(o);
+    p.blend = o.blend();
+    loss_scale_ = o.grad_scale;
+    p.loss_scale = &loss_scale_;
     bucket.give_states(p.states, o);
     p.step = o.rule == RuleId::kSgd ? nullptr : bucket.step.data();
     p.slots = bucket.slots.data();
@@ -116,6 +118,7 @@ class Runner {
 
   std::optional<Hyper<T>> hyper_;
   std::vector<int32_t> flags_;
+  double loss_scale_ = 1;
   int runs_ = 0;
 };
 

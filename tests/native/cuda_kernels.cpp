@@ -76,11 +76,11 @@ class Runner {
       launch(blocks, order, [&] {
         switch (o.rule) {
           case RuleId::kSgd:
-            return update_kernel<Sgd, S>(p, grad_scale, found_inf, &ticket, &climbed);
+            return update<Sgd>(p, grad_scale, found_inf, &ticket, &climbed);
           case RuleId::kAdam:
-            return update_kernel<Adam, S>(p, grad_scale, found_inf, &ticket, &climbed);
+            return update<Adam>(p, grad_scale, found_inf, &ticket, &climbed);
           case RuleId::kRmsProp:
-            return update_kernel<RmsProp, S>(p, grad_scale, found_inf, &ticket, &climbed);
+            return update<RmsProp>(p, grad_scale, found_inf, &ticket, &climbed);
         }
       });
       EXPECT(ticket == 0, "the ticket is %u afterwards", ticket);
@@ -101,6 +101,12 @@ class Runner {
   }
 
  private:
+  template <typename Rule, typename... Arguments>
+  static void update(const DeviceProblem& p, Arguments... arguments) {
+    if (p.after) return update_kernel<Rule, S, true>(p, arguments...);
+    update_kernel<Rule, S, false>(p, arguments...);
+  }
+
   template <typename F>
   static void launch(unsigned blocks, Order order, const F& kernel) {
     emulation::Machine::get().launch(blocks, kThreads, order, kernel);
@@ -169,10 +175,13 @@ class Runner {
     flags_ = bucket.bits(o);
     DeviceProblem p = {};
     p.saved = bucket.saved;
-    p.kept = o.alpha >= 0 ? bucket.kept : nullptr;
+    p.kept = o.blends() ? bucket.kept : nullptr;
     p.numbers = kNumbers;
-    p.blend_hyper = hyper_->gsam;
-    p.blend = o.alpha >= 0 ? 0 : -1;
+    p.blend_hyper = hyper_->of_blend(o);
+    p.blend = o.blend();
+    loss_scale_ = o.grad_scale;
+    p.loss_scale = &loss_scale_;
+    p.after = o.weight >= 0;
     bucket.give_states(p.states, o);
     p.step = o.rule == RuleId::kSgd ? nullptr : bucket.step.data();
     p.slots = bucket.slots.data();
@@ -187,6 +196,7 @@ class Runner {
 
   std::optional<Hyper<T>> hyper_;
   std::vector<int32_t> flags_;
+  double loss_scale_ = 1;
   std::vector<Chunk> chunks_;
 };
 

@@ -50,8 +50,11 @@ class Arguments:
         self.values["kept"] = random.choice((None, self.buffer(start)))
         self.values["earlier"] = random.choice((None, self.numbers()))
         self.values["numbers"] = random.choice((None, self.numbers()))
-        self.values["blend_hyper"] = random.choice((None, torch.rand(2, dtype=self.compute)))
-        self.values["blend"] = random.choice((-1, -1, -1, 0, 1))
+        self.values["blend_hyper"] = random.choice(
+            (None, torch.rand(2, dtype=self.compute), torch.rand(4, dtype=self.compute))
+        )
+        self.values["loss_scale"] = random.choice((None, torch.ones((), dtype=torch.float64)))
+        self.values["blend"] = random.choice((-1, -1, -1, 0, 1, 2, 3))
         self.values |= {f"state{k}": self.buffer(start) for k in range(STATES)}
 
     def buffer(self, numel):
@@ -98,7 +101,8 @@ class Arguments:
             "update_": (
                 *(*head, *[v[f"state{k}"] for k in range(STATES)], v["step"], None),
                 *(v["climb"], v["saved"], v["kept"], *tables, hyper, v["numbers"]),
-                *(v["blend_hyper"], v["grad_scale"], v["found_inf"], v["number"], v["blend"]),
+                *(v["blend_hyper"], v["loss_scale"], v["grad_scale"], v["found_inf"]),
+                *(v["number"], v["blend"]),
             ),
             "restore_": (*head, v["climb"], v["saved"], v["slots"], v["flags"]),
         }[operation]

@@ -142,6 +142,7 @@ class NativeBackend(Backend):
             tables.hyper(rule.name, len(groups), numbers, rates),
             None if blending is None else blending.numbers,
             None if blend is None else blend_table(tables, bucket, blend, groups),
+            None if blending is None else blending.scale,
             grad_scale,
             found_inf,
             _RULES[rule.name],

@@ -34,7 +34,7 @@ _OPERATORS: dict[type[ast.AST], str] = {
 
 _WORDS = {name for name, word in inspect.getmembers(words, inspect.isfunction)}
 
-_TEXTS: tuple[Text, ...] = (words.is_finite, words.lerp)
+_TEXTS: tuple[Text, ...] = (words.is_finite, words.clip, words.lerp)
 """Words that are texts themselves."""
 
 
@@ -238,18 +238,20 @@ def _sums(sums: Sums) -> str:
 
 def _blend(blend: Blend) -> str:
     coefficients = _Translator(blend.coefficients, {})
-    numbers, columns = coefficients.arguments[:3], blend.column_names
-    results = ", ".join(coefficients.results)
+    *numbers, scale = coefficients.arguments[:4]
+    columns, results = blend.column_names, ", ".join(coefficients.results)
     return _struct(
         blend.name,
         "v = a * g' + b * g",
         [
             f"static constexpr int kColumns = {len(columns)};",
+            f"static constexpr bool kAfter = {str(blend.after).lower()};  // w -= lr (c g' + d g)",
             f"template <typename T>\n  struct Columns {{ {_fields(columns)} }};",
             "",
             *_function(
                 "template <typename Group>\nstatic FUSED_SAM_INLINE Coefficients coefficients("
-                "[[maybe_unused]] const Group& columns_, const double* numbers_)",
+                f"[[maybe_unused]] const Group& columns_, const double* numbers_, "
+                f"[[maybe_unused]] double {scale})",
                 [
                     "using T = double;",
                     *_numbers(numbers),
@@ -326,7 +328,7 @@ def header() -> str:
         *map(_rule, rules()),
         *map(_sums, SUMS),
         *map(_ascent, KERNELS),
-        "struct Coefficients {\n  double a, b;\n};\n",
+        "struct Coefficients {\n  double a, b, c = 0, d = 0;\n};\n",
         *map(_blend, BLENDS.values()),
         _FOOT,
         f"constexpr int kNumRules = {len(rules())};",

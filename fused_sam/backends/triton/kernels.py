@@ -493,6 +493,12 @@ def _apply(RULE: tl.constexpr, param, grad, state, scalars, KEPT: tl.constexpr):
 
 
 @triton.jit
+def _mix(x, y, g, first):
+    """``x * g + y * first``; what has the factor 0 may be anything, and 0 * inf is NaN."""
+    return tl.where(x == 0, 0.0, x * g).to(g.dtype) + tl.where(y == 0, 0.0, y * first).to(g.dtype)
+
+
+@triton.jit
 def _update_tile(
     weights,
     source,
@@ -506,12 +512,12 @@ def _update_tile(
     descent,
     perturbed,
     kept,
-    a,
-    b,
+    blend,
     scalars,
     RULE: tl.constexpr,
     KEPT: tl.constexpr,
     MASTERS: tl.constexpr,
+    AFTER: tl.constexpr,
 ):
     if MASTERS:
         # Away from w only the masters are right; at w the weights are looked at, too.
@@ -521,9 +527,10 @@ def _update_tile(
         w = _load(source + offs, mask, descent.dtype)
     g = _load(grad + offs, mask, descent.dtype)
     if kept is not None:
-        # 0 * inf is NaN: where b is 0, what is kept may be anything.
-        first = tl.where(b == 0, 0.0, b * _load(kept + at + offs, mask, descent.dtype))
-        g = a * g + first.to(descent.dtype)
+        first = _load(kept + at + offs, mask, descent.dtype)
+        if AFTER:
+            after = _mix(blend[2], blend[3], g, first)
+        g = _mix(blend[0], blend[1], g, first)
     g = descent * g
     state = ()
     for i in tl.static_range(len(states)):
@@ -534,7 +541,10 @@ def _update_tile(
             state = state + (w,)  # nobody reads this
     new = _apply(RULE, w, g, state, scalars, KEPT)
     # 0 * inf is NaN and -0.0 - -0.0 is 0.0: with lr 0 only the same bits are the same.
-    value = tl.where(lr == 0, w, new[0])
+    value = new[0]
+    if AFTER:
+        value -= after
+    value = tl.where(lr == 0, w, value)
     if MASTERS:
         _store(source + offs, value, mask)
     _store(weights + offs, value, mask)
@@ -546,7 +556,9 @@ def _update_tile(
 
 @triton.jit(
     do_not_specialize=["n_chunks", "n_slots"],
-    do_not_specialize_on_alignment=["grad_scale_ptr", "found_inf_ptr", "numbers_ptr"],
+    do_not_specialize_on_alignment=[
+        *("grad_scale_ptr", "found_inf_ptr", "numbers_ptr", "loss_scale_ptr")
+    ],
 )
 def update_kernel(
     saved_ptr,
@@ -561,6 +573,7 @@ def update_kernel(
     hyper_ptr,
     numbers_ptr,
     blend_ptr,
+    loss_scale_ptr,
     grad_scale_ptr,
     found_inf_ptr,
     n_chunks,
@@ -573,6 +586,7 @@ def update_kernel(
     KEPT: tl.constexpr,
     MIXED: tl.constexpr,
     MASTERS: tl.constexpr,
+    AFTER: tl.constexpr,
     WEIGHT: tl.constexpr,
     GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -591,8 +605,9 @@ def update_kernel(
     0; ``grad_scale`` and ``found_inf`` are () float32; None where there is none.
 
     Where ``kept`` (size,), gradients at w, is not None, g is a blend of both gradients in the slots
-    whose flags say so: ``numbers`` (3,) float64 and ``blend``, the hyperparameters, give its
-    COEFFICIENTS.
+    whose flags say so: ``numbers`` (3,) float64, ``loss_scale`` () float64 (None for 1) and
+    ``blend``, the hyperparameters, give its COEFFICIENTS. AFTER: so they do for what is subtracted
+    from w after the rule.
     """
     dtype = hyper_ptr.dtype.element_ty
     lanes = tl.arange(0, BLOCK)
@@ -613,16 +628,31 @@ def update_kernel(
         if ((flags & MISSING) == 0) & steps:
             grad = tl.load(grads_ptr + slot).to(tl.pointer_type(GRAD))
             descent = tl.where((flags & MAXIMIZE) != 0, -unscale, unscale)
-            a = tl.full([], 1, dtype)
-            b = tl.full([], 0, dtype)
-            if kept_ptr is not None:
-                options = _columns(blend_ptr, row, BLEND_COLUMNS)
-                found = COEFFICIENTS(*_numbers(numbers_ptr, tl.float64, 3), *options)
-                blends = (flags & BLENDS) != 0
-                a = tl.where(blends, found[0], 1.0).to(dtype)
-                b = tl.where(blends & ((flags & HELD) != 0), found[1], 0.0).to(dtype)
             columns = _columns(hyper_ptr, row, COLUMNS)
             lr = columns[0]
+            blend = (lr,)  # nobody reads it
+            if kept_ptr is not None:
+                loss_scale = tl.full([], 1, tl.float64)
+                if loss_scale_ptr is not None:
+                    loss_scale = tl.load(loss_scale_ptr)
+                options = ()
+                for i in tl.static_range(BLEND_COLUMNS):
+                    options = options + (
+                        tl.load(blend_ptr + row * BLEND_COLUMNS + i).to(tl.float64),
+                    )
+                found = COEFFICIENTS(*_numbers(numbers_ptr, tl.float64, 3), loss_scale, *options)
+                blends = (flags & BLENDS) != 0
+                both = blends & ((flags & HELD) != 0)
+                blend = (
+                    tl.where(blends, found[0], 1.0).to(dtype),
+                    tl.where(both, found[1], 0.0).to(dtype),
+                )
+                if AFTER:
+                    rate = tl.where((flags & MAXIMIZE) != 0, -lr, lr).to(tl.float64)
+                    blend = blend + (
+                        tl.where(blends, rate * found[2], 0.0).to(dtype),
+                        tl.where(both, rate * found[3], 0.0).to(dtype),
+                    )
             step = tl.full([], 1, dtype)
             if step_ptr is not None:
                 step = tl.load(step_ptr + slot).to(dtype) + 1
@@ -657,12 +687,12 @@ def update_kernel(
                         descent,
                         perturbed,
                         kept_ptr,
-                        a,
-                        b,
+                        blend,
                         scalars,
                         RULE,
                         KEPT,
                         MASTERS,
+                        AFTER,
                     )
             else:
                 w = weights + begin
@@ -687,12 +717,12 @@ def update_kernel(
                         descent,
                         perturbed,
                         kept_ptr,
-                        a,
-                        b,
+                        blend,
                         scalars,
                         RULE,
                         KEPT,
                         MASTERS,
+                        AFTER,
                     )
         elif perturbed:
             _restore(weights, saved_ptr, start, begin, count, wide, lanes, BLOCK, TILES)

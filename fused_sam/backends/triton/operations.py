@@ -244,15 +244,15 @@ class TritonBackend(Backend):
                 launcher.hyper(rule.name, len(groups), numbers, rates),
                 None if blending is None else blending.numbers,
                 None if blend is None else blend_table(launcher, bucket, blend, groups),
-                *(grad_scale, found_inf),
+                *(None if blending is None else blending.scale, grad_scale, found_inf),
             )
             constants = (
                 *(compiled(rule.scalars), compiled(rule.update)),
                 None if blend is None else compiled(blend.coefficients),
                 1 + len(rule.column_names),
                 0 if blend is None else len(blend.column_names),
-                *(tuple([buffer is not None for buffer in buffers]), mixed),
-                *(bucket.masters, *launcher.types),
+                *(tuple([buffer is not None for buffer in buffers]), mixed, bucket.masters),
+                *(blend is not None and blend.after, *launcher.types),
             )
             roomy = launcher.itemsize == 8 or (launcher.half and mixed)
             launcher.launch(kernels.update_kernel, args, constants, roomy)

@@ -116,5 +116,5 @@ def compiled(text: Text):
     return triton.jit(types.FunctionType(text.__code__, scope, text.__name__))
 
 
-_TEXTS = (words.is_finite,)
+_TEXTS = (words.is_finite, words.clip)
 """Words that are texts themselves, here too."""
