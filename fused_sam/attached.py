@@ -17,6 +17,7 @@ from .compiling import opaque
 
 if TYPE_CHECKING:
     from .facts import Facts
+    from .onepass import OnePass
 
 
 class Attached:
@@ -72,21 +73,31 @@ class Attached:
         if self._model is None:  # a copy: model and optimizer meet here
             self._model = weakref.ref(module)
         if self.model is module:
+            if (optimizer := facts.owner()) is not None:
+                optimizer._see_forward(module.training)
             facts.record.forward(module.training, facts.between, facts.devices())
 
     def on_saving(self) -> None:
-        """The model is about to be saved or copied.
+        """The model is about to be saved: ``state_dict()`` has yet to read its weights.
 
         Raises:
             RuntimeError: its weights are perturbed.
         """
+        if (optimizer := self._optimizer()) is not None:
+            optimizer._be_at_w("saving the model")
+
+    def on_copying(self) -> None:
+        """The model is being copied or pickled, and some of its weights are already.
+
+        Raises:
+            RuntimeError: its weights are perturbed.
+        """
+        if (optimizer := self._optimizer()) is not None:
+            optimizer._refuse_perturbed("copying or pickling the model")
+
+    def _optimizer(self) -> OnePass | None:
         facts = None if self._facts is None else self._facts()
-        if facts is not None and facts.perturbed:
-            raise RuntimeError(
-                "saving or copying the model while the weights are perturbed would keep "
-                "w + epsilon; call optimizer.second_step() or optimizer.restore() first; with "
-                "ascent=MSAM() optimizer.eval()"
-            )
+        return None if facts is None else facts.owner()
 
     def __reduce__(self) -> Any:
         return Attached, ()
@@ -109,11 +120,11 @@ class _Hook:
         self._attached = attached
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        self._attached.on_saving()
+        self._attached.on_copying()
         return type(self)(copy.deepcopy(self._attached, memo))
 
     def __reduce__(self) -> Any:
-        self._attached.on_saving()
+        self._attached.on_copying()
         return self.inert
 
 

@@ -10,21 +10,53 @@ ICLR 2021) keep the statistics of the first pass only; so does::
     with frozen_running_stats(model):
         loss_fn(model(x), y).backward()
     optimizer.second_step(zero_grad=True)
+
+Momentum-SAM has one pass, ahead of w, where it gathers them. ``recompute_batchnorm`` gathers those
+of w, before an evaluation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.optim.swa_utils import update_bn
 
-__all__ = ["frozen_running_stats"]
+from .owners import owners_of
+
+__all__ = ["frozen_running_stats", "recompute_batchnorm"]
+
+
+def recompute_batchnorm(
+    model: nn.Module, loader: Iterable[Any], device: int | torch.device | None = None
+) -> None:
+    """Gather BatchNorm's running statistics anew, at w: the mean over the batches of a loader.
+
+    For Momentum-SAM, whose passes gather them ahead of w. It is ``torch.optim.swa_utils.update_bn``
+    at the right weights: see there for what a loader gives (the input, or a tuple that begins with
+    it). An attached model goes to w by itself; else call ``optimizer.eval()`` before, and
+    ``optimizer.train()`` afterwards. Layers that are no BatchNorm are left alone.
+
+    Args:
+        model: whose layers they are; it comes back in the mode in which it was.
+        loader: batches of the training data; a part of them will do.
+        device: where batches are sent; None: nowhere.
+
+    Raises:
+        RuntimeError: the weights are away from w; the statistics are as they were.
+    """
+    with ExitStack() as stack:
+        for optimizer in owners_of(model.parameters()):
+            optimizer._be_at_w("recompute_batchnorm()")
+            stack.enter_context(optimizer._staying())
+        update_bn(loader, model, device)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,13 +22,17 @@ from .rules import RULES, check_options
 class Checkpointing(Following):
     """The part of ``FusedSAM`` that saves and loads."""
 
+    @abstractmethod
+    def restore(self) -> None:
+        """Return."""
+
     def state_dict(self) -> dict[str, Any]:
         """As the base optimizer's, with the ascent options in the groups; each loads the other's.
 
         Raises:
             RuntimeError: the weights are perturbed.
         """
-        self._refuse_perturbed("state_dict()")
+        self._be_at_w("state_dict()")
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state: dict[str, Any] = self.base_optimizer.state_dict()  # which may be of its own kind
@@ -47,7 +52,7 @@ class Checkpointing(Following):
             ValueError: the groups or the state do not fit, or are those of another class; the
                 optimizer is as it was.
         """
-        self._refuse_perturbed("load_state_dict()")
+        self._be_at_w("load_state_dict()")
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
@@ -147,10 +152,21 @@ class Checkpointing(Following):
         super().__setstate__(state)
         self._facts.engine.layout.members.adopt(*members)  # which the first layout takes over
 
+    def _be_at_w(self, what: str) -> None:
+        """Be at w for who reads or writes the weights, or what belongs to them.
+
+        With an attached model Momentum-SAM goes there by itself, as its next forward goes ahead.
+        """
+        facts = self._facts
+        comes_and_goes = facts.attached.model is not None and self._follows() is not None
+        if comes_and_goes and facts.perturbed and not facts.between:
+            self.restore()
+        self._refuse_perturbed(what)
+
     def _refuse_perturbed(self, what: str) -> None:
         if self._facts.perturbed:
             raise RuntimeError(
-                f"{what} while the weights are perturbed would keep w + epsilon; "
+                f"{what} while the weights are perturbed would take w + epsilon for w; "
                 f"call second_step() or restore() first; with ascent=MSAM() optimizer.eval()"
             )
 

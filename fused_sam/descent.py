@@ -137,8 +137,11 @@ class Descent(OnePass):
                 self._step_base(blending, grad_scale, found_inf)
         facts.arrive()
         if ahead is not None:
-            with working():
-                self._go_ahead(ahead, [bucket_grads.present for bucket_grads in grads])
+            facts.visited = False
+            self._note_missed(grads)
+            if facts.attached.model is None:
+                with working():
+                    self._go_ahead(ahead)
         forget_copies()
         for group in self.param_groups if between else ():
             group.update(memory)

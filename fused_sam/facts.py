@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from .ascents import Ascent
 from .attached import Attached
@@ -17,6 +17,7 @@ from .backends.capture import Captures
 from .blends import Blend
 from .engine import Engine
 from .memory import Layout
+from .owners import ALL
 from .record import Record
 from .scaler import ScalerFacts
 from .schedule import Decision
@@ -42,7 +43,7 @@ class Facts:
         total: (k,) float64, what the last climb reduced; None before the first.
         norm: which norm that is: of ``total``, ().
         training: whether the weights of a one-pass member belong ahead of w.
-        ahead: whether each slot of each bucket was taken there last.
+        visited: whether they have been there since the last step.
         versions: of all parameters, torch's count of writes to each, as they were left there.
         attached: the model, if it is known.
         record: the random states of the first pass.
@@ -51,8 +52,8 @@ class Facts:
         scaler: what a GradScaler did.
     """
 
-    def __init__(self, owner: Optimizer, attached: Attached | None = None) -> None:
-        self.owner = weakref.ref(owner)
+    def __init__(self, owner: Any, attached: Attached | None = None) -> None:
+        self.owner: weakref.ref[Any] = weakref.ref(owner)
         self.finishing = False
         self.scaler = ScalerFacts()
         self.attached = attached or Attached()
@@ -70,8 +71,9 @@ class Facts:
         self.total: Tensor | None = None
         self.norm: Callable[[Tensor], Tensor] = torch.sum  # before the first climb nobody asks
         self.training = True
-        self.ahead: list[tuple[bool, ...]] = []
+        self.visited = False
         self.versions: list[int] = []
+        ALL.add(self)
 
     def devices(self) -> list[torch.device]:
         """Where random numbers may be drawn: the parameters' devices, and all GPUs in use."""

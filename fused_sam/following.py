@@ -9,6 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from . import backends
+from .ascents import ASCENTS, Ascent
 from .backends import capture
 from .checks import check_groups, check_members, keep_each_once
 from .engine import Engine
@@ -62,6 +63,15 @@ class Following(Optimizer):
     @state.setter
     def state(self, state: Any) -> None:
         self.base_optimizer.state = state
+
+    def _follows(self) -> Ascent | None:
+        """The ascent, if it is one of one pass, which follows the momentum."""
+        # Not those of this class, which ask who reads them: a forward reads these.
+        for group in self.base_optimizer.param_groups:
+            if group["ascent"] is not None:
+                ascent = ASCENTS.get(group["ascent"])
+                return ascent if ascent is not None and ascent.along_momentum else None
+        return None
 
     def _fill_groups(self) -> None:
         for group in self.param_groups:

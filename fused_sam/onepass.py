@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .ascents import ASCENTS, Ascent
+from .ascents import Ascent
 from .backends import Groups
+from .caches import forget_copies
 from .climb import Climb
 from .memory import Bucket, Gradients
 from .memory.window import as_real
 from .modes import working
-from .options import CLIMBS
+from .options import CLIMBS, MISSED
 
 
 class OnePass(Climb):
     """The part of ``FusedSAM`` that goes ahead after a step, and back for an evaluation."""
 
-    def _follows(self) -> Ascent | None:
-        """The ascent, if it follows the momentum."""
-        for group in self.param_groups:
-            if group["ascent"] is not None:
-                ascent = ASCENTS.get(group["ascent"])
-                return ascent if ascent is not None and ascent.along_momentum else None
-        return None
-
     def eval(self) -> None:
-        """Go to w, for an evaluation or a checkpoint; does nothing if the weights are there.
+        """Go to w and stay, for an evaluation or a checkpoint.
 
         With ``ascent=MSAM()`` the weights are ahead of w in training. With any other ascent they
-        are at w between two steps, and eval() and train() do nothing.
+        are at w between two steps, and eval() and train() do nothing. With an attached model the
+        two are not needed: see ``attach``.
 
         Raises:
             RuntimeError: a step is half done.
@@ -56,36 +51,69 @@ class OnePass(Climb):
         self._refuse_away("train()")
         facts.training = True
         if not facts.perturbed:
-            with working():
-                self._refresh()
-                engine = facts.engine
-                engine.take_in(self.state, self.param_groups)
-                fits = [len(there) for there in facts.ahead] == [
-                    len(bucket.slots) for bucket in engine.buckets
-                ]
-                self._go_ahead(ascent, facts.ahead if fits else None)
+            self._leave(ascent)
 
-    def _go_ahead(self, ascent: Ascent, present: Sequence[tuple[bool, ...]] | None) -> None:
-        """Climb along the momentum of the parameters that are present, of all if that is None."""
+    def _see_forward(self, training: bool) -> None:
+        """The attached model is about to run."""
+        facts, ascent = self._facts, self._follows()
+        if ascent is None or facts.between:
+            return
+        if training and facts.training and not facts.perturbed:
+            self._leave(ascent)
+        elif not training and not torch.is_grad_enabled():
+            # Else it may be trained in evaluation mode: then who trains it says so.
+            self.restore()
+
+    @contextmanager
+    def _staying(self) -> Iterator[None]:
+        """A block in which forwards of the attached model do not go ahead."""
+        facts = self._facts
+        before, facts.training = facts.training, False
+        try:
+            yield
+        finally:
+            facts.training = before
+
+    def _leave(self, ascent: Ascent) -> None:
+        """Go ahead between two steps."""
+        with working():
+            self._refresh()
+            self._facts.engine.take_in(self.state, self.param_groups)
+            self._go_ahead(ascent)
+        forget_copies()
+
+    def _note_missed(self, grads: Sequence[Gradients]) -> None:
+        """Keep which parameters had no gradient in this step: they stay at w until the next."""
+        missed = [
+            slot.param
+            for bucket, there in zip(self._facts.engine.buckets, grads, strict=True)
+            if not there.complete
+            for slot, present in zip(bucket.slots, there.present, strict=True)
+            if not present
+        ]
+        ids = set(map(id, missed))
+        for group in self.param_groups:
+            if ids or MISSED in group:
+                group[MISSED] = [i for i, p in enumerate(group["params"]) if id(p) in ids]
+
+    def _go_ahead(self, ascent: Ascent) -> None:
+        """Climb along the momentum of the parameters that had a gradient in the last step."""
         facts = self._facts
         rule = facts.engine.layout.rule
         assert rule is not None
         assert rule.momentum is not None
-        buckets = facts.engine.buckets
-        facts.ahead = [(True,) * len(b.slots) for b in buckets] if present is None else [*present]
-        momentum = [
-            _momentum(bucket, rule.momentum, there)
-            for bucket, there in zip(buckets, facts.ahead, strict=True)
-        ]
+        missed = {id(g["params"][i]) for g in self.param_groups for i in g.get(MISSED, ())}
+        momentum = [_momentum(bucket, rule.momentum, missed) for bucket in facts.engine.buckets]
         if not any(any(m.present) for m in momentum):
             # Where training begins that is w; after a step without gradients too.
-            facts.perturbed = any([rule.momentum in entry for entry in self.state.values()])
+            began = any([rule.momentum in entry for entry in self.state.values()])
+            facts.perturbed = facts.visited = began
             facts.versions = facts.writes()
             return
         # Against the momentum: the weights will move so.
         groups: Groups = [{**g, "rho": -g["rho"], "maximize": False} for g in self.param_groups]
         number = self.param_groups[0][CLIMBS] = self.param_groups[0].get(CLIMBS, 0) + 1
-        facts.perturbed = True
+        facts.perturbed = facts.visited = True
         try:
             facts.climbed(ascent, groups, facts.engine.climb(ascent, momentum, groups, number))
         except BaseException:
@@ -105,23 +133,30 @@ class OnePass(Climb):
                     "to them, and optimizer.train() afterwards"
                 )
             return
+        comes_and_goes = facts.attached.model is not None and facts.training
+        if comes_and_goes and facts.visited and (ascent := self._follows()) is not None:
+            self._leave(ascent)  # somebody has asked for w after the pass
+            return
         name = layout.rule.momentum if layout.rule is not None else None
         if not facts.training or any([name in entry for entry in self.state.values()]):
             raise RuntimeError(
                 "the weights are at w, and MSAM takes its gradients ahead of it: call "
                 "optimizer.train() before the forward, after optimizer.eval() and after loading a "
-                "checkpoint"
+                "checkpoint. With an attached model it is needed only after optimizer.eval(), and "
+                "where another module than that one runs, or runs in evaluation mode"
             )
 
 
-def _momentum(bucket: Bucket, name: str, present: Sequence[bool]) -> Gradients:
-    """A bucket's momentum as if it were its gradients: in their dtype."""
-    there = bucket.states[name].present if name in bucket.states else [False] * len(present)
-    windows = bucket.state(name).windows
+def _momentum(bucket: Bucket, name: str, missed: set[int]) -> Gradients:
+    """A bucket's momentum as if it were its gradients: in their dtype.
+
+    Not that of the parameters whose ids are in ``missed``.
+    """
+    buffer = bucket.state(name)
     return Gradients.of(
         [
-            as_real(window).to(bucket.grad_dtype) if taken and has else None
-            for window, taken, has in zip(windows, present, there, strict=True)
+            as_real(window).to(bucket.grad_dtype) if has and id(slot.param) not in missed else None
+            for slot, window, has in zip(bucket.slots, buffer.windows, buffer.present, strict=True)
         ]
     )
 

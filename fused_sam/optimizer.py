@@ -339,14 +339,18 @@ class FusedSAM(Descent):
     step.hooked = True  # type: ignore[attr-defined]  # torch does not wrap it once more
 
     def _step_once(self, closure: Closure) -> Any:
-        """A step of one pass: nothing moves before the closure has returned."""
+        """A step of one pass."""
         if not are_fresh(self.param_groups):
             self.zero_grad()  # or those that a step has used would count again
+        if self._facts.training:
+            self.train()
         try:
             value = self._run(closure)
             self._descend(check_finite=hasattr(self, "found_inf"))
         except BaseException:
             self._facts.scaler.handed.clear()
+            if self._facts.attached.model is not None:
+                self.restore()
             raise
         return value
 

@@ -106,6 +106,11 @@ CLIMBS = "sam_climbs"
 rounding of half precision depends on it, so a checkpoint must hold it."""
 
 
+MISSED = "sam_missed"
+"""Key in a group with Momentum-SAM: the indices of its parameters that had no gradient in the last
+step. They stay at w, so a checkpoint must hold it."""
+
+
 def check_values(group: Mapping[str, Any]) -> None:
     """Raise unless every one of these options can be used as it stands in a group."""
     for option in OPTIONS.values():

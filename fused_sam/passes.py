@@ -28,8 +28,8 @@ class Passes(Checkpointing):
         """Climb, unless the schedule says otherwise."""
 
     @abstractmethod
-    def restore(self) -> None:
-        """Return."""
+    def train(self) -> None:
+        """Go ahead of w, where the pass of Momentum-SAM belongs."""
 
     def attach(self, model: nn.Module) -> None:
         """Let the optimizer see the forwards of ``model``, the module that training calls.
@@ -39,6 +39,11 @@ class Passes(Checkpointing):
         generator), running statistics (BatchNorm's, for instance) are left alone in it, and saving
         or copying the model while the weights are perturbed is an error. That holds for the two
         steps and for ``step(closure)``.
+
+        With ``ascent=MSAM()`` the weights then come and go by themselves. A step leaves them at w.
+        A forward of the model in training mode, or ``first_pass()``, goes ahead. A forward in
+        evaluation mode without gradients, ``model.state_dict()`` and ``optimizer.state_dict()`` go
+        back to w. After ``optimizer.eval()`` they stay at w until ``optimizer.train()``.
 
         Attaching the same model again does nothing; another model takes the place of the first. The
         model is held weakly. A deepcopy of model and optimizer together stays attached; what is
@@ -59,12 +64,14 @@ class Passes(Checkpointing):
     def first_pass(self) -> Iterator[None]:
         """A block for forward and backward at w: the second pass can draw its random numbers again.
 
-        A step may have several such blocks, one for each micro-batch.
+        A step may have several such blocks, one for each micro-batch. With ``ascent=MSAM()`` the
+        one pass is there where ``train()`` goes.
 
         Raises:
             RuntimeError: the weights are perturbed.
         """
         self._refuse_away("first_pass()")
+        self.train()
         facts = self._facts
         with facts.record.first_block(facts.devices()):
             yield

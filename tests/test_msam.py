@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from fused_sam import FusedSAM
 from fused_sam.ascents import MSAM
+from fused_sam.batchnorm import recompute_batchnorm
 from fused_sam.blends import GSAM
 from fused_sam.schedule import Every
 
@@ -279,28 +281,209 @@ def test_a_closure_that_raises_moves_nothing(backend):
     plain(opt, params, surface, 1)
 
 
-def test_an_attached_model_is_not_saved_ahead_of_w():
-    params = start()
-    model = nn.ParameterList(params)
-    opt = FusedSAM(params, momentum=0.9, lr=0.1, ascent=MSAM(), model=model)
-    plain(opt, params, Surface(SHAPES), 0)
-    with pytest.raises(RuntimeError, match=r"optimizer\.eval\(\)"):
-        model.state_dict()
-    opt.eval()
-    model.state_dict()
-    with pytest.raises(RuntimeError, match=r"optimizer\.train\(\)"):
-        plain(opt, params, Surface(SHAPES), 1)
+class Model(nn.ParameterList):
+    """Runs where its parameters are, and notes it."""
+
+    def __init__(self, params):
+        super().__init__(params)
+        self.seen = []
+
+    def __call__(self):
+        return nn.Module.__call__(self)  # which a ParameterList refuses
+
+    def forward(self):
+        self.seen.append([p.detach().clone() for p in self])
 
 
-def test_statistics_belong_to_the_weights_ahead():
-    """The pass is one: BatchNorm's running statistics are updated in it, once."""
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    opt = FusedSAM(model.parameters(), momentum=0.9, lr=0.1, ascent=MSAM(), model=model)
-    for _ in range(2):
-        model(torch.randn(6, 3)).square().sum().backward()
+def both(backend="auto", **options):
+    """An optimizer with an attached model, and the same without, which stays ahead."""
+    opt, params = make(backend=backend, **options)
+    model = Model(params)
+    opt.attach(model)
+    return opt, model, *make(backend=backend, **options)
+
+
+def assert_equal(params, others):
+    for p, q in zip(params, others, strict=True):
+        assert_same_bits(p, q.detach())
+
+
+def in_evaluation(model):
+    with torch.no_grad():
+        model.eval()()
+    model.train()
+
+
+def test_with_an_attached_model_the_weights_come_and_go(backend):
+    """Guards that w is there for whoever reads it between two steps, and in the middle of one."""
+    opt, model, twin, others = both(backend)
+    surface, missing = Surface(SHAPES, {(2, 0): (1,)}), []
+    for i in range(STEPS):
+        model()
+        give(model, surface.gradient(model, i, 0))
+        assert_equal(model, others)  # both are ahead
+        if i == 3:
+            in_evaluation(model)
+        if i == 4:
+            model.state_dict()
+        assert opt.is_perturbed == (i in (1, 2, 5))
+        plain(twin, others, surface, i)
         opt.step()
-        opt.zero_grad()
-    assert model[1].num_batches_tracked == 2
+        assert not opt.is_perturbed
+        missing.append([p.detach().clone() for p in others])
+        twin.eval()
+        assert_equal(model, others)
+        opt.state_dict()
+        copy.deepcopy([model, opt])
+        twin.train()
+        in_evaluation(model)
+        assert_equal(model, model.seen[-1])
+
+
+def test_copies_of_an_attached_model_are_refused_ahead_of_w_and_saving_goes_to_w():
+    """A copy has taken some weights already when its hooks are asked."""
+    opt, model, twin, others = both()
+    surface = Surface(SHAPES)
+    for each, params in ((opt, model), (twin, others)):
+        plain(each, params, surface, 0)
+    model()
+    for fails in (lambda: copy.deepcopy(model), lambda: pickle.dumps(model)):
+        with pytest.raises(RuntimeError, match=r"copying or pickling the model.*\.eval\(\)"):
+            fails()
+    twin.eval()
+    assert_equal(model.state_dict().values(), others)
+    copy.deepcopy(model)
+    model()
+    opt.first_step()
+    with pytest.raises(RuntimeError, match="saving the model while the weights are perturbed"):
+        model.state_dict()
+
+
+def test_after_eval_an_attached_model_stays_at_w_until_train():
+    opt, model, twin, others = both()
+    surface = Surface(SHAPES)
+    for each, params in ((opt, model), (twin, others)):
+        plain(each, params, surface, 0)
+    opt.eval()
+    model()
+    assert not opt.is_perturbed
+    with pytest.raises(RuntimeError, match=r"optimizer\.train\(\)"):
+        plain(opt, model, surface, 1)
+    opt.train()
+    for each, params in ((opt, model), (twin, others)):
+        plain(each, params, surface, 1)
+    twin.eval()
+    assert_equal(model, others)
+
+
+def test_gradients_that_no_attached_model_took_are_refused():
+    """Guards modules that run past the attached one, and those that train in evaluation mode."""
+    opt, model, *_ = both()
+    surface = Surface(SHAPES)
+    plain(opt, model, surface, 0)
+    with pytest.raises(RuntimeError, match="another module than that one runs, or runs in eval"):
+        plain(opt, model, surface, 1)
+    model.eval()
+    opt.train()
+    model()  # with gradients: who trains in evaluation mode says so
+    plain(opt, model, surface, 1)
+
+
+def test_a_closure_goes_ahead_by_itself():
+    opt, model, twin, others = both()
+    surface = Surface(SHAPES)
+    for i in range(3):
+        closure(opt, model, surface, i)
+        closure(twin, others, surface, i)
+    twin.eval()
+    assert_equal(model, others)
+
+    def fail():
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        opt.step(fail)
+    assert_equal(model, others)
+
+
+def test_a_resumed_run_knows_which_gradients_were_missing(backend):
+    """Those parameters are at w until the next step, whether or not a checkpoint lies between."""
+    missing = {(1, 0): (1,)}
+    opt, model, *_ = both(backend)
+    surface = Surface(SHAPES, missing)
+    for i in range(2):
+        model()
+        plain(opt, model, surface, i)
+    again, others, *_ = both(backend)
+    file = io.BytesIO()
+    torch.save([model.state_dict(), opt.state_dict()], file)
+    file.seek(0)
+    weights, state = torch.load(file, weights_only=True)
+    others.load_state_dict(weights)
+    again.load_state_dict(state)
+    for i in range(2, 4):
+        for each, params in ((opt, model), (again, others)):
+            params()
+            plain(each, params, surface, i)
+    assert_equal(model, others)
+    assert_equal(model.seen[2], others.seen[0])
+
+
+def with_batchnorm():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+    model[1].momentum = 0.3
+    opt = FusedSAM(model.parameters(), momentum=0.9, lr=0.1, rho=2.0, ascent=MSAM())
+    data = [(torch.randn(6, 3, dtype=torch.float64), None) for _ in range(3)]
+
+    def train():
+        for x, _ in data:
+            model(x).sigmoid().sum().backward()
+            opt.step()
+            opt.zero_grad()
+
+    return opt, model, data, train
+
+
+@pytest.mark.parametrize("attach", [False, True])
+def test_statistics_are_those_of_the_weights_ahead_until_they_are_recomputed(attach):
+    """One pass: BatchNorm's running statistics are updated in it, once, ahead of w."""
+    opt, model, data, train = with_batchnorm()
+    if attach:
+        opt.attach(model)
+    train()
+    assert model[1].num_batches_tracked == 3
+    ahead = model[1].running_mean.clone()
+    if attach:
+        recompute_batchnorm(model, data)
+        assert opt._facts.training
+    else:
+        with pytest.raises(RuntimeError, match=r"recompute_batchnorm\(\).*optimizer\.eval\(\)"):
+            recompute_batchnorm(model, data)
+        assert_same_bits(model[1].running_mean, ahead)
+        opt.eval()
+        recompute_batchnorm(model, data)
+    outputs = [model[0](x) for x, _ in data]
+    mean = torch.stack([y.mean(0) for y in outputs]).mean(0)
+    var = torch.stack([y.var(0) for y in outputs]).mean(0)
+    torch.testing.assert_close(model[1].running_mean, mean.detach(), rtol=0, atol=1e-14)
+    torch.testing.assert_close(model[1].running_var, var.detach(), rtol=0, atol=1e-14)
+    assert not torch.allclose(ahead, mean, atol=1e-3)
+    assert model[1].momentum == 0.3 and model.training
+    opt.train()
+    train()
+
+
+def test_statistics_are_not_gathered_at_w_plus_epsilon():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    opt = FusedSAM(model.parameters(), lr=0.1)
+    x = torch.randn(6, 3)
+    model(x).sigmoid().sum().backward()
+    opt.first_step()
+    with pytest.raises(RuntimeError, match=r"recompute_batchnorm\(\) while the weights are pert"):
+        recompute_batchnorm(model, [x])
+    opt.restore()
+    recompute_batchnorm(model, [x])
 
 
 def test_eval_and_train_do_nothing_for_others():
@@ -356,8 +539,9 @@ def test_accumulate_takes_one_pass_and_no_local_ascents(backend):
         for p, a, b in zip(others, *sums, strict=True):
             p.grad = a + b
         twin.step()
-        for p, q in zip(params, others, strict=True):
-            assert_same_bits(p, q.detach())
+        twin.eval()
+        assert_equal(params, others)
+        twin.train()
     assert ran == [0, 1, 0, 1]
     with pytest.raises(ValueError, match=r"climbs once in a step.*ascent='global'"):
         opt.accumulate([0, 1], run, ascent="local")

@@ -19,7 +19,7 @@ from fastai.optimizer import OptimWrapper
 
 from ..optimizer import FusedSAM
 from ..options import OPTIONS
-from .passes import MicroBatches, no_sync_of
+from .passes import MicroBatches, be_at_w, no_sync_of
 
 __all__ = ["SAMCallback"]
 
@@ -75,6 +75,10 @@ class SAMCallback(Callback):
     def before_train(self) -> None:
         """Attach the model, as other callbacks have wrapped it."""
         self._sam.attach(self.learn.model)
+
+    def after_train(self) -> None:
+        """Validation, and whatever comes after a fit, is at w, within a step as well."""
+        be_at_w(self._sam)
 
     def before_batch(self) -> None:
         """From here on random numbers belong to the first pass."""

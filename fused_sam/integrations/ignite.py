@@ -13,11 +13,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from ignite.engine import DeterministicEngine, Engine, _prepare_batch
+from ignite.engine import DeterministicEngine, Engine, Events, _prepare_batch
 from torch import Tensor, nn
 
 from ..optimizer import FusedSAM
-from .passes import MicroBatches, fused_sam_in, no_sync_of
+from .passes import MicroBatches, be_at_w, fused_sam_in, no_sync_of
 
 __all__ = ["create_sam_trainer", "sam_training_step"]
 
@@ -152,6 +152,8 @@ def create_sam_trainer(
         model_fn,
     )
     trainer = DeterministicEngine(update) if deterministic else Engine(update)
+    # Before what the user attaches: an evaluation, for instance.
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: be_at_w(optimizer))
     if made:
         trainer.state.scaler = scaler
     return trainer

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..optimizer import FusedSAM
-from .passes import MicroBatches, unwrapped
+from .passes import MicroBatches, be_at_w, unwrapped
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule as _Module
@@ -44,14 +44,22 @@ class SAMMixin(_Module):
         RuntimeError: DeepSpeed takes the steps; manual optimization with one pass.
     """
 
+    _EVALUATIONS = ("on_validation_model_eval", "on_test_model_eval", "on_predict_model_eval")
     _sam_pass = 0  # 1 in a training_step that is remembered, 2 in the second pass
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Let every ``training_step`` remember its batch, wherever among the bases it is."""
+        """Let ``training_step`` remember its batch, and evaluations begin at w.
+
+        Wherever among the bases the methods are, and whether or not they call ``super()``.
+        """
         super().__init_subclass__(**kwargs)
         training_step = getattr(cls, "training_step", None)
         if training_step is not None and not hasattr(training_step, "_sam_remembers"):
             cls.training_step = _remembering(training_step)
+        for name in cls._EVALUATIONS:
+            hook = getattr(cls, name, None)
+            if hook is not None and not hasattr(hook, "_sam_goes_to_w"):
+                setattr(cls, name, _at_w(hook))
 
     @property
     def _sam_micro_batches(self) -> MicroBatches:
@@ -169,6 +177,23 @@ class SAMMixin(_Module):
         return getattr(self.trainer.precision_plugin, "scaler", None)
 
 
+def _only_forward(trainer: Any) -> bool:
+    return bool(getattr(trainer.fit_loop, "_skip_backward", False))
+
+
+def _at_w(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook of the module's, after Momentum-SAM has gone to w."""
+
+    @functools.wraps(hook)
+    def at_w(self: SAMMixin, *args: Any, **kwargs: Any) -> Any:
+        for optimizer in self.trainer.optimizers:
+            be_at_w(optimizer)
+        return hook(self, *args, **kwargs)
+
+    at_w._sam_goes_to_w = True  # type: ignore[attr-defined]
+    return at_w
+
+
 class _Skipped(Exception):
     """There is no loss; a first pass that raises does not count."""
 
@@ -178,7 +203,8 @@ def _remembering(training_step: Callable[..., Any]) -> Callable[..., Any]:
     def remembering(self: SAMMixin, *args: Any, **kwargs: Any) -> Any:
         trainer = self._trainer
         # In a pass already (super().training_step()), validating with it, or in no Trainer.
-        if self._sam_pass or trainer is None or not trainer.training:
+        # Or in an epoch that only gathers BatchNorm's statistics, as Lightning's SWA has it.
+        if self._sam_pass or trainer is None or not trainer.training or _only_forward(trainer):
             return training_step(self, *args, **kwargs)
         self._sam_prepare()
         sam = unwrapped(trainer.optimizers[0]) if trainer.optimizers else None

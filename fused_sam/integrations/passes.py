@@ -74,6 +74,17 @@ class MicroBatches:
             raise
 
 
+def be_at_w(optimizer: Any) -> None:
+    """Go to w where Momentum-SAM is ahead of it: an evaluation begins, or training is over.
+
+    Args:
+        optimizer: any, in its proxies or not.
+    """
+    sam = unwrapped(optimizer)
+    if isinstance(sam, FusedSAM):
+        sam._be_at_w("evaluating")
+
+
 def unwrapped(optimizer: Any) -> Any:
     """The optimizer inside the proxies of Lightning, Fabric and Accelerate."""
     while True:
