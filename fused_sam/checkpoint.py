@@ -12,6 +12,7 @@ from torch import Tensor
 from .checks import check_members
 from .facts import Facts
 from .following import Following
+from .memory.members import put_in, take_out
 from .memory.state import check_states
 from .modes import working
 from .options import OPTIONS
@@ -35,6 +36,7 @@ class Checkpointing(Following):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state: dict[str, Any] = self.base_optimizer.state_dict()  # which may be of its own kind
+        put_in(state, self._all_params(), self._facts.engine.layout.members)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state)
             state = state if changed is None else changed
@@ -58,6 +60,7 @@ class Checkpointing(Following):
         state = state_dict.get("state")
         if isinstance(state, dict):
             state_dict["state"] = _without_old_weights(state)
+        members = take_out(state_dict, self._all_params())
         rates = [group.get("lr") for group in self.param_groups]
         names = (*OPTIONS, *self.when.memory)
         kept = [{name: group[name] for name in names} for group in self.param_groups]
@@ -82,11 +85,15 @@ class Checkpointing(Following):
                     f"the checkpoint is not one of {type(base).__name__}, it lacks {error}"
                 ) from error
             raise
+        self._facts.engine.layout.members.adopt(*members)
         if self._facts.captures.have_seen(self._facts.engine.layout):
             with working():
                 self._load_into_graphs(rates)
         for load_hook in self._optimizer_load_state_dict_post_hooks.values():
             load_hook(self)
+
+    def _all_params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
 
     def _keep_wide(self, state_dict: Mapping[str, Any]) -> None:
         """Put back what torch's own loading has rounded: it casts state to its parameter's dtype.
@@ -97,8 +104,7 @@ class Checkpointing(Following):
         if self._facts.engine.layout.rule is None:
             return  # the base optimizer knows what it loads
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        for key, param in zip(keys, params, strict=True):
+        for key, param in zip(keys, self._all_params(), strict=True):
             for name, value in state_dict["state"].get(key, {}).items():
                 if (
                     isinstance(value, Tensor)
@@ -131,14 +137,20 @@ class Checkpointing(Following):
         """What pickling and deepcopy keep; the layout is built anew from it."""
         self._refuse_perturbed("pickling or copying")
         keys = ("base_optimizer", "defaults", "_when", "_backend_name", "_master_weights")
-        # A deepcopy of the model in the same call finds its way to the copy of this one.
-        return {**{key: getattr(self, key) for key in keys}, "_attached": self._facts.attached}
+        members = self._facts.engine.layout.members
+        return {
+            **{key: getattr(self, key) for key in keys},
+            # A deepcopy of the model in the same call finds its way to the copy of this one.
+            "_attached": self._facts.attached,
+            "_members": (members.values(), members.numbers),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Used by construction and unpickling."""
-        attached = state.pop("_attached", None)
+        attached, members = state.pop("_attached", None), state.pop("_members", ({}, {}))
         self._facts = Facts(self, attached)
         super().__setstate__(state)
+        self._facts.engine.layout.members.adopt(*members)  # which the first layout takes over
 
     def _be_at_w(self, what: str) -> None:
         """Be at w for who reads or writes the weights, or what belongs to them.

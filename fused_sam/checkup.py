@@ -122,6 +122,11 @@ def _undone(optimizer: Passes, model: nn.Module) -> Iterator[Callable[[], None]]
     start = Randomness.now(facts.devices())
     buffers = [(b, b.clone()) for b in model.buffers()]
     state = {p: {k: _copied(v) for k, v in entry.items()} for p, entry in optimizer.state.items()}
+    members = {
+        p: {name: value.clone() for name, value in entry.items()}
+        for p, entry in facts.engine.layout.members.values().items()
+    }
+    numbers = dict(facts.engine.layout.members.numbers)
     aside = put_aside(optimizer.param_groups)
     kept = facts.record, facts.total, facts.decision, facts.scale, owner._when
     climbs = [group.get(CLIMBS) for group in optimizer.param_groups]
@@ -138,6 +143,7 @@ def _undone(optimizer: Passes, model: nn.Module) -> Iterator[Callable[[], None]]
                 for name, value in entry.items():
                     if isinstance(value, Tensor):
                         optimizer.state[param][name].copy_(value)
+            facts.engine.layout.members.adopt(members, numbers)
 
     try:
         yield rewind
@@ -181,7 +187,14 @@ def _exact_climb(optimizer: Passes, grads: list[Tensor | None]) -> list[Tensor |
         groups.append({"params": copies, **options, "maximize": group.get("maximize", False)})
     before = [None if copy is None else copy.detach().clone() for copy in epsilons]
     kind: Any = type(optimizer._facts.owner())
-    kind(groups, torch.optim.SGD, lr=0.0, backend="reference").first_step()
+    exact = kind(groups, torch.optim.SGD, lr=0.0, backend="reference")
+    kept = optimizer._facts.engine.layout.members.values()
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    pairs = zip(epsilons, params, strict=True)
+    exact._facts.engine.layout.members.adopt(
+        {c: kept.get(p, {}) for c, p in pairs if c is not None}
+    )
+    exact.first_step()
     return [
         None if copy is None or start is None else copy.detach() - start
         for copy, start in zip(epsilons, before, strict=True)

@@ -65,8 +65,6 @@ class Climb(Passes):
                 )
             facts.scale = scale
             facts.scale_matters = self._when.needs_norm or ascent.scale_matters
-            if ascent.scale_matters and scale is not None:
-                groups = [{**group, "rho": group["rho"] / scale} for group in groups]
             if ascent.along_momentum:
                 facts.decision = NO_CLIMB
             else:
@@ -77,13 +75,14 @@ class Climb(Passes):
                 return False
             try:
                 # From here on restore() is needed. Which weights are away the buckets know.
-                first = self.param_groups[0]  # groups may be copies, with rho by the scale
-                number = first[CLIMBS] = first.get(CLIMBS, 0) + 1
+                number = groups[0][CLIMBS] = groups[0].get(CLIMBS, 0) + 1
                 if any([bucket.masters for bucket in facts.engine.buckets]):
                     facts.engine.take_in(self.state, groups)  # the climb is from loaded masters
                 facts.leave()
                 facts.blend = blend
-                total = facts.engine.climb(ascent, grads, groups, number, keep=blend is not None)
+                keep = blend is not None
+                unscale = 1 / (scale or 1.0)
+                total = facts.engine.climb(ascent, grads, groups, number, keep, unscale)
                 facts.climbed(ascent, groups, total)
             except BaseException:
                 self.restore()

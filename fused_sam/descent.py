@@ -15,6 +15,7 @@ from .caches import forget_copies
 from .compiling import WRITES, opaque
 from .facts import Facts
 from .gradients import are_others, are_there, mark_used, put_back
+from .memory.members import AVERAGE
 from .modes import working
 from .onepass import OnePass, decay_ahead
 from .rules import check_options
@@ -158,10 +159,12 @@ class Descent(OnePass):
         facts = self._facts
         if facts.scale_matters and self._is_scaled() and facts.scale is None:
             self.restore()
+            forgot = facts.engine.layout.members.forget(AVERAGE)  # it took scaled gradients in
             raise RuntimeError(
                 f"the step depends on the size of the gradients at w (ascent="
                 f"{self.param_groups[0]['ascent']!r}, when={self._when}), and first_step() was not "
                 f"told their loss scale: call first_step(scaler=scaler)"
+                f"{'. The averages that it has spoilt begin anew' if forgot else ''}"
             )
 
     def _step_base(
@@ -201,6 +204,7 @@ class Descent(OnePass):
             return
         weights = [(p, p.detach().clone()) for g in self.param_groups for p in g["params"]]
         self._descend()
+        self._facts.engine.begin_members(self.param_groups)
         for param, weight in weights:
             param.copy_(weight)
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .ascents import GRAM, Ascent, Sums
+from .ascents import GRAM, Ascent, Sums, chosen
 from .backends import Backend, Groups, combine
 from .blends import Blend, Blending
 from .devices import moved
 from .memory import Bucket, Gradients, Layout
+from .memory.members import AVERAGE
 from .memory.state import State, check_states
 
 
@@ -37,12 +38,19 @@ class Engine:
         """The gradients of every bucket; raises, before any change, if one cannot be used."""
         return [bucket.gradients() for bucket in self.buckets]
 
-    def reduce(self, sums: Sums, grads: Sequence[Gradients], groups: Groups) -> Tensor:
-        """What ``sums.chain`` gives over all parameters that have a gradient: (k,) float64."""
-        earlier = None if sums.after is None else self.reduce(sums.after, grads, groups)
+    def reduce(
+        self, sums: Sums, grads: Sequence[Gradients], groups: Groups, unscale: float = 1.0
+    ) -> Tensor:
+        """What ``sums.chain`` gives over all parameters that have a gradient: (k,) float64.
+
+        ``unscale``: the inverse of the gradients' loss scale.
+        """
+        earlier = None if sums.after is None else self.reduce(sums.after, grads, groups, unscale)
         parts = [
-            backend.reduce(bucket, sums, bucket_grads, groups, _on(bucket, earlier, torch.float64))
-            for backend, bucket, bucket_grads in self._each(grads)
+            backend.reduce(
+                bucket, sums, of_bucket, groups, _on(bucket, earlier, torch.float64), unscale
+            )
+            for backend, bucket, of_bucket in self._each(grads)
         ]
         total = combine(parts, self.buckets, sums.how)
         return total if earlier is None else torch.cat([earlier, total])
@@ -54,18 +62,23 @@ class Engine:
         groups: Groups,
         number: int,
         keep: bool = False,
+        unscale: float = 1.0,
     ) -> Tensor:
         """Save w and climb, under a number; returns what was reduced, (k,) float64.
 
         Groups whose ``ascent`` is None take no part. ``keep``: the gradients are kept for a blend.
+        ``unscale``: the inverse of their loss scale.
         """
         grads = [_climbing(b, g, groups) for b, g in zip(self.buckets, grads, strict=True)]
-        total = self.reduce(ascent.sums, grads, groups)
+        if ascent.average is not None:
+            for bucket, bucket_grads in zip(self.buckets, grads, strict=True):
+                bucket.member(AVERAGE).show(bucket_grads.present)
+        total = self.reduce(ascent.sums, grads, groups, unscale)
         for backend, bucket, bucket_grads in self._each(grads):
             here = moved(total, bucket.device, total.dtype)
             bucket.settle()
             kept = bucket.begin_climb(number, bucket_grads, keep)
-            backend.ascend_(bucket, ascent, bucket_grads, groups, here, number, kept)
+            backend.ascend_(bucket, ascent, bucket_grads, groups, here, number, kept, unscale)
             bucket.end_climb()
             bucket.bump_versions(bucket_grads)
         return total
@@ -76,6 +89,13 @@ class Engine:
         if not states.is_current(state):
             check_states(self.layout.rule, groups, state)
             states.adopt(state, groups)
+
+    def begin_members(self, groups: Groups) -> None:
+        """Show in checkpoints what the members will keep, for libraries that ask beforehand."""
+        for bucket in self.buckets:
+            climbing = [groups[slot.row]["ascent"] is not None for slot in bucket.slots]
+            if any(climbing) and chosen(groups).average is not None:
+                bucket.member(AVERAGE).show(climbing)
 
     def blending(
         self, blend: Blend, grads: Sequence[Gradients], groups: Groups, scale: Tensor | None

@@ -60,6 +60,12 @@ def _check_p(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be >= 1.1 (it may be math.inf), got {value!r}")
 
 
+def _check_share(name: str, value: Any) -> None:
+    check_number(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be from 0 to 1, got {value!r}")
+
+
 def _check_gamma(name: str, value: Any) -> None:
     check_number(name, value)
     if not 0 <= value < 1:
@@ -79,6 +85,8 @@ ETA = Option("eta", 0.0, check_size)
 ASCENT = Option("ascent", "sam", _check_member)
 MAX_GRAD_NORM = Option("max_grad_norm", None, _check_clip)
 P = Option("p", 2.0, _check_p)
+SIGMA = Option("sigma", 1.0, check_size)
+LAM = Option("lam", 0.6, _check_share)
 BLEND = Option("blend", None, _check_member)
 BLEND_ALPHA = Option("blend_alpha", 0.0, check_size)
 BLEND_GAMMA = Option("blend_gamma", 0.9, _check_gamma)
@@ -87,7 +95,7 @@ BLEND_MAX_NORM = Option("blend_max_norm", None, _check_clip)
 OPTIONS: Mapping[str, Option] = {
     option.name: option
     for option in (
-        *(RHO, ADAPTIVE, ETA, ASCENT, P),
+        *(RHO, ADAPTIVE, ETA, ASCENT, P, SIGMA, LAM),
         *(BLEND, BLEND_ALPHA, BLEND_GAMMA, BLEND_MAX_NORM, MAX_GRAD_NORM),
     )
 }

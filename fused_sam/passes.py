@@ -138,7 +138,7 @@ class Passes(Checkpointing):
             RuntimeError: no model is attached; the weights are perturbed; there are gradients that
                 no step has used. If ``forward_backward`` raises, the weights return to w.
             ValueError: there is no micro-batch; ``ascent`` is something else, or ``"local"`` with
-                MSAM, AESAM or a blend.
+                MSAM, FriendlySAM, VaSSO, AESAM or a blend.
         """
         batches = list(micro_batches)
         if not batches:
@@ -202,6 +202,12 @@ class Passes(Checkpointing):
             raise ValueError(
                 f"accumulate(..., ascent='local') climbs for each micro-batch, and the groups' "
                 f"ascent={ascent.key!r} climbs once in a step; use accumulate(..., ascent='global')"
+            )
+        if ascent.average is not None:
+            raise ValueError(
+                f"ascent='local' climbs for each micro-batch, and the groups' ascent="
+                f"{ascent.key!r} keeps an average of the whole batch's gradients; use "
+                f"ascent='global'"
             )
         if blend is not None:
             raise ValueError(

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-ASCENT = ("rho", "adaptive", "eta", "ascent")
+ASCENT = ("rho", "adaptive", "eta", "ascent", "sigma", "lam", "theta")
 
 
 def parameters(shapes, dtype=torch.float64):
@@ -206,43 +206,50 @@ class PNorm(Member):
         ]
 
 
-class Friendly(Member):
-    """Li et al. 2024; the old average, as in their code (the paper has the new one)."""
+class Averaging(Member):
+    """A climb along something made of the gradient and a running average, one for each parameter.
 
-    sigma, lmbda = 0.9, 0.6
+    Only finite gradients are taken in: one that is not leaves all averages as they were.
+    """
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.average = [None] * len(self.weights)
 
+    def option(self, i, name):
+        """A group's own, or the member's."""
+        return self.row[i].get(name, getattr(self, name))
+
     def direction(self, g):
+        if not all(x is None or x.isfinite().all() for x in g):
+            return g
         d = list(g)
         for i, x in enumerate(g):
-            if x is None or not x.isfinite().all():
-                continue
-            m = self.average[i]
-            d[i] = x if m is None else x - self.sigma * m
-            self.average[i] = x if m is None else self.lmbda * m + (1 - self.lmbda) * x
+            if x is not None:
+                m = self.average[i]
+                d[i], self.average[i] = (x, x) if m is None else self.follow(i, x, m)
         return d
 
 
-class VaSSO(Member):
+class Friendly(Averaging):
+    """Li et al. 2024; the old average, as in their code (the paper has the new one)."""
+
+    sigma, lam = 1.0, 0.6
+
+    def follow(self, i, g, m):
+        sigma, lam = self.option(i, "sigma"), self.option(i, "lam")
+        return g - sigma * m, lam * m + (1 - lam) * g
+
+
+class VaSSO(Averaging):
     """Li & Giannakis 2023."""
 
     theta = 0.4
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self.average = [None] * len(self.weights)
-
-    def direction(self, g):
-        d = list(g)
-        for i, x in enumerate(g):
-            if x is not None and x.isfinite().all():
-                m = self.average[i]
-                d[i] = x if m is None else (1 - self.theta) * m + self.theta * x
-                self.average[i] = d[i]
-        return d
+    def follow(self, i, g, m):
+        theta = self.option(i, "theta")
+        m = (1 - theta) * m + theta * g
+        return m, m
 
 
 class USAM(Member):

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 
 from ..agreement import agreed
 from ..rules.base import Group
-from .base import Ascent, Choice, Sums
+from .base import Ascent, Average, Choice, Sums
+from .friendly import ASCENT as _FRIENDLY
+from .friendly import FriendlySAM
 from .gram import GRAM
 from .msam import ASCENT as _MSAM
 from .msam import MSAM
@@ -28,16 +30,22 @@ __all__ = [
     "SUMS",
     "USAM",
     "Ascent",
+    "Average",
     "Choice",
+    "FriendlySAM",
     "PNorm",
     "Sums",
     "chosen",
 ]
 
-ASCENTS: Mapping[str, Ascent] = {ascent.key: ascent for ascent in (_SAM, _PNORM, _USAM, _MSAM)}
+ASCENTS: Mapping[str, Ascent] = {
+    ascent.key: ascent for ascent in (_SAM, _PNORM, _USAM, _MSAM, _FRIENDLY)
+}
 """By the value of a group's ``ascent``."""
 
-KERNELS: tuple[Ascent, ...] = tuple({ascent.name: ascent for ascent in ASCENTS.values()}.values())
+KERNELS: tuple[Ascent, ...] = tuple(
+    {ascent.name: ascent for ascent in ASCENTS.values() if ascent.average is None}.values()
+)
 """Those that have mathematics of their own."""
 
 SUMS: tuple[Sums, ...] = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -23,7 +24,7 @@ def _no_kernel(group: Group) -> Kernel | None:
     return None
 
 
-def _no_columns(group: Group) -> tuple[float, ...]:
+def _no_columns(group: Group, unscale: float) -> tuple[float, ...]:
     return ()
 
 
@@ -34,6 +35,36 @@ class Choice(AnyChoice):
     kind: ClassVar[str] = "ascent"
 
 
+Columns = Callable[[Group, float], tuple[float, ...]]
+"""A group's numbers in float64. The second argument is the inverse of the gradients' loss scale at
+w, as far as the optimizer was told; else 1."""
+
+
+@dataclass(frozen=True)
+class Average:
+    """A running average of the gradients at w, and what a climb makes of it.
+
+    It is kept in the compute dtype, and NaN where there is none yet. Where what is reduced of the
+    directions is not finite, it stays as it was.
+
+    Attributes:
+        name: short name: the C++ struct is called so.
+        follow: text, for each element: ``(grad, average, unscale, *columns) -> (direction,
+            average)``: what takes the gradient's place in the climb, and what is kept for the next
+            one. ``unscale`` is what the gradient is to be multiplied by.
+        columns: a group's numbers, ``unscale`` the first of them.
+    """
+
+    name: str
+    follow: Text
+    columns: Columns
+
+    @functools.cached_property
+    def column_names(self) -> tuple[str, ...]:
+        """What ``columns`` returns, by name."""
+        return tuple(inspect.signature(self.follow).parameters)[2:]
+
+
 @dataclass(frozen=True)
 class Sums:
     """Numbers that are summed over all elements of all parameters that have a gradient.
@@ -42,7 +73,7 @@ class Sums:
         name: short name: the C++ struct is called so.
         terms: text, for each element: ``(param, grad, *earlier, *columns) -> number``. ``param`` is
             None where no group reads it. A tuple where there are several numbers.
-        columns: a group's numbers in float64, in the order of the text's arguments.
+        columns: a group's numbers, in the order of the text's arguments.
         reads_param: whether ``terms`` needs the weights under a group's options.
         squares: whether ``terms`` are the squared gradients under a group's options: torch has a
             kernel for those.
@@ -52,11 +83,13 @@ class Sums:
         reads_kept: whether ``terms`` get what is kept of the gradient at w in place of the
             weights; None where nothing is.
         wide: whether all of it is in float64. There are no columns then.
+        average: what makes a direction of each gradient, which ``terms`` get in its place; None
+            where they get the gradient.
     """
 
     name: str
     terms: Text
-    columns: Callable[[Group], tuple[float, ...]] = _no_columns
+    columns: Columns = _no_columns
     reads_param: Callable[[Group], bool] = _never
     squares: Callable[[Group], bool] = _never
     how: Literal["sum", "max"] = "sum"
@@ -64,6 +97,7 @@ class Sums:
     count: int = 1
     reads_kept: bool = False
     wide: bool = False
+    average: Average | None = None
 
     @property
     def chain(self) -> tuple[Sums, ...]:
@@ -80,9 +114,10 @@ class Sums:
         """What ``columns`` returns, by name."""
         return tuple(inspect.signature(self.terms).parameters)[2 + self.earlier :]
 
-    def numbers(self, group: Group) -> tuple[float, ...]:
-        """A group's row of the table of hyperparameters."""
-        return tuple(map(float, self.columns(group)))
+    def numbers(self, group: Group, unscale: float = 1.0) -> tuple[float, ...]:
+        """A group's row of the table of hyperparameters; those of the average come last."""
+        more = () if self.average is None else self.average.columns(group, unscale)
+        return tuple(map(float, (*self.columns(group, unscale), *more)))
 
 
 @dataclass(frozen=True)
@@ -95,7 +130,8 @@ class Ascent:
         sums: what is reduced before it can climb; its columns are the ascent's.
         scalars: text, once for each parameter: ``(*numbers, *columns) -> (scale, ...)``, with
             all the numbers of ``sums.chain``. Where ``scale`` is 0 nothing moves, to the bit.
-        move: text, for each element: ``(param, grad, *scalars) -> param``.
+        move: text, for each element: ``(param, grad, *scalars) -> param``; ``grad`` is the
+            direction where the sums have an average.
         kernel: a torch kernel that moves a group with these options, for the reference backend,
             or None where there is none: ``(params, grads, scale)``.
         norm: the norm that it climbs by, (), of a climbing group's options and all the numbers.
@@ -117,6 +153,33 @@ class Ascent:
     shared: tuple[str, ...] = ()
     scale_matters: bool = False
     along_momentum: bool = False
+
+    @property
+    def average(self) -> Average | None:
+        """What is averaged over the steps; None where nothing is."""
+        return self.sums.average
+
+    def along(self, key: str, average: Average) -> Ascent:
+        """The same climb along what an average makes of the gradients."""
+
+        def averaged(sums: Sums) -> Sums:
+            after = None if sums.after is None else averaged(sums.after)
+            return dataclasses.replace(
+                sums,
+                name=average.name + sums.name,
+                after=after,
+                squares=_never,
+                average=average,
+            )
+
+        return dataclasses.replace(
+            self,
+            key=key,
+            name=average.name + self.name,
+            sums=averaged(self.sums),
+            kernel=_no_kernel,
+            scale_matters=True,
+        )
 
 
 Kernel = Callable[[list[Tensor], list[Tensor], Tensor], None]

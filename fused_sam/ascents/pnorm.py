@@ -41,7 +41,7 @@ def _conjugate(p: float) -> float:
     return 1.0 if p == math.inf else p / (p - 1)
 
 
-def _columns(group: Group) -> tuple[float, ...]:
+def _columns(group: Group, unscale: float) -> tuple[float, ...]:
     rho = -group["rho"] if group.get("maximize") else group["rho"]
     exponent = 0.0 if group["p"] == math.inf else 1 / (group["p"] - 1)  # q - 1
     return rho, group["adaptive"], group["eta"], exponent, 1 / group["p"]

@@ -17,7 +17,7 @@ from ..text import abs, divide, is_finite, sqrt, where
 from .base import Ascent, Choice, Kernel, Sums
 
 
-def _columns(group: Group) -> tuple[float, ...]:
+def _columns(group: Group, unscale: float) -> tuple[float, ...]:
     rho = -group["rho"] if group.get("maximize") else group["rho"]
     return rho, group["adaptive"], group["eta"]
 

@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..rules.base import Group
 from ..text import is_finite, where
 from .base import Choice
 from .sam import ASCENT as SAM_ASCENT
@@ -25,10 +26,20 @@ class USAM(Choice):
     key: ClassVar[str] = "usam"
 
 
+def _columns(group: Group, unscale: float) -> tuple[float, ...]:
+    rho, *others = SAM_ASCENT.sums.columns(group, unscale)
+    return rho * unscale, *others
+
+
 def _scalars(sq_norm, rho, adaptive, eta):
     return where(is_finite(sq_norm), rho, 0.0), adaptive, eta
 
 
 ASCENT = dataclasses.replace(
-    SAM_ASCENT, key=USAM.key, name="Usam", scalars=_scalars, scale_matters=True
+    SAM_ASCENT,
+    key=USAM.key,
+    name="Usam",
+    sums=dataclasses.replace(SAM_ASCENT.sums, columns=_columns),
+    scalars=_scalars,
+    scale_matters=True,
 )

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from ..ascents import Ascent, Sums
+from ..ascents import Ascent, Average, Sums
 from ..blends import Blending
 from ..memory import Bucket, Gradients
+from ..memory.members import AVERAGE
 from ..memory.window import as_real
 from ..rules import STEP, Group, Rule
 from .rounding import HALVES, round_stochastically, seed_of
@@ -42,6 +43,7 @@ class Backend:
         grads: Gradients,
         groups: Groups,
         earlier: Tensor | None = None,
+        unscale: float = 1.0,
     ) -> Tensor:
         """The sum, or the largest, of ``sums.terms`` over all elements that have a gradient.
 
@@ -52,6 +54,7 @@ class Backend:
             groups: the options of each row.
             earlier: (k,) float64, on the bucket's device: what ``sums.after`` gave over all
                 buckets; None where that is None.
+            unscale: the inverse of the gradients' loss scale, for sums that depend on it.
 
         Returns:
             (sums.count,) float64, on the bucket's device; infinite where the compute dtype cannot
@@ -68,13 +71,16 @@ class Backend:
                 pieces = [piece for grad in run.pick(grads.tensors) for piece in _pieces(grad)]
                 norms += torch._foreach_norm(pieces, 2, dtype=dtype)
                 continue
-            grad, columns = run.gather(bucket, grads), sums.numbers(group)
+            grad, columns = run.gather(bucket, grads), sums.columns(group, unscale)
             for chunk in run.chunks():
+                g = grad[chunk].to(dtype)
+                if sums.average is not None:
+                    g, _ = _followed(sums.average, bucket, run, chunk, g, group, unscale)
                 other = run.weights if sums.reads_param(group) else None
                 if sums.reads_kept and run.kind[1] and bucket.kept is not None:
                     other = run.of(bucket.kept)
                 other = None if other is None else other[chunk].to(dtype)
-                terms = sums.terms(other, grad[chunk].to(dtype), *before, *columns)
+                terms = sums.terms(other, g, *before, *columns)
                 terms = torch.stack(terms) if sums.count > 1 else terms.unsqueeze(0)
                 parts.append(_all_of(sums, terms))
         if norms:
@@ -92,6 +98,7 @@ class Backend:
         total: Tensor,
         number: int | Tensor,
         kept: Tensor | None = None,
+        unscale: float = 1.0,
     ) -> None:
         """Save w, write the climb's number, then climb.
 
@@ -99,14 +106,18 @@ class Backend:
         ``maximize`` moves against its gradient. Weights of half precision are rounded at random:
         see ``rounding``.
 
+        The average of an ascent that has one takes the gradients in, unless the first number of
+        ``total`` is not finite: then one of them is not.
+
         Args:
-            bucket: ``saved`` and ``climb`` are written, and the weights in place.
+            bucket: ``saved`` and ``climb`` are written, and the weights and the average in place.
             ascent: the climb.
             grads: as for ``reduce``; only read.
             groups: rho and the other options of each row.
             total: (k,) float64, on the bucket's device: ``ascent.sums.chain`` over all buckets.
             number: the climb's; or where it is, (1,) int64 on the bucket's device.
             kept: (bucket.size,), gets the gradients as they are; None if nobody wants them.
+            unscale: as for ``reduce``.
         """
         dtype, number = bucket.compute_dtype, int(number)
         plan = runs(bucket, present(grads))
@@ -119,7 +130,7 @@ class Backend:
             if kept is not None:
                 copies = run.split(bucket, "kept", kept)
                 torch._foreach_copy_(copies, run.pick(grads.tensors))
-            scalars = ascent.scalars(*reduced, *ascent.sums.numbers(group))
+            scalars = ascent.scalars(*reduced, *ascent.sums.columns(group, unscale))
             scale = scalars[0]
             kernel = ascent.kernel(group) if _has_fused(bucket) else None
             if kernel is not None:
@@ -127,8 +138,13 @@ class Backend:
                 continue
             grad = run.gather(bucket, grads)
             for chunk in run.chunks():
+                g = grad[chunk]
+                if ascent.average is not None:
+                    average = run.of(bucket.member(AVERAGE).flat)[chunk]
+                    g, new = _followed(ascent.average, bucket, run, chunk, g, group, unscale)
+                    average.copy_(torch.where(reduced[0].isfinite(), new, average))
                 weights = run.of(bucket.saved)[chunk].to(dtype)
-                moved = ascent.move(weights, grad[chunk], *scalars)
+                moved = ascent.move(weights, g, *scalars)
                 # 0 * inf is NaN, and a scale of 0 must move nothing.
                 stays = run.weights[chunk].to(dtype)  # a master is not to be rounded anew
                 moved = torch.where(scale == 0, stays, moved)
@@ -288,6 +304,21 @@ class Backend:
 def _all_of(sums: Sums, terms: Tensor) -> Tensor:
     """Of terms (k, n) the sums, or the largest, (k,); of a run without elements there are none."""
     return terms.amax(1) if sums.how == "max" and terms.numel() else terms.sum(1)
+
+
+def _followed(
+    average: Average,
+    bucket: Bucket,
+    run: Run,
+    chunk: slice,
+    grad: Tensor,
+    group: Group,
+    unscale: float,
+) -> tuple[Tensor, Tensor]:
+    """What a climb follows in place of a piece of the gradients, and their average after it."""
+    before = run.of(bucket.member(AVERAGE).flat)[chunk]
+    direction, after = average.follow(grad, before, *average.columns(group, unscale))
+    return direction, after
 
 
 def _save(bucket: Bucket, run: Run) -> None:

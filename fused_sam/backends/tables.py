@@ -260,11 +260,13 @@ def _on_a_device(lr: float | Tensor) -> bool:
     return isinstance(lr, Tensor) and lr.device.type != "cpu"
 
 
-def sums_table(tables: Tables, bucket: Bucket, sums: Sums, groups: Groups) -> Tensor:
+def sums_table(
+    tables: Tables, bucket: Bucket, sums: Sums, groups: Groups, unscale: float = 1.0
+) -> Tensor:
     """The numbers that a sum, or the ascent that it is for, needs of each group."""
     rows = bucket.rows
     return tables.hyper(
-        sums.name, len(groups), lambda: {row: sums.numbers(groups[row]) for row in rows}
+        sums.name, len(groups), lambda: {row: sums.numbers(groups[row], unscale) for row in rows}
     )
 
 

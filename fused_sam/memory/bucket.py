@@ -13,6 +13,7 @@ from torch.autograd.graph import increment_version
 
 from ..rules import MASTER
 from .gradients import Collector, Gradients
+from .members import MEMBER_STATES
 from .slot import Slot
 from .state import StateBuffer
 from .window import as_real, contiguous_stride, gradient_dtype, is_dense, make_window
@@ -52,6 +53,8 @@ class Bucket:
         held: for each slot, whether the last climb has put its gradient into ``kept``.
         climb: (1,) int64, the number of the climb that wrote ``saved``; 0 at w.
         perturbed: for each slot, whether it has been saved and perturbed and awaits its return.
+        states: the rule's states, by name.
+        members: what an ascent or a blend keeps over the steps, by name; see ``members.py``.
         cache: what the backend derives from this bucket; it dies with the bucket.
     """
 
@@ -87,6 +90,7 @@ class Bucket:
         self.kept: Tensor | None = None
         self.climb = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.states: dict[str, StateBuffer] = {}
+        self.members: dict[str, StateBuffer] = {}
         self.cache: dict[Any, Any] = {}
         self.params = [slot.param for slot in self.slots]
         self._collector = Collector(self.slots)
@@ -108,6 +112,8 @@ class Bucket:
 
     def state_dtype(self, name: str) -> torch.dtype:
         """The dtype of a state: float32 besides masters, else as torch.optim makes it."""
+        if name in MEMBER_STATES:
+            return self.compute_dtype
         if self.masters:
             return torch.float32
         return self.grad_dtype if name in self._like_grad else self.dtype
@@ -162,6 +168,12 @@ class Bucket:
         if name not in self.states:
             self.states[name] = StateBuffer(name, self)
         return self.states[name]
+
+    def member(self, name: str) -> StateBuffer:
+        """The buffer of what a member keeps, allocated when first asked for."""
+        if name not in self.members:
+            self.members[name] = StateBuffer(name, self, MEMBER_STATES[name])
+        return self.members[name]
 
     def gradients(self) -> Gradients:
         """The gradients as the kernels need them; see ``Collector.collect``."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..rules import Rule
 from .bucket import Bucket
 from .gradients import same_kind
+from .members import MemberState
 from .state import State, StateView, check_states
 from .window import gradient_dtype, must_stay, trains
 
@@ -53,7 +54,10 @@ class Layout:
         params: those, group by group.
         addresses: where their memory begins.
         states: the rule's state, as the buckets hold it and as the optimizer shows it.
+        members: what an ascent and a blend keep.
     """
+
+    members: MemberState
 
     def __init__(
         self,
@@ -87,6 +91,8 @@ class Layout:
         self._looks = list(map(_look, self.params))
         self._unchanged: Callable[..., bool] | None = None
         self.states = StateView(rule, self.buckets, {} if state is None else state, groups)
+        known = {*self.params, *self._frozen}
+        self.members = MemberState(self.buckets, known, None if old is None else old.members)
 
     @property
     def begins_with_state(self) -> bool:

@@ -24,15 +24,21 @@ Groups = Sequence[Mapping[str, Any]]
 class StateBuffer:
     """One optimizer state of a bucket.
 
+    Args:
+        name: the state's.
+        bucket: whose it is.
+        initial: what its elements begin with.
+
     Attributes:
-        flat: (bucket.size,) in the state's dtype; ``step``: (len(slots),) float32. Zero at first.
+        flat: (bucket.size,) in the state's dtype; ``step``: (len(slots),) float32.
         windows: what ``optimizer.state[p][name]`` shows, one for each slot, with its own storage.
         present: whether the parameter has this state already, one for each slot.
     """
 
-    def __init__(self, name: str, bucket: Bucket) -> None:
+    def __init__(self, name: str, bucket: Bucket, initial: float = 0.0) -> None:
         slots, device = bucket.slots, bucket.device
         self._begins_as_weights = name == MASTER
+        self._initial = initial
         if name == STEP:
             self.flat = torch.zeros(len(slots), dtype=torch.float32, device=device)
             pieces = list(self.flat.unbind())
@@ -43,6 +49,8 @@ class StateBuffer:
         self._slots, self._pieces, self._counts = slots, pieces, name == STEP
         self.present = [False] * len(slots)
         self._make_windows()
+        if initial != 0:
+            self.clear()
 
     def _make_windows(self) -> None:
         pieces = self._pieces
@@ -60,12 +68,20 @@ class StateBuffer:
             # Some window was given other memory (``.data =``, ``set_``): that is what counts now.
             self._make_windows()
         self.present = [value is not None for value in values]
-        for window, value in zip(self.windows, values, strict=True):
+        for window, piece, value in zip(self.windows, self._pieces, values, strict=True):
             if value is None:
                 if not self._begins_as_weights:
-                    window.zero_()
+                    piece.fill_(self._initial)
             elif value is not window:
                 window.copy_(_tensor(value))
+
+    def show(self, slots: Sequence[bool]) -> None:
+        """From now on these slots have it."""
+        self.present = list(map(operator.or_, self.present, slots))
+
+    def clear(self) -> None:
+        """Let all begin anew."""
+        self.adopt([None] * len(self.windows))
 
 
 def addresses(tensors: Sequence[Tensor]) -> list[int]:

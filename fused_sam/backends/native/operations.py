@@ -51,10 +51,11 @@ class NativeBackend(Backend):
         grads: Gradients,
         groups: Groups,
         earlier: Tensor | None = None,
+        unscale: float = 1.0,
     ) -> Tensor:
         """As ``Backend.reduce``, in one launch."""
-        if not bucket.is_uniform:
-            return super().reduce(bucket, sums, grads, groups, earlier)
+        if not bucket.is_uniform or sums.average is not None:
+            return super().reduce(bucket, sums, grads, groups, earlier, unscale)
         tables = _tables(bucket)
         bits = {row: READS_PARAM * sums.reads_param(groups[row]) for row in bucket.rows}
         total: Tensor = torch.ops.fused_sam.reduce.default(
@@ -65,7 +66,7 @@ class NativeBackend(Backend):
             tables.slots,
             tables.addresses(grads).table,
             tables.flags(bits, bucket.perturbed, grads, held=bucket.held),
-            sums_table(tables, bucket, sums, groups),
+            sums_table(tables, bucket, sums, groups, unscale),
             _SUMS[sums.name],
         )
         return total
@@ -79,10 +80,11 @@ class NativeBackend(Backend):
         total: Tensor,
         number: int | Tensor,
         kept: Tensor | None = None,
+        unscale: float = 1.0,
     ) -> None:
         """As ``Backend.ascend_``, in one launch."""
-        if not bucket.is_uniform:
-            return super().ascend_(bucket, ascent, grads, groups, total, number, kept)
+        if not bucket.is_uniform or ascent.average is not None:
+            return super().ascend_(bucket, ascent, grads, groups, total, number, kept, unscale)
         tables = _tables(bucket)
         torch.ops.fused_sam.ascend_.default(
             bucket.saved,
@@ -91,7 +93,7 @@ class NativeBackend(Backend):
             tables.slots,
             tables.addresses(grads).table,
             tables.flags(dict.fromkeys(bucket.rows, 0), bucket.perturbed, grads),
-            sums_table(tables, bucket, ascent.sums, groups),
+            sums_table(tables, bucket, ascent.sums, groups, unscale),
             total,
             *((number, 0) if isinstance(number, Tensor) else (None, number)),
             _ASCENTS[ascent.name],

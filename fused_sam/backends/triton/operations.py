@@ -156,8 +156,11 @@ class TritonBackend(Backend):
         grads: Gradients,
         groups: Groups,
         earlier: Tensor | None = None,
+        unscale: float = 1.0,
     ) -> Tensor:
         """As ``Backend.reduce``, in one launch."""
+        if sums.average is not None:
+            return super().reduce(bucket, sums, grads, groups, earlier, unscale)
         launcher = _launcher(bucket)
         with on(bucket.device):
             kept = bucket.kept if sums.reads_kept else None
@@ -170,7 +173,7 @@ class TritonBackend(Backend):
                 launcher.flags(
                     dict.fromkeys(bucket.rows, 0), bucket.perturbed, grads, held=bucket.held
                 ),
-                sums_table(launcher, bucket, sums, groups),
+                sums_table(launcher, bucket, sums, groups, unscale),
             )
             constants = (
                 *(compiled(sums.terms), sums.count, sums.how == "max"),
@@ -188,15 +191,18 @@ class TritonBackend(Backend):
         total: Tensor,
         number: int | Tensor,
         kept: Tensor | None = None,
+        unscale: float = 1.0,
     ) -> None:
         """As ``Backend.ascend_``, in one launch."""
+        if ascent.average is not None:
+            return super().ascend_(bucket, ascent, grads, groups, total, number, kept, unscale)
         launcher = _launcher(bucket)
         with on(bucket.device):
             args = (
                 *(bucket.saved, kept, bucket.climb, total, launcher.slots),
                 launcher.addresses(grads).table,
                 launcher.flags(dict.fromkeys(bucket.rows, 0), bucket.perturbed, grads),
-                sums_table(launcher, bucket, ascent.sums, groups),
+                sums_table(launcher, bucket, ascent.sums, groups, unscale),
                 *((number, 0) if isinstance(number, Tensor) else (None, number)),
             )
             constants = (
