@@ -77,7 +77,7 @@ def test_operations_do_what_their_schemas_say(pinned):
         ops.update_.default,
         (
             *(*states, torch.zeros(2), None, bucket.climb, bucket.saved, None),
-            *(*places, flags, own.hyper("adam", 1, numbers), None, None),
+            *(*places, flags, own.hyper("adam", 1, numbers), None, None, None),
             *(torch.tensor(2.0), torch.zeros(()), operations._RULES["Adam"], -1),
         ),
     )
