@@ -87,6 +87,7 @@ MAX_GRAD_NORM = Option("max_grad_norm", None, _check_clip)
 P = Option("p", 2.0, _check_p)
 SIGMA = Option("sigma", 1.0, check_size)
 LAM = Option("lam", 0.6, _check_share)
+THETA = Option("theta", 0.4, _check_share)
 BLEND = Option("blend", None, _check_member)
 BLEND_ALPHA = Option("blend_alpha", 0.0, check_size)
 BLEND_GAMMA = Option("blend_gamma", 0.9, _check_gamma)
@@ -95,7 +96,7 @@ BLEND_MAX_NORM = Option("blend_max_norm", None, _check_clip)
 OPTIONS: Mapping[str, Option] = {
     option.name: option
     for option in (
-        *(RHO, ADAPTIVE, ETA, ASCENT, P, SIGMA, LAM),
+        *(RHO, ADAPTIVE, ETA, ASCENT, P, SIGMA, LAM, THETA),
         *(BLEND, BLEND_ALPHA, BLEND_GAMMA, BLEND_MAX_NORM, MAX_GRAD_NORM),
     )
 }

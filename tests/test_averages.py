@@ -10,11 +10,11 @@ from oracle import assert_same_bits
 from test_family import SHAPES, STEPS, compare, make, oracle, step
 
 from fused_sam import FusedSAM
-from fused_sam.ascents import FriendlySAM
+from fused_sam.ascents import FriendlySAM, VaSSO
 from fused_sam.memory.members import AVERAGE
 from fused_sam.schedule import Every
 
-MEMBERS = ["friendly"]
+MEMBERS = ["friendly", "vasso"]
 
 
 def averages(opt):
@@ -220,6 +220,8 @@ def test_options_are_checked():
         FriendlySAM(sigma=-1)
     with pytest.raises(ValueError, match=r"lam must be from 0 to 1, got 1\.5"):
         FriendlySAM(lam=1.5)
+    with pytest.raises(ValueError, match=r"theta must be from 0 to 1, got -0\.1"):
+        VaSSO(theta=-0.1)
     assert FriendlySAM().options() == {"ascent": "friendly", "sigma": 1.0, "lam": 0.6}
 
 

@@ -11,7 +11,7 @@ from family import Surface, give, parameters
 from oracle import assert_same_bits
 
 from fused_sam import FusedSAM
-from fused_sam.ascents import USAM, FriendlySAM, PNorm
+from fused_sam.ascents import USAM, FriendlySAM, PNorm, VaSSO
 from fused_sam.blends import GSAM, WSAM, CoupledWSAM
 from fused_sam.schedule import Every
 
@@ -35,6 +35,7 @@ MEMBERS = {
     "p-norm-inf": ({"ascent": PNorm(math.inf)}, Oracles.of(family.PNorm, p=math.inf)),
     "usam": ({"ascent": USAM()}, family.USAM),
     "friendly": ({"ascent": FriendlySAM(sigma=0.9)}, Oracles.of(family.Friendly, sigma=0.9)),
+    "vasso": ({"ascent": VaSSO(theta=0.4)}, Oracles.of(family.VaSSO, theta=0.4)),
     "gsam": ({"blend": GSAM(0.3)}, Oracles.of(family.GSAM, alpha=0.3)),
     "coupled-wsam": (
         {"blend": CoupledWSAM(0.88)},
@@ -61,7 +62,7 @@ BASES = {
 }
 GROUPS = [
     {"params": [0], "rho": 0.7, "sigma": 0.5},
-    {"params": [1], "adaptive": True, "eta": 0.1, "lam": 0.3},
+    {"params": [1], "adaptive": True, "eta": 0.1, "lam": 0.3, "theta": 0.7},
     {"params": [2, 3], "lr": 0.02},
 ]
 

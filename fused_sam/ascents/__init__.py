@@ -19,6 +19,8 @@ from .sam import SAM
 from .squares import SQUARES
 from .usam import ASCENT as _USAM
 from .usam import USAM
+from .vasso import ASCENT as _VASSO
+from .vasso import VaSSO
 
 __all__ = [
     "ASCENTS",
@@ -35,11 +37,12 @@ __all__ = [
     "FriendlySAM",
     "PNorm",
     "Sums",
+    "VaSSO",
     "chosen",
 ]
 
 ASCENTS: Mapping[str, Ascent] = {
-    ascent.key: ascent for ascent in (_SAM, _PNORM, _USAM, _MSAM, _FRIENDLY)
+    ascent.key: ascent for ascent in (_SAM, _PNORM, _USAM, _MSAM, _FRIENDLY, _VASSO)
 }
 """By the value of a group's ``ascent``."""
 
