@@ -160,13 +160,14 @@ VALUES = [value.name for value in (*rules(), *SUMS, *KERNELS)]
 
 
 def kernel_name(mangled):
-    """'update Sgd float' of a mangled kernel name."""
+    """'update Sgd float' of a mangled kernel name; 'after': with what a blend subtracts."""
     kernel = re.search(r"(reduce|ascend|update|restore)_kernel", mangled)[1]
     value = re.search(rf"\d({'|'.join(VALUES)})E", mangled)
     after = mangled[(value or re.search(r"_kernelI", mangled)).end() :]
     dtype = re.match(r"f|d|NS\w*?(BFloat16|Float16)", after)
     dtype = dtype[1] or {"f": "float", "d": "double"}[dtype[0]]
-    return " ".join([kernel, *([value[1]] if value else []), dtype])
+    after = ["after"] if "Lb1E" in mangled else []
+    return " ".join([kernel, *([value[1]] if value else []), dtype, *after])
 
 
 DTYPES = ("float", "double", "BFloat16", "Float16")
@@ -203,31 +204,25 @@ def budget(architecture):
                 loops = 2 + 1 if dtype == "float" and 2 not in states else 1
                 loads += loops * (3 + len(states))  # saved, g', what is kept, states
                 stores += loops * (1 + len(states))  # w, states
-            counts[f"update {rule.name} {dtype}"] = loads, stores
+            for after in ("", " after"):
+                counts[f"update {rule.name} {dtype}{after}"] = loads, stores
     _split(counts, architecture < 100)
     return counts
 
 
 def _split(counts, older):
-    """ptxas 13.0 branches on options that are the same for a whole group, more so for older GPUs.
+    """What ptxas 13.0 makes of two of them.
 
-    Loads and stores behind such a branch stand in the code twice, and run once. On the other hand
-    the restore of bfloat16 and float16 stands once in an older GPU's.
+    For older GPUs the restore stands once. For newer ones it branches on whether a group is
+    adaptive: loads and stores behind the branch stand in the code twice, and run once.
     """
     for dtype in DTYPES:
-        half = dtype.endswith("16")
+        changed = {}
         if older:
-            twice = {
-                f"reduce SamNorm {dtype}": (1 if dtype == "BFloat16" else 4 + 1, 0),  # adaptive
-                f"reduce PNormMax {dtype}": (1 if half else 4 + 1, 0),  # adaptive
-                f"ascend Sam {dtype}": (0, 0) if half else (2, 2 + 1 + 2),  # adaptive
-                f"update Sgd {dtype}": (2, 1) if dtype == "float" else (0, 0),  # decay
-                f"restore {dtype}": (-3, -3) if half else (0, 0),
-            }
-        else:
-            twice = {f"ascend Sam {dtype}": (0, 2 + 1) if half else (4, 4)}  # adaptive
-        twice[f"ascend Usam {dtype}"] = twice[f"ascend Sam {dtype}"]  # which moves in the same way
-        for name, (loads, stores) in twice.items():
+            changed[f"restore {dtype}"] = -3, -3
+        elif not dtype.endswith("16"):
+            changed = {f"ascend {name} {dtype}": (4, 4) for name in ("Sam", "Usam")}
+        for name, (loads, stores) in changed.items():
             counts[name] = counts[name][0] + loads, counts[name][1] + stores
 
 
