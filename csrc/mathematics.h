@@ -667,4 +667,4 @@ constexpr int kNumBlends = 1;
 
 #define FUSED_SAM_BLENDS(_) _(Gsam)
 
-#define FUSED_SAM_MATHEMATICS "3008f17408a23633"
+#define FUSED_SAM_MATHEMATICS "5e7ec308a8642990"

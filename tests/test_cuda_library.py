@@ -80,18 +80,18 @@ tables = slots, grads, flags, three
 start = cuda, weights, [], saved
 
 def reduce(name, tables, kept=None, earlier=None):
-    args = *start, kept, earlier, ticket, *tables, _SUMS[name]
+    args = *start, kept, earlier, ticket, *tables, 0, _SUMS[name]
     return ops.reduce.default.redispatch(*args)
 
 total = reduce("SamNorm", tables)
 assert total.shape == (1,) and total.dtype == torch.float64
 kept = torch.zeros(128)
-ops.ascend_.default.redispatch(*start, kept, climb, *tables, total, 1, _ASCENTS["Sam"])
+ops.ascend_.default.redispatch(*start, kept, climb, *tables, total, 0, 1, _ASCENTS["Sam"])
 
 def update(rule, columns, states, step, *blend):
     args = *states, step, ticket, climb, saved, kept, slots, grads, flags, torch.zeros(1, columns)
     numbers, hyper, number = blend or (None, None, -1)
-    args = *args, numbers, hyper, None, None, _RULES[rule], number
+    args = *args, numbers, hyper, None, None, 0, _RULES[rule], number
     ops.update_.default.redispatch(cuda, weights, [], *args)
 
 update("Sgd", 5, [None, None, None], None)
@@ -107,7 +107,7 @@ for rule, columns, states in missing:
 five = slots, grads, flags, torch.zeros(1, 5)
 largest = reduce("PNormMax", five)
 both = torch.cat([largest, reduce("PNormSum", five, None, largest)])
-ops.ascend_.default.redispatch(*start, None, climb, *five, both, 1, _ASCENTS["PNorm"])
+ops.ascend_.default.redispatch(*start, None, climb, *five, both, 0, 1, _ASCENTS["PNorm"])
 three = reduce("Gram", (slots, grads, flags, torch.zeros(1, 0)), kept)
 assert three.shape == (3,)
 update("Sgd", 5, [None, None, None], None, three, torch.zeros(1, 1), _BLENDS["Gsam"])

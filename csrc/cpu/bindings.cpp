@@ -7,23 +7,22 @@ namespace {
 
 // A bucket's memory as the kernels take it, checked. The pinned weights are the list's.
 struct Bucket {
-  Dtype dtype;
   Problem problem = {};
   std::vector<void*> pinned;
 
   Bucket(const Tensor& weights, const std::vector<Tensor>& pinned_weights, const Tensor& saved,
-         const Tensor& slots, const std::optional<Tensor>& grads, const Tensor& flags,
-         const std::optional<Tensor>& hyper, int columns)
-      : dtype(dtype_of(saved)) {
+         const Tensor& slots, const std::optional<Tensor>& grads, int64_t grad_dtype,
+         const Tensor& flags, const std::optional<Tensor>& hyper, int columns) {
     Problem& p = problem;
+    p.types = types_of(weights, saved, grad_dtype);
     p.num_slots = flags.numel();
     p.num_moved = p.num_slots - static_cast<int64_t>(pinned_weights.size());
     p.size = saved.numel();
-    check(weights, "weights", saved.scalar_type(), -1, saved);
+    check(weights, "weights", scalar_type(p.types.weights), -1, saved);
     check(slots, "slots", ScalarType::Long, p.num_slots * 4, saved);
     check(flags, "flags", ScalarType::Int, p.num_slots, saved);
     if (grads) check(*grads, "grads", ScalarType::Long, p.num_slots, saved);
-    if (hyper) check(*hyper, "hyper", compute_type(dtype), -1, saved);
+    if (hyper) check(*hyper, "hyper", compute_type(p.types.weights), -1, saved);
     STD_TORCH_CHECK(saved.is_contiguous(), "fused_sam: saved must be contiguous");
     const int64_t numbers = hyper ? hyper->numel() : 0;
     STD_TORCH_CHECK(p.num_moved >= 0 && (columns == 0 || numbers % columns == 0),
@@ -41,7 +40,7 @@ struct Bucket {
                       "fused_sam: slot ", i, " does not fit its bucket");
       if (!moved) {
         const Tensor& memory = pinned_weights[i - p.num_moved];
-        check(memory, "a pinned weight", saved.scalar_type(), slot.numel, saved);
+        check(memory, "a pinned weight", scalar_type(p.types.weights), slot.numel, saved);
         pinned.push_back(memory.mutable_data_ptr());
       }
     }
@@ -80,22 +79,22 @@ double all_of(const void* values, int64_t n, bool max) {
 
 Tensor reduce(Tensor weights, std::vector<Tensor> pinned, Tensor saved, std::optional<Tensor> kept,
               std::optional<Tensor> earlier, std::optional<Tensor> /*ticket*/, Tensor slots,
-              Tensor grads, Tensor flags, Tensor hyper, int64_t sums) {
+              Tensor grads, Tensor flags, Tensor hyper, int64_t grad_dtype, int64_t sums) {
   check_index(sums, kNumSums, "sums");
-  Bucket bucket(weights, pinned, saved, slots, grads, flags, hyper, kSumsColumns[sums]);
+  Bucket bucket(weights, pinned, saved, slots, grads, grad_dtype, flags, hyper, kSumsColumns[sums]);
   Problem& p = bucket.problem;
   p.earlier = check_earlier(earlier, sums, saved);
   const int count = kSumsCount[sums];
   Tensor total = torch::stable::new_zeros(saved, {count}, ScalarType::Double);
   STD_TORCH_CHECK(!kSumsReadsKept[sums] || kept, "fused_sam: the sum needs kept");
-  p.kept = check_kept(kept, saved);
+  p.kept = check_kept(kept, saved, bucket.problem.types);
   const int64_t spans = num_spans(p.size);
   std::vector<double> partials(spans * count);  // of float or double
-  const auto kernel = kernels().reduce[sums][static_cast<int>(bucket.dtype)];
+  const auto kernel = kernels().reduce[sums][compute_of(bucket.problem.types)];
   parallel_spans(p.size,
                  [&](int64_t begin, int64_t end) { kernel(p, partials.data(), begin, end); });
   double* totals = static_cast<double*>(total.mutable_data_ptr());
-  const bool wide = kSumsWide[sums] || bucket.dtype == Dtype::kFloat64, max = kSumsMax[sums];
+  const bool wide = kSumsWide[sums] || compute_of(p.types) == 1, max = kSumsMax[sums];
   for (int i = 0; i < count; ++i) {
     const void* all = partials.data();
     totals[i] = wide ? all_of<double>(static_cast<const double*>(all) + i * spans, spans, max)
@@ -106,14 +105,15 @@ Tensor reduce(Tensor weights, std::vector<Tensor> pinned, Tensor saved, std::opt
 
 void ascend_(Tensor weights, std::vector<Tensor> pinned, Tensor saved, std::optional<Tensor> kept,
              Tensor climb, Tensor slots, Tensor grads, Tensor flags, Tensor hyper, Tensor total,
-             int64_t number, int64_t ascent) {
+             int64_t grad_dtype, int64_t number, int64_t ascent) {
   check_index(ascent, kNumAscents, "ascent");
-  Bucket bucket(weights, pinned, saved, slots, grads, flags, hyper, kAscentColumns[ascent]);
+  Bucket bucket(weights, pinned, saved, slots, grads, grad_dtype, flags, hyper,
+                kAscentColumns[ascent]);
   check(total, "total", ScalarType::Double, kAscentNumbers[ascent], saved);
   const double* numbers = static_cast<const double*>(total.const_data_ptr());
-  bucket.problem.kept = check_kept(kept, saved);
+  bucket.problem.kept = check_kept(kept, saved, bucket.problem.types);
   set_climb(climb, saved, number);
-  const auto kernel = kernels().ascend_[ascent][static_cast<int>(bucket.dtype)];
+  const auto kernel = kernels().ascend_[ascent][compute_of(bucket.problem.types)];
   const Problem& p = bucket.problem;
   parallel_spans(p.size,
                  [&](int64_t begin, int64_t end) { kernel(p, numbers, number, begin, end); });
@@ -124,24 +124,24 @@ void update_(Tensor weights, std::vector<Tensor> pinned, std::optional<Tensor> s
              std::optional<Tensor> /*ticket*/, Tensor climb, Tensor saved,
              std::optional<Tensor> kept, Tensor slots, Tensor grads, Tensor flags, Tensor hyper,
              std::optional<Tensor> numbers, std::optional<Tensor> blend_hyper,
-             std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, int64_t rule,
-             int64_t blend) {
+             std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, int64_t grad_dtype,
+             int64_t rule, int64_t blend) {
   check_index(rule, kNumRules, "rule");
-  Bucket bucket(weights, pinned, saved, slots, grads, flags, hyper, kRuleColumns[rule]);
+  Bucket bucket(weights, pinned, saved, slots, grads, grad_dtype, flags, hyper, kRuleColumns[rule]);
   Problem& p = bucket.problem;
   const unsigned has = check_update(state0, state1, state2, step, grad_scale, found_inf, saved,
-                                    p.num_slots, rule, p.states);
+                                    p.num_slots, rule, p.types, p.states);
   p.step = memory<float>(step);
   check_blend(kept, numbers, blend_hyper, saved, hyper.numel() / kRuleColumns[rule], blend);
-  p.kept = check_kept(kept, saved);
+  p.kept = check_kept(kept, saved, bucket.problem.types);
   p.numbers = memory<double>(numbers);
   p.blend_hyper = memory(blend_hyper);
   p.blend = static_cast<int>(blend);
   const bool skip = found_inf && *memory<float>(found_inf) != 0.0f;
   double scale = 1;
   if (grad_scale) {
-    scale = bucket.dtype == Dtype::kFloat64 ? *memory<double>(grad_scale)
-                                            : static_cast<double>(*memory<float>(grad_scale));
+    scale = compute_of(p.types) == 1 ? *memory<double>(grad_scale)
+                                     : static_cast<double>(*memory<float>(grad_scale));
   }
   for (int64_t i = 0; i < p.num_slots; ++i) {
     if (p.flags[i] & kMissing) continue;
@@ -156,15 +156,15 @@ void update_(Tensor weights, std::vector<Tensor> pinned, std::optional<Tensor> s
       if (!(p.flags[i] & kMissing)) p.step[i] += 1.0f;
     }
   }
-  const auto kernel = kernels().update_[rule][static_cast<int>(bucket.dtype)];
+  const auto kernel = kernels().update_[rule][compute_of(bucket.problem.types)];
   parallel_spans(p.size, [&](int64_t begin, int64_t end) { kernel(p, scale, skip, begin, end); });
   set_climb(climb, saved, 0);
 }
 
 void restore_(Tensor weights, std::vector<Tensor> pinned, Tensor climb, Tensor saved, Tensor slots,
               Tensor flags) {
-  const Bucket bucket(weights, pinned, saved, slots, std::nullopt, flags, std::nullopt, 0);
-  const auto kernel = kernels().restore_[static_cast<int>(bucket.dtype)];
+  const Bucket bucket(weights, pinned, saved, slots, std::nullopt, 0, flags, std::nullopt, 0);
+  const auto kernel = kernels().restore_;
   const Problem& p = bucket.problem;
   parallel_spans(p.size, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   set_climb(climb, saved, 0);
@@ -177,24 +177,27 @@ std::string mathematics() { return FUSED_SAM_MATHEMATICS; }
 }  // namespace
 }  // namespace fused_sam
 
-// pinned: the weights of the last slots, which are not in `weights`. grads: their addresses. The
+// pinned: the weights of the last slots, which are not in `weights`. grads: their addresses, and
+// grad_dtype the number of their Dtype. The
 // tables are described in tables.h, the rows of `hyper` in mathematics.h (Columns), the operations
 // in fused_sam/backends/base.py.
 STABLE_TORCH_LIBRARY(fused_sam, m) {
   m.def(
       "reduce(Tensor weights, Tensor[] pinned, Tensor saved, Tensor? kept, Tensor? earlier, "
-      "Tensor(a!)? ticket, Tensor slots, Tensor grads, Tensor flags, Tensor hyper, int sums) "
+      "Tensor(a!)? ticket, Tensor slots, Tensor grads, Tensor flags, Tensor hyper, int grad_dtype, "
+      "int "
+      "sums) "
       "-> Tensor");
   m.def(
       "ascend_(Tensor(a!) weights, Tensor(b!)[] pinned, Tensor(c!) saved, Tensor(e!)? kept, "
       "Tensor(d!) climb, Tensor slots, Tensor grads, Tensor flags, Tensor hyper, Tensor total, int "
-      "number, "
-      "int ascent) -> ()");
+      "grad_dtype, int number, int ascent) -> ()");
   m.def(
       "update_(Tensor(a!) weights, Tensor(b!)[] pinned, Tensor(c!)? state0, Tensor(d!)? state1, "
       "Tensor(e!)? state2, Tensor(f!)? step, Tensor(g!)? ticket, Tensor(h!) climb, Tensor saved, "
       "Tensor? kept, Tensor slots, Tensor grads, Tensor flags, Tensor hyper, Tensor? numbers, "
-      "Tensor? blend_hyper, Tensor? grad_scale, Tensor? found_inf, int rule, int blend) -> ()");
+      "Tensor? blend_hyper, Tensor? grad_scale, Tensor? found_inf, int grad_dtype, int rule, int "
+      "blend) -> ()");
   m.def(
       "restore_(Tensor(a!) weights, Tensor(b!)[] pinned, Tensor(c!) climb, Tensor saved, "
       "Tensor slots, Tensor flags) -> ()");

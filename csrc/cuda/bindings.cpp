@@ -15,16 +15,20 @@ namespace {
 // are true. Its device is the current one for as long as it lives.
 struct Bucket {
   Dtype dtype;
+  Types types;
   DeviceProblem problem = {};
   int device;
   torch::stable::accelerator::DeviceGuard guard;
   void* stream = nullptr;
 
   Bucket(const Tensor& weights, const Tensor& saved, const Tensor& slots,
-         const std::optional<Tensor>& grads, const Tensor& flags,
+         const std::optional<Tensor>& grads, Dtype grad_dtype, const Tensor& flags,
          const std::optional<Tensor>& hyper, int columns)
       : dtype(dtype_of(saved)), device(saved.get_device_index()), guard(device) {
     DeviceProblem& p = problem;
+    types = types_of(weights, saved, static_cast<int64_t>(grad_dtype));
+    STD_TORCH_CHECK(types.weights == dtype && types.grads == dtype,
+                    "fused_sam: on CUDA weights, gradients and saved have one dtype");
     const int64_t num_slots = flags.numel();
     const int64_t num_chunks = (slots.numel() - 4 * num_slots) / 2;
     check(weights, "weights", saved.scalar_type(), -1, saved);
@@ -48,6 +52,10 @@ struct Bucket {
   }
 };
 
+Dtype grad_dtype_of(int64_t number) {
+  return static_cast<Dtype>(check_index(number, kNumDtypes, "dtype of gradients"));
+}
+
 void check_launch(const char* error) {
   STD_TORCH_CHECK(!error, "fused_sam: a CUDA kernel could not be launched: ", error);
 }
@@ -68,10 +76,11 @@ Tensor reduce(Tensor weights, std::vector<Tensor> /*pinned*/, Tensor saved,
               std::optional<Tensor> ticket, Tensor slots, Tensor grads, Tensor flags, Tensor hyper,
               int64_t sums) {
   check_index(sums, kNumSums, "sums");
-  Bucket bucket(weights, saved, slots, grads, flags, hyper, kSumsColumns[sums]);
+  Bucket bucket(weights, saved, slots, grads, grad_dtype_of(grad_dtype), flags, hyper,
+                kSumsColumns[sums]);
   bucket.problem.earlier = check_earlier(earlier, sums, saved);
   STD_TORCH_CHECK(!kSumsReadsKept[sums] || kept, "fused_sam: the sum needs kept");
-  bucket.problem.kept = check_kept(kept, saved);
+  bucket.problem.kept = check_kept(kept, saved, bucket.types);
   const int count = kSumsCount[sums];
   Tensor partials = torch::stable::new_empty(saved, {count * kPartials}, ScalarType::Double);
   Tensor total = torch::stable::new_empty(saved, {count}, ScalarType::Double);
@@ -84,10 +93,11 @@ Tensor reduce(Tensor weights, std::vector<Tensor> /*pinned*/, Tensor saved,
 
 void ascend_(Tensor weights, std::vector<Tensor> /*pinned*/, Tensor saved,
              std::optional<Tensor> kept, Tensor climb, Tensor slots, Tensor grads, Tensor flags,
-             Tensor hyper, Tensor total, int64_t number, int64_t ascent) {
+             Tensor hyper, Tensor total, int64_t grad_dtype, int64_t number, int64_t ascent) {
   check_index(ascent, kNumAscents, "ascent");
-  Bucket bucket(weights, saved, slots, grads, flags, hyper, kAscentColumns[ascent]);
-  bucket.problem.kept = check_kept(kept, saved);
+  Bucket bucket(weights, saved, slots, grads, grad_dtype_of(grad_dtype), flags, hyper,
+                kAscentColumns[ascent]);
+  bucket.problem.kept = check_kept(kept, saved, bucket.types);
   check(total, "total", ScalarType::Double, kAscentNumbers[ascent], saved);
   check_launch(launch_ascend_(bucket.dtype, ascent, bucket.problem,
                               static_cast<const double*>(total.const_data_ptr()),
@@ -99,15 +109,20 @@ void update_(Tensor weights, std::vector<Tensor> /*pinned*/, std::optional<Tenso
              std::optional<Tensor> ticket, Tensor climb, Tensor saved, std::optional<Tensor> kept,
              Tensor slots, Tensor grads, Tensor flags, Tensor hyper, std::optional<Tensor> numbers,
              std::optional<Tensor> blend_hyper, std::optional<Tensor> grad_scale,
-             std::optional<Tensor> found_inf, int64_t rule, int64_t blend) {
+             std::optional<Tensor> found_inf, int64_t grad_dtype, int64_t rule, int64_t blend) {
   check_index(rule, kNumRules, "rule");
-  Bucket bucket(weights, saved, slots, grads, flags, hyper, kRuleColumns[rule]);
+  Bucket bucket(weights, saved, slots, grads, grad_dtype_of(grad_dtype), flags, hyper,
+                kRuleColumns[rule]);
   DeviceProblem& p = bucket.problem;
   check_update(state0, state1, state2, step, grad_scale, found_inf, saved, p.num_slots, rule,
-               p.states);
+               bucket.types, p.states);
+  for (const Dtype state : bucket.types.states) {
+    STD_TORCH_CHECK(state == bucket.dtype || state == Dtype{},
+                    "fused_sam: on CUDA a state has the dtype of the weights");
+  }
   p.step = memory<float>(step);
   check_blend(kept, numbers, blend_hyper, saved, hyper.numel() / kRuleColumns[rule], blend);
-  p.kept = check_kept(kept, saved);
+  p.kept = check_kept(kept, saved, bucket.types);
   p.numbers = memory<double>(numbers);
   p.blend_hyper = memory(blend_hyper);
   p.blend = static_cast<int>(blend);
@@ -118,7 +133,7 @@ void update_(Tensor weights, std::vector<Tensor> /*pinned*/, std::optional<Tenso
 
 void restore_(Tensor weights, std::vector<Tensor> /*pinned*/, Tensor climb, Tensor saved,
               Tensor slots, Tensor flags) {
-  const Bucket bucket(weights, saved, slots, std::nullopt, flags, std::nullopt, 0);
+  const Bucket bucket(weights, saved, slots, std::nullopt, dtype_of(saved), flags, std::nullopt, 0);
   check_launch(launch_restore_(bucket.dtype, bucket.problem, climb_of(climb, saved), bucket.device,
                                bucket.stream));
 }

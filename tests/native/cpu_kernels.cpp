@@ -47,7 +47,7 @@ class Runner {
     if (id == SumsId::kPNormMax || id == SumsId::kPNormSum) p.hyper = hyper_->p_norm;
     const int64_t spans = num_spans(p.size);
     std::vector<Term> partials(Like::kCount * spans, Term(NAN)), again = partials;
-    const auto kernel = kernels().reduce[static_cast<int>(id)][dtype()];
+    const auto kernel = kernels().reduce[static_cast<int>(id)][compute_of(types())];
     parallel(spans, kMaxThreads,
              [&](int64_t begin, int64_t end) { kernel(p, partials.data(), begin, end); });
     kernel(p, again.data(), 0, spans);
@@ -63,7 +63,7 @@ class Runner {
 
   void ascend_(cases::Bucket<S>& bucket, const Options& o, double total) {
     const Problem p = problem(bucket, o, true);
-    const auto kernel = kernels().ascend_[0][dtype()];
+    const auto kernel = kernels().ascend_[0][compute_of(types())];
     parallel(num_spans(p.size), kMaxThreads,
              [&](int64_t begin, int64_t end) { kernel(p, &total, kNumber, begin, end); });
   }
@@ -73,7 +73,7 @@ class Runner {
     for (size_t i = 0; p.step && !skip && i < bucket.step.size(); ++i) {
       if (bucket.has_grad(i)) bucket.step[i] += 1;
     }
-    const auto kernel = kernels().update_[static_cast<int>(o.rule)][dtype()];
+    const auto kernel = kernels().update_[static_cast<int>(o.rule)][compute_of(types())];
     parallel(num_spans(p.size), kMaxThreads,
              [&](int64_t begin, int64_t end) { kernel(p, o.grad_scale, skip, begin, end); });
   }
@@ -81,19 +81,23 @@ class Runner {
   void restore_(cases::Bucket<S>& bucket, const Options& o) {
     Problem p = problem(bucket, o, false);
     p.grads = nullptr;
-    const auto kernel = kernels().restore_[dtype()];
+    const auto kernel = kernels().restore_;
     parallel(num_spans(p.size), kMaxThreads,
              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   }
 
  private:
-  static int dtype() { return static_cast<int>(kDtype<S>); }
+  static Types types() {
+    constexpr Dtype kAll = kDtype<S>;
+    return {kAll, kAll, kAll, {kAll, kAll, kAll}};
+  }
 
   // ascent: whether it is for that; else for the rule.
   Problem problem(cases::Bucket<S>& bucket, const Options& o, bool ascent) {
     hyper_.emplace(o);
     flags_ = bucket.bits(o);
     Problem p = {};
+    p.types = types();
     p.weights = bucket.weights;
     p.pinned = bucket.pinned.data();
     p.saved = bucket.saved;

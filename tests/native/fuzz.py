@@ -3,7 +3,8 @@
     python fuzz.py LIBRARY CALLS
 
 A sanitizer watches, if the library was built with one. What is wrong must be refused, or do no
-harm. Addresses of gradients stay right: nobody can check those.
+harm. Addresses and dtypes of gradients stay right, or
+are refused: nobody can check those.
 """
 
 import random
@@ -31,11 +32,14 @@ class Arguments:
             start += -(-numel // 64) * 64
         end = table[4 * moved] if pinned else start
         self.size = start
-        self.grads = [torch.randn(max(n, 1)).to(self.dtype) for n in sizes]
+        grad_dtype = random.choice((self.dtype, random.choice(DTYPES)))
+        self.grads = [torch.randn(max(n, 1)).to(grad_dtype) for n in sizes]
+        masters = self.dtype.itemsize == 2 and random.random() < 0.5
         self.values = {
             "weights": self.buffer(end),
             "pinned": [self.buffer(n) for n in sizes[moved:]],
-            "saved": self.buffer(start),
+            "saved": self.buffer(start, torch.float32 if masters else None),
+            "grad_dtype": DTYPES.index(grad_dtype),
             "climb": torch.zeros(1, dtype=torch.int64),
             "slots": torch.tensor(table),
             "grads": torch.tensor([grad.data_ptr() for grad in self.grads]),
@@ -47,15 +51,17 @@ class Arguments:
             "found_inf": random.choice((None, torch.zeros(()))),
             "number": random.randrange(8),
         }
-        self.values["kept"] = random.choice((None, self.buffer(start)))
+        self.values["kept"] = random.choice((None, self.buffer(start, grad_dtype)))
         self.values["earlier"] = random.choice((None, self.numbers()))
         self.values["numbers"] = random.choice((None, self.numbers()))
         self.values["blend_hyper"] = random.choice((None, torch.rand(2, dtype=self.compute)))
         self.values["blend"] = random.choice((-1, -1, -1, 0, 1))
-        self.values |= {f"state{k}": self.buffer(start) for k in range(STATES)}
+        self.values |= {
+            f"state{k}": self.buffer(start, random.choice((None, *DTYPES))) for k in range(STATES)
+        }
 
-    def buffer(self, numel):
-        return torch.randn(numel).to(self.dtype)
+    def buffer(self, numel, dtype=None):
+        return torch.randn(numel).to(dtype or self.dtype)
 
     def numbers(self):
         return torch.rand(random.choice((1, 2, 3)), dtype=torch.float64)
@@ -76,9 +82,8 @@ class Arguments:
                 (value[:-1] if value.dim() else value, value.double(), value.int(), value.t())
             )
         else:
-            self.values[name] = (
-                random.choice((-1, 7, 2**40)) if name in ("number", "blend") else None
-            )
+            numbers = ("number", "blend", "grad_dtype")
+            self.values[name] = random.choice((-1, 7, 2**40)) if name in numbers else None
 
     def call(self, operation):
         """Call an operation; returns whether it took the arguments."""
@@ -89,16 +94,17 @@ class Arguments:
         arguments = {
             "reduce": (
                 *(*head, v["saved"], v["kept"], v["earlier"], None, *tables),
-                *(hyper, v["number"]),
+                *(hyper, v["grad_dtype"], v["number"]),
             ),
             "ascend_": (
                 *(*head, v["saved"], v["kept"], v["climb"], *tables, hyper),
-                *(v["total"], 1, v["number"]),
+                *(v["total"], v["grad_dtype"], 1, v["number"]),
             ),
             "update_": (
                 *(*head, *[v[f"state{k}"] for k in range(STATES)], v["step"], None),
                 *(v["climb"], v["saved"], v["kept"], *tables, hyper, v["numbers"]),
-                *(v["blend_hyper"], v["grad_scale"], v["found_inf"], v["number"], v["blend"]),
+                *(v["blend_hyper"], v["grad_scale"], v["found_inf"]),
+                *(v["grad_dtype"], v["number"], v["blend"]),
             ),
             "restore_": (*head, v["climb"], v["saved"], v["slots"], v["flags"]),
         }[operation]

@@ -22,6 +22,9 @@ _RULES = {rule.name: i for i, rule in enumerate(rules())}
 _BLENDS = {blend.name: i for i, blend in enumerate(BLENDS.values())}
 """The numbers of the values in csrc/mathematics.h."""
 
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+"""The numbers of dtypes: ``Dtype`` in csrc/tables.h."""
+
 
 class _Native(Tables):
     """A bucket's tables, its pinned weights, and what blocks of threads count with."""
@@ -40,6 +43,11 @@ def _tables(bucket: Bucket) -> _Native:
     return tables
 
 
+def _serves(bucket: Bucket) -> bool:
+    """Whether there are kernels for its dtypes; torch does the others: right, and slower."""
+    return bucket.device.type == "cpu" or bucket.is_uniform
+
+
 class NativeBackend(Backend):
     """See ``Backend`` for what the operations do."""
 
@@ -54,7 +62,7 @@ class NativeBackend(Backend):
         earlier: Tensor | None = None,
     ) -> Tensor:
         """As ``Backend.reduce``, in one launch."""
-        if not bucket.is_uniform:
+        if not _serves(bucket):
             return super().reduce(bucket, sums, grads, groups, earlier)
         tables = _tables(bucket)
         bits = {row: READS_PARAM * sums.reads_param(groups[row]) for row in bucket.rows}
@@ -69,6 +77,7 @@ class NativeBackend(Backend):
             tables.addresses(grads).table,
             tables.flags(bits, bucket.perturbed, grads, held=bucket.held),
             sums_table(tables, bucket, sums, groups),
+            _DTYPES[bucket.grad_dtype],
             _SUMS[sums.name],
         )
         return total
@@ -84,7 +93,7 @@ class NativeBackend(Backend):
         kept: Tensor | None = None,
     ) -> None:
         """As ``Backend.ascend_``, in one launch."""
-        if not bucket.is_uniform:
+        if not _serves(bucket):
             return super().ascend_(bucket, ascent, grads, groups, total, number, kept)
         tables = _tables(bucket)
         torch.ops.fused_sam.ascend_.default(
@@ -98,6 +107,7 @@ class NativeBackend(Backend):
             tables.flags(dict.fromkeys(bucket.rows, 0), bucket.perturbed, grads),
             sums_table(tables, bucket, ascent.sums, groups),
             total,
+            _DTYPES[bucket.grad_dtype],
             number,
             _ASCENTS[ascent.name],
         )
@@ -114,7 +124,7 @@ class NativeBackend(Backend):
         found_inf: Tensor | None = None,
     ) -> None:
         """As ``Backend.update_``, in one launch."""
-        if not bucket.is_uniform:
+        if not _serves(bucket):
             scaling = {"grad_scale": grad_scale, "found_inf": found_inf}
             return super().update_(bucket, rule, blending, grads, groups, **scaling)
         tables = _tables(bucket)
@@ -142,13 +152,14 @@ class NativeBackend(Backend):
             None if blend is None else blend_table(tables, bucket, blend, groups),
             grad_scale,
             found_inf,
+            _DTYPES[bucket.grad_dtype],
             _RULES[rule.name],
             -1 if blend is None else _BLENDS[blend.name],
         )
 
     def restore_(self, bucket: Bucket) -> None:
         """As ``Backend.restore_``, in one launch."""
-        if bucket.masters:
+        if not _serves(bucket):
             return super().restore_(bucket)
         tables = _tables(bucket)
         torch.ops.fused_sam.restore_.default(
