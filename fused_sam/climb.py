@@ -11,7 +11,7 @@ from .checks import check_clipping
 from .gradients import pairs_of, put_aside
 from .memory import Gradients
 from .modes import working
-from .options import CLIMBS, MAX_GRAD_NORM, agreed_max_grad_norm, check_values, numbers, to_numbers_
+from .options import MAX_GRAD_NORM, agreed_max_grad_norm, check_values, numbers, to_numbers_
 from .passes import Passes
 from .scaler import Handed
 from .schedule import NO_CLIMB
@@ -77,13 +77,12 @@ class Climb(Passes):
                 return False
             try:
                 # From here on restore() is needed. Which weights are away the buckets know.
-                first = self.param_groups[0]  # groups may be copies, with rho by the scale
-                number = first[CLIMBS] = first.get(CLIMBS, 0) + 1
                 if any([bucket.masters for bucket in facts.engine.buckets]):
                     facts.engine.take_in(self.state, groups)  # the climb is from loaded masters
                 facts.leave()
                 keep = blend is not None
-                total = facts.engine.climb(ascent, grads, groups, number, keep)
+                # Groups may be copies, with rho by the scale.
+                total = facts.engine.climb(ascent, grads, groups, self.param_groups[0], keep)
                 facts.climbed(ascent, groups, total)
             except BaseException:
                 self.restore()

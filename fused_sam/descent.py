@@ -17,6 +17,7 @@ from .facts import Facts
 from .gradients import are_others, are_there, mark_used, put_back
 from .modes import working
 from .onepass import OnePass, decay_ahead
+from .recording import followed, recording
 from .rules import check_options
 from .scaling import clip_scale, found_nonfinite
 
@@ -105,6 +106,8 @@ class Descent(OnePass):
         found_inf = getattr(self, "found_inf", None) if not check_finite else found_inf
         if not isinstance(found_inf, Tensor):
             found_inf = None  # a GradScaler that saw no gradient at all sets the number 0
+        if (graph := recording()) is not None:
+            found_inf = graph.skip if found_inf is None else found_inf + graph.skip
         pre_hooks = [h for h in _hooks(base, "pre").values() if not isinstance(h, _Guard)]
         if pre_hooks:
             self.restore()  # they expect to see w
@@ -124,9 +127,10 @@ class Descent(OnePass):
                     first = sq_norm if total is None else engine.number(total.sum())
                     found_inf = found_nonfinite(first, sq_norm, found_inf)
                 if max_grad_norm is not None:
+                    (limit,) = followed(lambda: (self.max_grad_norm or 0.0,), sq_norm.dtype)
                     if blending is not None:
                         sq_norm = blending.sq_norm(sq_norm, groups)
-                    grad_scale = clip_scale(sq_norm.sqrt(), max_grad_norm, grad_scale)
+                    grad_scale = clip_scale(sq_norm.sqrt(), limit, grad_scale)
             if rule is not None:
                 if ahead is not None:
                     grads = decay_ahead(engine.buckets, grads, groups, grad_scale)

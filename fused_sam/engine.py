@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from .blends import Blend, Blending
 from .devices import moved
 from .memory import Bucket, Gradients, Layout
 from .memory.state import State, check_states
+from .options import CLIMBS
+from .recording import recording
 
 
 class Engine:
@@ -52,20 +55,25 @@ class Engine:
         ascent: Ascent,
         grads: Sequence[Gradients],
         groups: Groups,
-        number: int,
+        counter: dict[str, Any],
         keep: bool = False,
     ) -> Tensor:
-        """Save w and climb, under a number; returns what was reduced, (k,) float64.
+        """Save w and climb, under the next number; returns what was reduced, (k,) float64.
 
-        Groups whose ``ascent`` is None take no part. ``keep``: the gradients are kept for a blend.
+        Groups whose ``ascent`` is None take no part. ``counter``: the group that counts the climbs.
+        ``keep``: the gradients are kept for a blend.
         """
+        number: int = counter.get(CLIMBS, 0) + 1
+        counter[CLIMBS] = number
+        graph = recording()
+        there = number if graph is None else graph.table(lambda: (counter[CLIMBS],), torch.int64)
         grads = [_climbing(b, g, groups) for b, g in zip(self.buckets, grads, strict=True)]
         total = self.reduce(ascent.sums, grads, groups)
         for backend, bucket, bucket_grads in self._each(grads):
             here = moved(total, bucket.device, total.dtype)
             bucket.settle()
             kept = bucket.begin_climb(number, bucket_grads, keep)
-            backend.ascend_(bucket, ascent, bucket_grads, groups, here, number, kept)
+            backend.ascend_(bucket, ascent, bucket_grads, groups, here, there, kept)
             bucket.end_climb()
             bucket.bump_versions(bucket_grads)
         return total

@@ -14,7 +14,6 @@ from .climb import Climb
 from .memory import Bucket, Gradients
 from .memory.window import as_real
 from .modes import working
-from .options import CLIMBS
 
 
 class OnePass(Climb):
@@ -84,10 +83,10 @@ class OnePass(Climb):
             return
         # Against the momentum: the weights will move so.
         groups: Groups = [{**g, "rho": -g["rho"], "maximize": False} for g in self.param_groups]
-        number = self.param_groups[0][CLIMBS] = self.param_groups[0].get(CLIMBS, 0) + 1
         facts.perturbed = True
         try:
-            facts.climbed(ascent, groups, facts.engine.climb(ascent, momentum, groups, number))
+            counter = self.param_groups[0]
+            facts.climbed(ascent, groups, facts.engine.climb(ascent, momentum, groups, counter))
         except BaseException:
             self.restore()
             raise

@@ -34,6 +34,10 @@ class Backend:
 
     name = "reference"
 
+    def replays(self, bucket: Bucket) -> bool:
+        """Whether what it launches finds all numbers of a step on the device, as graphs need."""
+        return False
+
     def reduce(
         self,
         bucket: Bucket,

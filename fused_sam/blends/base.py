@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..choice import Choice as AnyChoice
+from ..recording import followed
 from ..rules.base import Group
 from ..text import Text
 
@@ -68,7 +69,8 @@ class Blending:
 
     def coefficients(self, group: Group) -> tuple[Tensor, Tensor]:
         """The factors a and b of a group, each () float64."""
-        a, b = self.blend.coefficients(*self.numbers.unbind(), *self.blend.numbers(group))
+        columns = followed(lambda: self.blend.numbers(group), torch.float64)
+        a, b = self.blend.coefficients(*self.numbers.unbind(), *columns)
         return a, b
 
     def sq_norm(self, unblended: Tensor, groups: Iterable[Group]) -> Tensor:

@@ -45,6 +45,10 @@ class NativeBackend(Backend):
 
     name = "native"
 
+    def replays(self, bucket: Bucket) -> bool:
+        """As ``Backend.replays``."""
+        return bucket.is_uniform
+
     def reduce(
         self,
         bucket: Bucket,

@@ -149,6 +149,10 @@ class TritonBackend(Backend):
 
     name = "triton"
 
+    def replays(self, bucket: Bucket) -> bool:
+        """As ``Backend.replays``."""
+        return True
+
     def reduce(
         self,
         bucket: Bucket,
