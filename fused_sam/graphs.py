@@ -215,6 +215,7 @@ class CapturedStep:
 
         graph.device.warm_up(rehearse)
         self._refuse_other_gradients()
+        graph.recording.lay_out()
         try:
             graph.device.record(record)
         except BaseException as error:

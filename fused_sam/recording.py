@@ -74,7 +74,6 @@ class Recording:
         Raises:
             RuntimeError: it asks for other tables than the one that ran before.
         """
-        self._lay_out()
         with self._active():
             yield
         if len(self._tables) != len(self._sizes):
@@ -113,7 +112,8 @@ class Recording:
         staging = torch.frombuffer(bytearray(data), dtype=torch.uint8).pin_memory()
         self._block.copy_(staging, non_blocking=True)
 
-    def _lay_out(self) -> None:
+    def lay_out(self) -> None:
+        """Make the block, before the capture: in it a graph would fill it with zeros."""
         starts = [0]
         for dtype, count in self._sizes:
             size = count * dtype.itemsize

@@ -234,7 +234,7 @@ CHANGES = {
     "buffer": (lambda m, o: setattr(m[1], "running_mean", torch.ones(7)), "buffer"),
     "layer": (lambda m, o: m.__setitem__(2, nn.Dropout(0.1)), "layer"),
     "nesterov": (set_option(nesterov=True), "'nesterov' of group 0 was False and is True"),
-    "adaptive": (set_option(adaptive=True), "'adaptive' of group 0"),
+    "adaptive": (set_option(adaptive=True), "what group 0 keeps and reads"),
     "momentum": (set_option(momentum=0.0), "what group 0 keeps"),
     "ascent": (set_option(ascent=None), "'ascent' of group 0"),
     "state": (lambda m, o: o.state[m[0].weight].clear(), "state"),
