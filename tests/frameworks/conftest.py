@@ -17,3 +17,17 @@ def _here(tmp_path, monkeypatch):
     torch.manual_seed(0)
     torch.set_num_threads(1)
     warnings.simplefilter("default")
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate's state is one for the process: such a test begins and ends without it."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    def reset():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    reset()
+    yield reset
+    reset()

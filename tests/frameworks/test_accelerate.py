@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from textbook import RHO, Net, assert_same_model, batches, grouped, once_in_two, textbook
 from torch.nn.functional import cross_entropy
@@ -18,13 +18,7 @@ from fused_sam.integrations.accelerate import SAM
 SGD = {"lr": 0.1, "momentum": 0.9}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_state():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def loss_of(model, batch):
@@ -96,7 +90,7 @@ def test_sixteen_bit_with_a_scaler_is_the_textbook():
     assert_same_model(model, expected, atol=5e-4)
 
 
-def test_a_resumed_training_has_the_bits_of_one_without_a_stop():
+def test_a_resumed_training_has_the_bits_of_one_without_a_stop(fresh_accelerate):
     data = batches(8)
     accelerator, _, *parts = prepared(2)
     accelerator.register_for_checkpointing(parts[2])
@@ -105,8 +99,7 @@ def test_a_resumed_training_has_the_bits_of_one_without_a_stop():
     train(accelerator, *parts, data)
     straight = copy.deepcopy(parts[0])
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     accelerator, _, *parts = prepared(2)
     accelerator.register_for_checkpointing(parts[2])
     accelerator.load_state("state")

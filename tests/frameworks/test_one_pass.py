@@ -13,7 +13,6 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from fastai.basics import Learner
 from fastai.callback.core import Callback as FastCallback
 from fastai.callback.training import GradientAccumulation
@@ -45,13 +44,7 @@ from fused_sam.integrations.transformers import SAMTrainer
 RHO, SGD = 0.3, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_state():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def weights_of(model):

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader as FastDataLoader
 from textbook import Net, batches
@@ -49,12 +48,7 @@ def names(page):
     }
 
 
-@pytest.fixture(autouse=True)
-def _fresh_state():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
+@pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs(page):
     text = page.read_text()
