@@ -178,15 +178,17 @@ class Descent(OnePass):
         engine = self._facts.engine
         if grad_scale is not None or blending is not None:
             engine.blend(blending, self.param_groups, grad_scale)
-        # A step may change its learning rate, or take its gradients away.
-        groups = [{**group} for group in self.param_groups] if blending is not None else []
-        stepped = [[p.grad is not None for p in bucket.params] for bucket in engine.buckets]
+        subtracts = blending is not None and blending.blend.after
+        if subtracts:
+            # The step may change its learning rate, or take its gradients away.
+            groups = [{**group} for group in self.param_groups]
+            stepped = [[p.grad is not None for p in bucket.params] for bucket in engine.buckets]
         # Without torch's wrapper, which would run the global step hooks a second time.
         step = type(self.base_optimizer).step
         step = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
         step(self.base_optimizer)
-        if blending is not None:
-            engine.after(blending.blend, stepped, groups)
+        if subtracts:
+            engine.after(stepped, groups)
 
     @torch.no_grad()
     def _initialize_state(self) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .ascents import GRAM, Ascent, Sums, chosen
 from .backends import Backend, Groups, combine
+from .backends.mixing import after_, blend_
 from .blends import Blend, Blending
 from .devices import moved
 from .memory import Bucket, Gradients, Layout
@@ -149,22 +150,20 @@ class Engine:
 
     def blend(self, blending: Blending | None, groups: Groups, grad_scale: Tensor | None) -> None:
         """Give a base optimizer without a rule the gradients that it is to see."""
-        for backend, bucket in zip(self.backends, self.buckets, strict=True):
+        for bucket in self.buckets:
             grads = [slot.param.grad for slot in bucket.slots]
             scale = _on(bucket, grad_scale, bucket.compute_dtype)
-            backend.blend_(bucket, _there(bucket, blending), grads, groups, scale)
+            blend_(bucket, _there(bucket, blending), grads, groups, scale)
 
-    def after(self, blend: Blend, stepped: Sequence[Sequence[bool]], groups: Groups) -> None:
-        """What a blend does after the step of a base optimizer without a rule.
+    def after(self, stepped: Sequence[Sequence[bool]], groups: Groups) -> None:
+        """Subtract what a blend has left for after the step of a base optimizer without a rule.
 
         Args:
-            blend: the one of ``self.blend``.
             stepped: for each bucket, which slots had a gradient then.
             groups: as they were then.
         """
-        if blend.after:
-            for backend, bucket, had in zip(self.backends, self.buckets, stepped, strict=True):
-                backend.after_(bucket, had, groups)
+        for bucket, had in zip(self.buckets, stepped, strict=True):
+            after_(bucket, had, groups)
 
     def restore(self) -> list[str]:
         """Return to w, without any check; each bucket whatever becomes of the others.

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from ..ascents import Ascent, Average, Sums
+from ..ascents import Ascent, Sums
 from ..blends import Blending
 from ..memory import Bucket, Gradients
 from ..memory.members import AVERAGE
-from ..memory.window import as_real
 from ..rules import STEP, Group, Rule
+from .mixing import is_zero, mix, signed_lr
 from .rounding import HALVES, round_stochastically, seed_of
 from .runs import CHUNK_ELEMENTS, Run, present, runs
 
@@ -28,7 +28,7 @@ Groups = Sequence[dict[str, Any]]
 
 
 class Backend:
-    """Six operations on a bucket, none of which waits for the device.
+    """Four operations on a bucket, none of which waits for the device.
 
     A slot whose gradient is missing is left out. ``groups`` are the optimizer's parameter groups;
     those of ``bucket.rows`` are looked at.
@@ -74,8 +74,9 @@ class Backend:
             grad, columns = run.gather(bucket, grads), sums.columns(group, unscale)
             for chunk in run.chunks():
                 g = grad[chunk].to(dtype)
-                if sums.average is not None:
-                    g, _ = _followed(sums.average, bucket, run, chunk, g, group, unscale)
+                if (average := sums.average) is not None:
+                    m = run.of(bucket.member(AVERAGE).flat)[chunk]
+                    g, _ = average.follow(g, m, *average.columns(group, unscale))
                 other = run.weights if sums.reads_param(group) else None
                 if sums.reads_kept and run.kind[1] and bucket.kept is not None:
                     other = run.of(bucket.kept)
@@ -139,10 +140,10 @@ class Backend:
             grad = run.gather(bucket, grads)
             for chunk in run.chunks():
                 g = grad[chunk]
-                if ascent.average is not None:
-                    average = run.of(bucket.member(AVERAGE).flat)[chunk]
-                    g, new = _followed(ascent.average, bucket, run, chunk, g, group, unscale)
-                    average.copy_(torch.where(reduced[0].isfinite(), new, average))
+                if (average := ascent.average) is not None:
+                    m = run.of(bucket.member(AVERAGE).flat)[chunk]
+                    g, new = average.follow(g, m, *average.columns(group, unscale))
+                    m.copy_(torch.where(reduced[0].isfinite(), new, m))
                 weights = run.of(bucket.saved)[chunk].to(dtype)
                 moved = ascent.move(weights, g, *scalars)
                 # 0 * inf is NaN, and a scale of 0 must move nothing.
@@ -193,7 +194,7 @@ class Backend:
         for run in runs(bucket, _kinds(bucket, rule, grads, groups)):
             has_grad, perturbed, held, fresh = run.kind
             group, saved = groups[run.row], run.of(bucket.saved)
-            frozen = _is_zero(group["lr"])
+            frozen = is_zero(group["lr"])
             if perturbed:
                 run.weights.copy_(saved)
             if not has_grad:
@@ -218,8 +219,8 @@ class Backend:
                     kept = run.of(bucket.kept) if held else None
                     a, b, *more = blending.coefficients(group)
                     if blending.blend.after:
-                        after = _mix(more[0], more[1], grad, kept).mul_(_signed_lr(group))
-                    grad = _mix(a, b, grad, kept)
+                        after = mix(more[0], more[1], grad, kept).mul_(signed_lr(group))
+                    grad = mix(a, b, grad, kept)
                 if grad_scale is not None:
                     grad.div_(grad_scale)
                 if group["maximize"]:
@@ -234,66 +235,6 @@ class Backend:
                 run.weights.copy_(home)
         bucket.climb.zero_()
 
-    def blend_(
-        self,
-        bucket: Bucket,
-        blending: Blending | None,
-        grads: Sequence[Tensor | None],
-        groups: Groups,
-        grad_scale: Tensor | None,
-    ) -> None:
-        """Give a base optimizer that has no rule the gradient that it is to see, in place.
-
-        What a blend subtracts from w afterwards goes to ``bucket.kept``: see ``after_``.
-
-        Args:
-            bucket: whose they are.
-            blending: as for ``update_``.
-            grads: the parameters' own; overwritten.
-            groups: the options of each row.
-            grad_scale: (), compute dtype, on the bucket's device: gradients are divided by it.
-        """
-        owners: dict[int, list[int]] = {}  # two parameters may have one gradient
-        for i, grad in enumerate(grads):
-            if grad is not None:
-                owners.setdefault(Tensor.data_ptr(grad), []).append(i)
-        for indices in owners.values():
-            grad = grads[indices[0]]
-            assert grad is not None
-            # In the compute dtype: float16 does not hold every scale.
-            value = seen = grad.to(torch.promote_types(grad.dtype, bucket.compute_dtype))
-            for i in reversed(indices):
-                slot, group = bucket.slots[i], groups[bucket.slots[i].row]
-                if blending is None or group["ascent"] is None:
-                    continue
-                assert bucket.kept is not None
-                there = slot.shaped(slot.of(bucket.kept))
-                kept = there if bucket.held[i] else None
-                a, b, *more = blending.coefficients(group)
-                seen = _mix(a, b, value, kept)
-                if blending.blend.after:
-                    there.copy_(_mix(more[0], more[1], value, kept))
-            grad.copy_(seen if grad_scale is None else seen / grad_scale)
-
-    def after_(self, bucket: Bucket, stepped: Sequence[bool], groups: Groups) -> None:
-        """What comes after the step of a base optimizer that has no rule: ``w -= lr * kept``.
-
-        Args:
-            bucket: ``blend_`` has left there what is subtracted.
-            stepped: which slots had a gradient.
-            groups: the options of each row, as they were in that step.
-        """
-        assert bucket.kept is not None
-        for slot, had in zip(bucket.slots, stepped, strict=True):
-            group = groups[slot.row]
-            if not had or group["ascent"] is None or (frozen := _is_zero(group["lr"])) is True:
-                continue
-            weights = as_real(slot.param.detach())
-            wide = weights.to(bucket.compute_dtype)
-            after = slot.real(slot.of(bucket.kept)).to(wide.dtype) * _signed_lr(group)
-            moved = wide - after
-            weights.copy_(moved if frozen is False else torch.where(frozen, wide, moved))
-
     def restore_(self, bucket: Bucket) -> None:
         """Return the perturbed slots to w; ``climb`` is 0 afterwards."""
         for run in runs(bucket, tuple(flag or None for flag in bucket.perturbed)):
@@ -304,21 +245,6 @@ class Backend:
 def _all_of(sums: Sums, terms: Tensor) -> Tensor:
     """Of terms (k, n) the sums, or the largest, (k,); of a run without elements there are none."""
     return terms.amax(1) if sums.how == "max" and terms.numel() else terms.sum(1)
-
-
-def _followed(
-    average: Average,
-    bucket: Bucket,
-    run: Run,
-    chunk: slice,
-    grad: Tensor,
-    group: Group,
-    unscale: float,
-) -> tuple[Tensor, Tensor]:
-    """What a climb follows in place of a piece of the gradients, and their average after it."""
-    before = run.of(bucket.member(AVERAGE).flat)[chunk]
-    direction, after = average.follow(grad, before, *average.columns(group, unscale))
-    return direction, after
 
 
 def _save(bucket: Bucket, run: Run) -> None:
@@ -366,21 +292,6 @@ def _kinds(bucket: Bucket, rule: Rule, grads: Gradients, groups: Groups) -> tupl
             for kind in zip(grads.present, bucket.perturbed, bucket.held, fresh, strict=True)
         ]
     )
-
-
-def _mix(x: Tensor, y: Tensor, grad: Tensor, kept: Tensor | None) -> Tensor:
-    """X * grad + y * kept, in the gradient's dtype; nothing for a gradient that is not kept."""
-    x, y = x.to(grad.dtype), y.to(grad.dtype)
-    # 0 * inf is NaN: what has the factor 0 may be anything.
-    mixed = torch.where(x == 0, 0.0, x * grad)
-    return mixed if kept is None else torch.where(y == 0, mixed, mixed + y * kept.to(grad.dtype))
-
-
-def _signed_lr(group: Group) -> float | Tensor:
-    """The learning rate of a group, negative where it goes uphill."""
-    lr: float | Tensor = group["lr"]
-    lr = lr.squeeze() if isinstance(lr, Tensor) else lr
-    return -lr if group.get("maximize") else lr
 
 
 def _count_steps(bucket: Bucket, grads: Gradients, found_inf: Tensor | None) -> None:
@@ -445,10 +356,3 @@ def _scalars(
         else s
         for s in scalars
     )
-
-
-def _is_zero(lr: float | Tensor) -> bool | Tensor:
-    """Whether lr is 0: a bool where it can be read without waiting, else a tensor ()."""
-    if isinstance(lr, Tensor) and lr.device.type != "cpu":
-        return lr == 0
-    return float(lr) == 0
