@@ -126,7 +126,6 @@ def _undone(optimizer: Passes, model: nn.Module) -> Iterator[Callable[[], None]]
         p: {name: value.clone() for name, value in entry.items()}
         for p, entry in facts.engine.layout.members.values().items()
     }
-    numbers = dict(facts.engine.layout.members.numbers)
     aside = put_aside(optimizer.param_groups)
     kept = facts.record, facts.total, facts.decision, facts.scale, owner._when
     climbs = [group.get(CLIMBS) for group in optimizer.param_groups]
@@ -143,7 +142,7 @@ def _undone(optimizer: Passes, model: nn.Module) -> Iterator[Callable[[], None]]
                 for name, value in entry.items():
                     if isinstance(value, Tensor):
                         optimizer.state[param][name].copy_(value)
-            facts.engine.layout.members.adopt(members, numbers)
+            facts.engine.layout.members.adopt(members)
 
     try:
         yield rewind
@@ -189,8 +188,7 @@ def _exact_climb(optimizer: Passes, grads: list[Tensor | None]) -> list[Tensor |
     kind: Any = type(optimizer._facts.owner())
     exact = kind(groups, torch.optim.SGD, lr=0.0, backend="reference")
     kept = optimizer._facts.engine.layout.members.values()
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    pairs = zip(epsilons, params, strict=True)
+    pairs = zip(epsilons, optimizer._all_params(), strict=True)
     exact._facts.engine.layout.members.adopt(
         {c: kept.get(p, {}) for c, p in pairs if c is not None}
     )

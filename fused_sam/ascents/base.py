@@ -48,7 +48,7 @@ class Average:
     directions is not finite, it stays as it was.
 
     Attributes:
-        name: short name: the C++ struct is called so.
+        name: short name.
         follow: text, for each element: ``(grad, average, unscale, *columns) -> (direction,
             average)``: what takes the gradient's place in the climb, and what is kept for the next
             one. ``unscale`` is what the gradient is to be multiplied by.
@@ -58,11 +58,6 @@ class Average:
     name: str
     follow: Text
     columns: Columns
-
-    @functools.cached_property
-    def column_names(self) -> tuple[str, ...]:
-        """What ``columns`` returns, by name."""
-        return tuple(inspect.signature(self.follow).parameters)[2:]
 
 
 @dataclass(frozen=True)
@@ -115,9 +110,8 @@ class Sums:
         return tuple(inspect.signature(self.terms).parameters)[2 + self.earlier :]
 
     def numbers(self, group: Group, unscale: float = 1.0) -> tuple[float, ...]:
-        """A group's row of the table of hyperparameters; those of the average come last."""
-        more = () if self.average is None else self.average.columns(group, unscale)
-        return tuple(map(float, (*self.columns(group, unscale), *more)))
+        """A group's row of the table of hyperparameters."""
+        return tuple(map(float, self.columns(group, unscale)))
 
 
 @dataclass(frozen=True)
