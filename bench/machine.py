@@ -85,6 +85,8 @@ def _cpu_model() -> str:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":
+        return str(torch.__version__)  # which says for what it was built, as wheels may not
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
