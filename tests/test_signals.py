@@ -3,6 +3,7 @@
 That is between two lines of Python, where a flag may already be set, or may not yet be.
 """
 
+import gc
 import random
 import signal
 import time
@@ -20,15 +21,22 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there 
 
 @pytest.fixture
 def ctrl_c_after():
-    """A function that has KeyboardInterrupt raised in so many seconds."""
+    """A function that has KeyboardInterrupt raised in so many seconds.
+
+    No garbage is collected meanwhile: in the finalizers of what other tests have left it would be
+    lost, with a warning.
+    """
 
     def handler(number, frame):
         raise KeyboardInterrupt
 
+    gc.collect()
+    gc.disable()
     before = signal.signal(signal.SIGALRM, handler)
     yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
+    gc.enable()
 
 
 def interrupt(run, seconds, ctrl_c_after):
