@@ -88,7 +88,7 @@ class Descent(OnePass):
         if between:
             self._refuse_unknown_scale()
         ahead = self._follows()
-        blend = facts.blend if climbed and ahead is None else None
+        blend = facts.blend if between and ahead is None else None
         if ahead is not None:
             self._check_ahead()
         elif climbed:
@@ -117,7 +117,10 @@ class Descent(OnePass):
             if (rule := engine.layout.rule) is not None:
                 for group in groups:
                     check_options(rule, group)
-            blending = None if blend is None else engine.blending(blend, grads, groups, grad_scale)
+            blending = None
+            if blend is not None:
+                clips = max_grad_norm is not None
+                blending = engine.blending(blend, grads, groups, grad_scale, clips)
             if check_finite or max_grad_norm is not None:
                 sq_norm = engine.number(engine.reduce(SQUARES, grads, groups))
                 if check_finite:
@@ -162,7 +165,7 @@ class Descent(OnePass):
             forgot = facts.engine.layout.members.forget(AVERAGE)  # it took scaled gradients in
             raise RuntimeError(
                 f"the step depends on the size of the gradients at w (ascent="
-                f"{self.param_groups[0]['ascent']!r}, when={self._when}), and first_step() was not "
+                f"{self.param_groups[0]['ascent']!r}, when={self.when}), and first_step() was not "
                 f"told their loss scale: call first_step(scaler=scaler)"
                 f"{'. The averages that it has spoilt begin anew' if forgot else ''}"
             )
