@@ -79,7 +79,8 @@ class Climb(Passes):
                     facts.engine.take_in(self.state, groups)  # the climb is from loaded masters
                 facts.leave()
                 facts.blend = blend
-                keep = blend is not None
+                keep = blend is not None or (facts.measures and not facts.each)
+                facts.keeps = keep
                 unscale = 1 / (scale or 1.0)
                 total = facts.engine.climb(ascent, grads, groups, number, keep, unscale)
                 facts.climbed(ascent, groups, total)
@@ -105,5 +106,8 @@ class Climb(Passes):
 
     def _sq_norm(self, grads: Sequence[Gradients]) -> float:
         """The squared norm of the gradients at w, unscaled as far as is known."""
-        total = self._facts.engine.reduce(SQUARES, grads, self.param_groups)
-        return total.item() / (self._facts.scale or 1.0) ** 2
+        facts, groups = self._facts, self.param_groups
+        total = facts.engine.reduce(SQUARES, grads, groups)
+        if all([group["ascent"] is not None for group in groups]):
+            facts.first = total
+        return total.item() / (facts.scale or 1.0) ** 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from .ascents import GRAM, Ascent, Sums, chosen
 from .backends import Backend, Groups, combine
 from .backends.mixing import after_, blend_
-from .blends import Blend, Blending
+from .blends import Blending
 from .devices import moved
 from .memory import Bucket, Gradients, Layout
 from .memory.members import AVERAGE
@@ -32,8 +33,13 @@ class Engine:
 
     def number(self, total: Tensor) -> Tensor:
         """A number about all parameters as (): float64 if some parameter is, else float32."""
-        wide = any(bucket.compute_dtype == torch.float64 for bucket in self.buckets)
-        return total.to(torch.float64 if wide else torch.float32).squeeze()
+        return total.to(self.wide).squeeze()
+
+    @functools.cached_property
+    def wide(self) -> torch.dtype:
+        """The dtype of numbers about all parameters."""
+        doubles = any(bucket.compute_dtype == torch.float64 for bucket in self.buckets)
+        return torch.float64 if doubles else torch.float32
 
     def gradients(self) -> list[Gradients]:
         """The gradients of every bucket; raises, before any change, if one cannot be used."""
@@ -70,7 +76,7 @@ class Engine:
         Groups whose ``ascent`` is None take no part. ``keep``: the gradients are kept for a blend.
         ``unscale``: the inverse of their loss scale.
         """
-        grads = [_climbing(b, g, groups) for b, g in zip(self.buckets, grads, strict=True)]
+        grads = self.climbing(grads, groups)
         if ascent.average is not None:
             for bucket, bucket_grads in zip(self.buckets, grads, strict=True):
                 bucket.member(AVERAGE).show(bucket_grads.present)
@@ -98,17 +104,15 @@ class Engine:
             if any(climbing) and chosen(groups).average is not None:
                 bucket.member(AVERAGE).show(climbing)
 
-    def blending(
-        self, blend: Blend, grads: Sequence[Gradients], groups: Groups, scale: Tensor | None
-    ) -> Blending:
-        """What a blend needs to know of these gradients at w + epsilon and those that are kept.
+    def climbing(self, grads: Sequence[Gradients], groups: Groups) -> list[Gradients]:
+        """The gradients of the groups that climb; the others count as missing."""
+        return [_climbing(b, g, groups) for b, g in zip(self.buckets, grads, strict=True)]
 
-        ``scale`` is the loss scale of both, None for 1.
-        """
+    def gram(self, grads: Sequence[Gradients], groups: Groups) -> Tensor:
+        """``GRAM`` of these gradients at w + epsilon and those that are kept: (3,) float64."""
         for bucket in self.buckets:
             bucket.make_kept()  # one that was made since the climb has none
-        climbing = [_climbing(b, g, groups) for b, g in zip(self.buckets, grads, strict=True)]
-        return Blending(blend, self.reduce(GRAM, climbing, groups), scale)
+        return self.reduce(GRAM, self.climbing(grads, groups), groups)
 
     def update(
         self,

@@ -66,15 +66,7 @@ class _Launcher(Tables):
         self.programs = max(1, min(self.num_chunks, _max_programs(self.device)))
         self.partials: dict[Any, Tensor] = {}
         self.ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
-        self.totals: dict[str, Tensor] = {}
         self.compiled: dict[Any, Any] = {}
-
-    def total(self, sums: Sums) -> Tensor:
-        """Where these sums go, (count,) float64."""
-        if sums.name not in self.totals:
-            total = torch.zeros(sums.count, dtype=torch.float64, device=self.device)
-            self.totals[sums.name] = total
-        return self.totals[sums.name]
 
     def scratch(self, sums: Sums) -> Tensor:
         """Where the programs put what they have of these sums, (count, programs)."""
@@ -165,7 +157,8 @@ class TritonBackend(Backend):
         with on(bucket.device):
             kept = bucket.kept if sums.reads_kept else None
             reads = kept is not None or any([sums.reads_param(groups[row]) for row in bucket.rows])
-            total = launcher.total(sums)
+            # Not the same memory in each step: somebody may look at the last one's.
+            total = torch.empty(sums.count, dtype=torch.float64, device=bucket.device)
             args = (
                 *(total, launcher.scratch(sums), launcher.ticket, kept, earlier),
                 launcher.slots,
