@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from .caches import forget_copies
 from .compiling import WRITES, opaque
 from .facts import Facts
 from .gradients import are_others, are_there, mark_used, put_back
+from .laststep import LastStep
+from .memory import Gradients
 from .memory.members import AVERAGE
 from .modes import working
 from .onepass import OnePass, decay_ahead
@@ -37,6 +40,32 @@ class Descent(OnePass):
             del hooks[key]
         if hasattr(self.base_optimizer, "_optimizer_step_pre_hooks"):
             self.base_optimizer.register_step_pre_hook(_Guard(self._facts))
+
+    @property
+    def last_step(self) -> LastStep:
+        """What the last step that was finished knows about itself; see ``LastStep``.
+
+        A step that was given up with restore() does not count. Nothing of it is in checkpoints.
+        """
+        return self._facts.last
+
+    @property
+    def measures(self) -> bool:
+        """Whether steps find out all that ``last_step`` tells, from the next climb on.
+
+        A climb then keeps the gradients at w, as it does for a blend, and one more reduction
+        compares them with the second ones: 3 more accesses of each parameter in a step of two
+        passes (1 in others), and one more copy of the parameters, which stays allocated. With a
+        blend there is nothing to add. To look at every 100th step only, set it before each step:
+        ``optimizer.measures = i % 100 == 0``. The step itself has the same bits.
+        """
+        return self._facts.measures
+
+    @measures.setter
+    def measures(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise TypeError(f"measures must be True or False, got {value!r}")
+        self._facts.measures = value
 
     @opaque(WRITES)
     def second_step(self, zero_grad: bool = False) -> None:
@@ -84,26 +113,33 @@ class Descent(OnePass):
         """
         base, facts = self.base_optimizer, self._facts
         climbed, between, memory = facts.perturbed, facts.between, facts.decision.memory
-        there = are_there(self.param_groups)
+        groups = self.param_groups
+        there = are_there(groups)
         if between:
             self._refuse_unknown_scale()
-        ahead = self._follows()
+        ahead, away = self._follows(), climbed
         blend = facts.blend if between and ahead is None else None
+        keeps = facts.keeps and climbed and ahead is None
         if ahead is not None:
             self._check_ahead()
+            away = facts.perturbed
         elif climbed:
             facts.scaler.check_descent()
             if blend is not None:
                 facts.scaler.check_blend(blend.key)
             if there:
                 facts.record.check_complete()
-        elif are_others(self.param_groups, facts.aside):
+        elif are_others(groups, facts.aside):
             facts.scaler.check_descent()
         if facts.aside and not there:
             put_back(facts.aside)
         max_grad_norm = self.max_grad_norm
-        grad_scale = getattr(self, "grad_scale", None)
-        found_inf = getattr(self, "found_inf", None) if not check_finite else found_inf
+        handed = facts.scaler.handed
+        grad_scale = loss_scale = handed.get("grad_scale")
+        # Before anything arrives at w, which forgets them.
+        first, inverse, losses = facts.first, facts.scaler.inverse, facts.losses
+        first_scale = facts.scale if between and loss_scale is None else loss_scale
+        found_inf = found_inf if check_finite else handed.get("found_inf")
         if not isinstance(found_inf, Tensor):
             found_inf = None  # a GradScaler that saw no gradient at all sets the number 0
         pre_hooks = [h for h in _hooks(base, "pre").values() if not isinstance(h, _Guard)]
@@ -113,24 +149,33 @@ class Descent(OnePass):
                 pre_hook(base, (), {})
         with working():
             grads = self._gradients()
-            engine, groups = facts.engine, self.param_groups
+            engine, groups = facts.engine, base.param_groups  # which a hook may replace
             if (rule := engine.layout.rule) is not None:
                 for group in groups:
                     check_options(rule, group)
+            gram = engine.gram(grads, groups) if keeps else None
             blending = None
-            if blend is not None:
+            if blend is not None and blend.reuses:
                 clips = max_grad_norm is not None
-                blending = engine.blending(blend, grads, groups, grad_scale, clips)
+                blending = engine.reusing(blend, grads, groups, clips)
+            elif blend is not None and gram is not None:
+                blending = Blending(blend, gram, grad_scale, gram)
+            square = None
             if check_finite or max_grad_norm is not None:
-                sq_norm = engine.number(engine.reduce(SQUARES, grads, groups))
+                square = engine.reduce(SQUARES, grads, groups)
+                sq_norm = engine.number(square)
                 if check_finite:
                     total = facts.total if climbed else None
-                    first = sq_norm if total is None else engine.number(total.sum())
-                    found_inf = found_nonfinite(first, sq_norm, found_inf)
+                    before = sq_norm if total is None else engine.number(total.sum())
+                    found_inf = found_nonfinite(before, sq_norm, found_inf)
                 if max_grad_norm is not None:
                     if blending is not None:
                         sq_norm = blending.sq_norm(sq_norm, groups)
                     grad_scale = clip_scale(sq_norm.sqrt(), max_grad_norm, grad_scale)
+            if blending is not None and blending.blend.reuses:
+                square = blending.numbers
+            elif gram is None:
+                square = self._square_of_climbing(square, grads)
             if rule is not None:
                 if ahead is not None:
                     grads = decay_ahead(engine.buckets, grads, groups, grad_scale)
@@ -139,6 +184,17 @@ class Descent(OnePass):
             else:
                 self._step_base(blending, grad_scale, found_inf)
         facts.arrive()
+        facts.last = LastStep.of(
+            climbed=away,
+            first=first,
+            first_scale=first_scale,
+            inverse=inverse,
+            gram=gram,
+            used=square,
+            scale=loss_scale,
+            losses=losses,
+            dtype=engine.wide,
+        )
         if ahead is not None:
             facts.visited = False
             self._note_missed(grads)
@@ -146,17 +202,33 @@ class Descent(OnePass):
                 with working():
                     self._go_ahead(ahead)
         forget_copies()
-        for group in self.param_groups if between else ():
+        for group in groups if between else ():
             group.update(memory)
         for post_hook in list(_hooks(base, "post").values()):
             post_hook(base, (), {})
         if zero_grad:
             self.zero_grad()
         else:
-            mark_used(self.param_groups)
+            mark_used(groups)
         # Learning-rate schedulers, of either optimizer, look for this.
         for optimizer in (self, facts.owner(), base):
             optimizer._opt_called = True  # type: ignore[union-attr]
+
+    def _square_of_climbing(
+        self, square: Tensor | None, grads: Sequence[Gradients]
+    ) -> Tensor | None:
+        """The squared norm of the gradients of the groups that climb, if it is known or wanted.
+
+        Args:
+            square: that of all groups, if it is known.
+            grads: of all groups.
+        """
+        facts, groups = self._facts, self.param_groups
+        if square is not None and all([group["ascent"] is not None for group in groups]):
+            return square
+        if not facts.measures:
+            return None
+        return facts.engine.reduce(SQUARES, facts.engine.climbing(grads, groups), groups)
 
     def _refuse_unknown_scale(self) -> None:
         facts = self._facts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -34,8 +35,13 @@ class Engine:
 
     def number(self, total: Tensor) -> Tensor:
         """A number about all parameters as (): float64 if some parameter is, else float32."""
-        wide = any(bucket.compute_dtype == torch.float64 for bucket in self.buckets)
-        return total.to(torch.float64 if wide else torch.float32).squeeze()
+        return total.to(self.wide).squeeze()
+
+    @functools.cached_property
+    def wide(self) -> torch.dtype:
+        """The dtype of numbers about all parameters."""
+        doubles = any(bucket.compute_dtype == torch.float64 for bucket in self.buckets)
+        return torch.float64 if doubles else torch.float32
 
     def gradients(self) -> list[Gradients]:
         """The gradients of every bucket; raises, before any change, if one cannot be used."""
@@ -80,7 +86,7 @@ class Engine:
         Groups whose ``ascent`` is None take no part. ``keep``: the gradients are kept for a blend.
         ``unscale``: the inverse of their loss scale.
         """
-        grads = [_climbing(b, g, groups) for b, g in zip(self.buckets, grads, strict=True)]
+        grads = self.climbing(grads, groups)
         if ascent.average is not None:
             for bucket, bucket_grads in zip(self.buckets, grads, strict=True):
                 bucket.member(AVERAGE).show(bucket_grads.present)
@@ -113,30 +119,27 @@ class Engine:
             if any(climbing) and reused:
                 bucket.member(DIRECTION).show(climbing)
 
-    def blending(
-        self,
-        blend: Blend,
-        grads: Sequence[Gradients],
-        groups: Groups,
-        scale: Tensor | None,
-        clips: bool,
-    ) -> Blending | None:
-        """What a blend needs to know of these gradients and of those that are kept.
+    def climbing(self, grads: Sequence[Gradients], groups: Groups) -> list[Gradients]:
+        """The gradients of the groups that climb; the others count as missing."""
+        return [_climbing(b, g, groups) for b, g in zip(self.buckets, grads, strict=True)]
 
-        None where it reuses a direction, and there was none yet.
+    def gram(self, grads: Sequence[Gradients], groups: Groups) -> Tensor:
+        """``GRAM`` of these gradients at w + epsilon and those that are kept: (3,) float64."""
+        kept = [bucket.make_kept() for bucket in self.buckets]
+        return self.reduce(GRAM, self.climbing(grads, groups), groups, kept=kept)
+
+    def reusing(
+        self, blend: Blend, grads: Sequence[Gradients], groups: Groups, clips: bool
+    ) -> Blending | None:
+        """What a blend needs to know that uses a direction again; None where there was none yet.
 
         Args:
             blend: which one.
-            grads: those at w + epsilon; at w for a blend that reuses a direction.
+            grads: those of now, at w.
             groups: the options of each row.
-            scale: the loss scale of all gradients, None for 1.
             clips: whether the norm of the blend will be asked for.
         """
-        climbing = [_climbing(b, g, groups) for b, g in zip(self.buckets, grads, strict=True)]
-        if not blend.reuses:
-            kept = [bucket.make_kept() for bucket in self.buckets]
-            products = self.reduce(GRAM, climbing, groups, kept=kept)
-            return Blending(blend, products, scale, products)
+        climbing = self.climbing(grads, groups)
         if (length := self.layout.members.numbers.get(LENGTH)) is None:
             return None
         if not clips:

@@ -16,11 +16,13 @@ from .backends import Groups
 from .backends.capture import Captures
 from .blends import Blend
 from .engine import Engine
+from .laststep import LastStep, Losses
 from .memory import Layout
 from .owners import ALL
 from .record import Record
 from .scaler import ScalerFacts
 from .schedule import Decision
+from .settings import Reader
 
 
 class Facts:
@@ -32,6 +34,7 @@ class Facts:
     Attributes:
         engine: the buckets and their backends.
         captures: what CUDA graphs have seen of them.
+        reader: of the groups' options.
         between: whether a step is half done: after first_step, before second_step.
         perturbed: whether some weights may be away from w. A step may be half done at w.
         decision: what the schedule said of the last step that began.
@@ -42,6 +45,13 @@ class Facts:
         scale_matters: whether the step under way depends on it.
         total: (k,) float64, what the last climb reduced; None before the first.
         norm: which norm that is: of ``total``, ().
+        first: the squared norm of the gradients at w of the groups that climb, scaled, (1,), if the
+            step under way has reduced it.
+        losses: what its closures have returned.
+        keeps: whether the last climb has kept gradients.
+        each: whether each of its micro-batches climbs by itself.
+        measures: whether steps find out all that ``last_step`` tells.
+        last: about the last step that was finished.
         training: whether the weights of a one-pass member belong ahead of w.
         visited: whether they have been there since the last step.
         versions: of all parameters, torch's count of writes to each, as they were left there.
@@ -61,6 +71,7 @@ class Facts:
         self.record = Record()
         self.engine = Engine(Layout(), [])
         self.captures = Captures()
+        self.reader = Reader()
         self.between = False
         self.perturbed = False
         self.decision = Decision(True, {})
@@ -70,6 +81,10 @@ class Facts:
         self.scale_matters = False
         self.total: Tensor | None = None
         self.norm: Callable[[Tensor], Tensor] = torch.sum  # before the first climb nobody asks
+        self.first: Tensor | None = None
+        self.losses = Losses()
+        self.keeps = self.each = self.measures = False
+        self.last = LastStep()
         self.training = True
         self.visited = False
         self.versions: list[int] = []
@@ -88,8 +103,12 @@ class Facts:
 
     def climbed(self, ascent: Ascent, groups: Groups, total: Tensor) -> None:
         """A climb was made, by what ``total`` says."""
-        climbing = next((g for g in groups if g["ascent"] is not None), {})
-        self.total, self.norm = total, functools.partial(ascent.norm, climbing)
+        climbing = [group for group in groups if group["ascent"] is not None]
+        self.total = total
+        self.norm = functools.partial(ascent.norm, climbing[0] if climbing else {})
+        plain = all([ascent.sums.squares(group) for group in climbing])
+        if plain and not (self.each or ascent.along_momentum):
+            self.first = total
 
     def leave(self) -> None:
         """The weights are at w + epsilon: the second pass begins."""
@@ -105,6 +124,7 @@ class Facts:
         """The weights are at w: the step is over, or given up."""
         self.between = self.perturbed = False
         self.aside = []
+        self.first, self.losses = None, Losses()
         self.attached.thaw()
         self.record.clear()
         self.scaler.forget()

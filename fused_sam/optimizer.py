@@ -359,7 +359,7 @@ class FusedSAM(Descent):
             value = closure()
         if not (are_there(self.param_groups) or self._facts.aside):
             raise RuntimeError(f"step(closure) with a closure that leaves no gradient. {WAYS}")
-        return value
+        return self._facts.losses.note(value, self._facts.perturbed)
 
     @opaque(WRITES)
     def restore(self) -> None:

@@ -16,6 +16,7 @@ from .batchnorm import frozen_running_stats
 from .checkpoint import Checkpointing
 from .checkup import Checkup, examine
 from .gradients import are_fresh, put_aside, put_back
+from .laststep import Losses
 
 NoSync = Callable[[], AbstractContextManager[Any]]
 
@@ -157,14 +158,20 @@ class Passes(Checkpointing):
                 "used: call optimizer.zero_grad() before, or leave the backward to it"
             )
         self.zero_grad()
+        losses = Losses()
+
+        def run(batch: Any) -> Any:
+            return losses.note(forward_backward(batch), self._facts.perturbed)
+
         quiet = no_sync or nullcontext
         sync: list[NoSync] = [quiet] * (len(batches) - 1) + [nullcontext]
         try:
             with torch.enable_grad():
                 if ascent == "global" or not self._each_climbs():
-                    returned = self._accumulate_global(batches, forward_backward, sync)
+                    returned = self._accumulate_global(batches, run, sync)
                 else:
-                    returned = self._accumulate_local(batches, forward_backward, sync, quiet)
+                    returned = self._accumulate_local(batches, run, sync, quiet)
+            self._facts.losses = losses
             self.step()
         except BaseException:
             self.restore()
@@ -238,12 +245,16 @@ class Passes(Checkpointing):
         self, batches: list[Any], run: Callable[[Any], Any], sync: list[NoSync], quiet: NoSync
     ) -> list[Any]:
         returned = []
-        sums = put_aside(self.param_groups)
+        facts, sums = self._facts, put_aside(self.param_groups)
         for batch, context in zip(batches, sync, strict=True):
             self.restore()
             with quiet(), self.first_pass():
                 returned.append(run(batch))
-            self.first_step(zero_grad=True)
+            facts.each = len(batches) > 1
+            try:
+                self.first_step(zero_grad=True)
+            finally:
+                facts.each = False
             put_back(sums)  # backward adds to them, and DistributedDataParallel reduces them
             with context(), self.second_pass():
                 run(batch)

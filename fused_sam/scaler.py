@@ -5,12 +5,15 @@ from __future__ import annotations
 from types import FrameType
 from typing import Any
 
+from torch import Tensor
+
 
 class ScalerFacts:
     """What a GradScaler has handed over for this step, and when it has unscaled the gradients.
 
     Attributes:
         handed: ``grad_scale`` and ``found_inf``, while ``scaler.step`` runs.
+        inverse: (1,), what ``unscale_`` has multiplied the gradients by after the first step.
     """
 
     def __init__(self) -> None:
@@ -20,6 +23,7 @@ class ScalerFacts:
     def forget(self) -> None:
         """A step is over."""
         self._unscaled_at_w = self._unscaled_away = False
+        self.inverse: Tensor | None = None
 
     def note(self, frame: FrameType, between: bool) -> bool:
         """Somebody reads the parameter groups: if it is ``unscale_``, keep in mind when.
@@ -38,6 +42,7 @@ class ScalerFacts:
         if caller.f_code.co_name == "unscale_":
             if between:
                 self._unscaled_away = True
+                self.inverse = frame.f_locals.get("inv_scale")
             else:
                 self._unscaled_at_w = True
         return True

@@ -127,12 +127,29 @@ def test_launches_do_not_grow_with_parameters_or_groups(n_params, n_groups, base
     assert launches == THREE
 
 
-def test_clipping_costs_one_launch_more(launches):
-    params, opt = make([5, 6], max_grad_norm=1.0, lr=0.1)
-    inject(random_grads(params, 0))
-    opt.first_step()
-    opt.second_step()
-    assert launches == [*THREE[:2], "reduce_kernel", "update_kernel"]
+def test_what_a_step_has_reduced_stays():
+    """Guards numbers in memory that the next step writes to."""
+    p = torch.nn.Parameter(torch.ones(65))
+    opt = FusedSAM([p], torch.optim.SGD, lr=0.1, backend="triton")
+    opt.measures, steps = True, []
+    for size in (1.0, 2.0):
+        step_as_given(opt, {p: torch.full((65,), size)}, {p: torch.full((65,), -3 * size)})
+        steps.append(opt.last_step)
+    for step, size in zip(steps, (1.0, 2.0), strict=True):
+        assert step.cosine == -1
+        for norm, exact in ((step.grad_norm, size), (step.second_grad_norm, 3 * size)):
+            torch.testing.assert_close(norm.item(), exact * 65**0.5, rtol=1e-6, atol=0)
+
+
+def test_clipping_or_measuring_costs_one_launch_more(launches):
+    for options, measures in (({"max_grad_norm": 1.0}, False), ({}, True)):
+        params, opt = make([5, 6], lr=0.1, **options)
+        opt.measures = measures
+        inject(random_grads(params, 0))
+        opt.first_step()
+        opt.second_step()
+        assert launches == [*THREE[:2], "reduce_kernel", "update_kernel"]
+        launches.clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -225,13 +225,14 @@ class Backend:
                     a, b, *more = blending.coefficients(group)
                     if blending.blend.after:
                         after = mix(more[0], more[1], grad, kept).mul_(signed_lr(group))
-                    if blending.direction is not None:
+                    if blending.direction is None:
+                        grad = mix(a, b, grad, kept)
+                    else:
                         direction = run.of(blending.direction)
-                        new = mix(more[0], more[1], grad, kept)
+                        new = mix(a, b, grad, kept)
                         if found_inf is not None:
                             new = torch.where(found_inf != 0, direction, new)
                         direction.copy_(new)
-                    grad = mix(a, b, grad, kept)
                 if grad_scale is not None:
                     grad.div_(grad_scale)
                 if group["maximize"]:

@@ -75,10 +75,12 @@ def blend_(
             there = slot.shaped(slot.of(blending.kept.flat))
             kept = there if blending.kept.held[i] else None
             a, b, *more = blending.coefficients(group)
-            seen = mix(a, b, value, kept)
-            if blending.direction is not None:
-                direction = slot.shaped(slot.of(blending.direction))
-                direction.copy_(mix(more[0], more[1], value, kept))
+            mixed = mix(a, b, value, kept)
+            if blending.direction is None:
+                seen = mixed
+            else:
+                seen = value
+                slot.shaped(slot.of(blending.direction)).copy_(mixed)
             if blending.blend.after:
                 there.copy_(mix(more[0], more[1], value, kept))
         grad.copy_(seen if grad_scale is None else seen / grad_scale)

@@ -40,9 +40,9 @@ class Blend:
         shared: options on which all groups that climb must agree, because clipping has one norm.
         after: whether the text returns ``(a, b, c, d)``. Then ``w -= lr * (c * g' + d * g)`` after
             the base optimizer's step, g and g' as they are: the text unscales them.
-        reuse: what the base optimizer sees in the steps that do not climb: None, their gradient.
-            Else ``coefficients`` returns ``(a, b, e, f)``, and ``e * g' + f * g`` is the direction
-            that those steps use again.
+        reuse: what the base optimizer sees in the steps that do not climb; None, their gradient.
+            With one, it sees g' in those that do, and ``coefficients`` returns ``(e, f)``:
+            ``e * g' + f * g`` is the direction that the others use again.
         length: text, in float64, for a blend with ``reuse``: ``(mixed, second, first) -> number``,
             the norm of the direction; 0 where there is none.
         reuses: whether this is the ``reuse`` of another blend. Then the numbers are <g, g> of the
@@ -100,7 +100,7 @@ class Blending:
         """The factors of a group, each () float64."""
         scale = 1.0 if self.scale is None else self.scale
         found = self.blend.coefficients(*self.numbers.unbind(), scale, *self.blend.numbers(group))
-        return tuple([x if isinstance(x, Tensor) else self.numbers.new_tensor(x) for x in found])
+        return tuple([x if isinstance(x, Tensor) else self.numbers.new_full((), x) for x in found])
 
     @property
     def length(self) -> Tensor | None:
@@ -115,6 +115,8 @@ class Blending:
             unblended: (), that of the gradients at w + epsilon, of groups that do not climb too.
             groups: the parameter groups, of which some climb, all by the same coefficients.
         """
+        if self.blend.reuse is not None:
+            return unblended
         groups = list(groups)
         a, b, *_ = self.coefficients(next(g for g in groups if g["ascent"] is not None))
         assert self.products is not None

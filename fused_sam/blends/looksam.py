@@ -49,7 +49,7 @@ def _columns(group: Group) -> tuple[float, ...]:
 def _coefficients(mixed, second, first, scale, alpha):
     share = where(first > 0, divide(mixed, first), 0.0)
     known = is_finite(share) & is_finite(first) & is_finite(second)
-    return 1.0, 0.0, where(known, 1.0, 0.0), where(known, -share, 0.0)
+    return where(known, 1.0, 0.0), where(known, -share, 0.0)
 
 
 def _length(mixed, second, first):

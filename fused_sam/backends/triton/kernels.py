@@ -531,9 +531,11 @@ def _update_tile(
         first = _load(kept + at + offs, mask, descent.dtype)
         if AFTER:
             after = _mix(blend[2], blend[3], g, first)
-        if direction is not None:
-            _store(direction + at + offs, _mix(blend[2], blend[3], g, first), mask)
-        g = _mix(blend[0], blend[1], g, first)
+        mixed = _mix(blend[0], blend[1], g, first)
+        if direction is None:
+            g = mixed
+        else:
+            _store(direction + at + offs, mixed, mask)
     g = descent * g
     state = ()
     for i in tl.static_range(len(states)):
@@ -612,8 +614,8 @@ def update_kernel(
     Where ``kept`` (size,), gradients at w or a direction, is not None, g is a blend of both in the
     slots whose flags say so: ``numbers`` (BLEND_NUMBERS,) float64, ``loss_scale`` () float64 (None
     for 1; or the direction's norm) and ``blend``, the hyperparameters, give its COEFFICIENTS.
-    AFTER: so they do for what is subtracted from w after the rule; with ``direction`` (size,), for
-    what goes there.
+    AFTER: so they do for what is subtracted from w after the rule. Where ``direction`` (size,) is
+    not None, the blend goes there, and g is the gradient.
     """
     dtype = hyper_ptr.dtype.element_ty
     lanes = tl.arange(0, BLOCK)
@@ -654,11 +656,6 @@ def update_kernel(
                     tl.where(blends, found[0], 1.0).to(dtype),
                     tl.where(both, found[1], 0.0).to(dtype),
                 )
-                if direction_ptr is not None:
-                    blend = blend + (
-                        tl.where(blends, found[2], 0.0).to(dtype),
-                        tl.where(both, found[3], 0.0).to(dtype),
-                    )
                 if AFTER:
                     rate = tl.where((flags & MAXIMIZE) != 0, -lr, lr).to(tl.float64)
                     blend = blend + (

@@ -42,8 +42,8 @@ CUDA_OPTIONS = {"maxnreg": 64, "enable_reflect_ftz": False}
 """At most 64 registers, or fewer than half of a multiprocessor's threads would fit; and square
 roots of denormal numbers are not zero."""
 MANY_REGISTERS = {"maxnreg": 128}
-"""For kernels that would spill some of 64: float64, three sums in it, and what is rare in half
-precision."""
+"""For kernels that would spill some of 64: float64, three sums in it, what is rare in half
+precision, and an update that leaves a direction, once in several steps."""
 TYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -67,15 +67,7 @@ class _Launcher(Tables):
         self.programs = max(1, min(self.num_chunks, _max_programs(self.device)))
         self.partials: dict[Any, Tensor] = {}
         self.ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
-        self.totals: dict[str, Tensor] = {}
         self.compiled: dict[Any, Any] = {}
-
-    def total(self, sums: Sums) -> Tensor:
-        """Where these sums go, (count,) float64."""
-        if sums.name not in self.totals:
-            total = torch.zeros(sums.count, dtype=torch.float64, device=self.device)
-            self.totals[sums.name] = total
-        return self.totals[sums.name]
 
     def scratch(self, sums: Sums) -> Tensor:
         """Where the programs put what they have of these sums, (count, programs)."""
@@ -93,7 +85,7 @@ class _Launcher(Tables):
         constants: tuple[Any, ...],
         roomy: bool = False,
         wide: bool = False,
-        kept: Kept | None = None,
+        *others: Tensor | None,
     ) -> None:
         """Run a kernel over the bucket's chunks.
 
@@ -104,7 +96,7 @@ class _Launcher(Tables):
             constants: its compile-time arguments but the last two, BLOCK and TILES.
             roomy: whether it gets MANY_REGISTERS; follows from dtype and constants.
             wide: whether its sums are in float64; follows from the constants.
-            kept: what it reads of that; the dtype is in the key.
+            others: of its arguments those that may be wider than all that the bucket has.
         """
         grid = (self.programs, 1, 1)
         args = (*args, self.num_chunks, self.n_slots)
@@ -115,7 +107,7 @@ class _Launcher(Tables):
             function[grid](*args, *full)
             return
         tile = WIDE_TILE_BYTES if wide else TILE_BYTES[kernel.fn.__name__]
-        itemsize = max(self.itemsize, 0 if kept is None else kept.flat.dtype.itemsize)
+        itemsize = max([self.itemsize, *[o.dtype.itemsize for o in others if o is not None]])
         block = min(tile // itemsize, CHUNK)
         full = (*constants, block, CHUNK // block)
         function = kernel[grid](*args, *full, **_options(self.device, roomy))
@@ -170,7 +162,8 @@ class TritonBackend(Backend):
         with on(bucket.device):
             held = () if kept is None else kept.held
             reads = kept is not None or any([sums.reads_param(groups[row]) for row in bucket.rows])
-            total = launcher.total(sums)
+            # Not the same memory in each step: somebody may look at the last one's.
+            total = torch.empty(sums.count, dtype=torch.float64, device=bucket.device)
             args = (
                 *(total, launcher.scratch(sums), launcher.ticket),
                 *(None if kept is None else kept.flat, earlier, launcher.slots),
@@ -182,7 +175,7 @@ class TritonBackend(Backend):
                 *(compiled(sums.terms), sums.count, sums.how == "max"),
                 *(sums.earlier, _width(sums), reads, *launcher.types),
             )
-            launcher.launch(kernels.reduce_kernel, args, constants, sums.wide, sums.wide, kept)
+            launcher.launch(kernels.reduce_kernel, args, constants, sums.wide, sums.wide, args[3])
         return total
 
     def ascend_(
@@ -259,8 +252,9 @@ class TritonBackend(Backend):
                 *(tuple([buffer is not None for buffer in buffers]), mixed, bucket.masters),
                 *(blend is not None and blend.after, *launcher.types),
             )
-            roomy = launcher.itemsize == 8 or (launcher.half and mixed)
-            launcher.launch(kernels.update_kernel, args, constants, roomy, kept=kept)
+            keeps = blend is not None and blend.reuse is not None
+            roomy = launcher.itemsize == 8 or (launcher.half and mixed) or keeps
+            launcher.launch(kernels.update_kernel, args, constants, roomy, False, *args[1:3])
 
     def restore_(self, bucket: Bucket) -> None:
         """As ``Backend.restore_``, in one launch."""
