@@ -29,8 +29,7 @@ class LookSAM(Choice):
     gradient at w + epsilon has no direction.
 
     Args:
-        k: every k-th step is a SAM step, the first one too: an integer >= 1; the authors take 5 and
-            10. None: ``when`` decides. An ``AESAM`` there is the AE-LookSAM of Jiang et al. 2023.
+        k: every k-th step is SAM's, the first one too: an integer >= 1. None: ``when`` decides.
         alpha: finite and >= 0. 0 is ``when=Every(k)`` without a blend.
 
     Raises:
