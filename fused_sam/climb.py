@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from . import ascents, blends
+from . import ascents
 from .ascents import SQUARES
 from .caches import forget_copies
 from .checks import check_clipping
 from .gradients import pairs_of, put_aside
 from .memory import Gradients
 from .modes import working
-from .options import CLIMBS, MAX_GRAD_NORM, agreed_max_grad_norm, check_values, numbers, to_numbers_
+from .options import CLIMBS, MAX_GRAD_NORM, agreed_max_grad_norm, numbers
 from .passes import Passes
 from .scaler import Handed
 from .schedule import NO_CLIMB
@@ -32,7 +32,8 @@ class Climb(Passes):
         """
         if MAX_GRAD_NORM.name in self.base_optimizer.defaults:
             return None
-        return agreed_max_grad_norm(self.param_groups)
+        # Not this class's own groups, which ask who reads them: a step reads this twice.
+        return agreed_max_grad_norm(self.base_optimizer.param_groups)
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
@@ -53,11 +54,9 @@ class Climb(Passes):
         with working():
             grads = self._gradients()
             groups = self.param_groups
-            for group in groups:
-                to_numbers_(group)
-                check_values(group)
+            settings = facts.reader.read(groups)
+            ascent, blend = settings.ascent, settings.blend
             _ = self.max_grad_norm  # before anything moves
-            ascent, blend = ascents.chosen(groups), blends.chosen(groups)
             if facts.perturbed and not ascent.along_momentum:
                 raise RuntimeError(
                     f"ascent={ascent.key!r} climbs from w, and the weights are ahead of it, where "
@@ -103,7 +102,7 @@ class Climb(Passes):
 
     def _is_scaled(self) -> bool:
         """Whether a GradScaler has said that the gradients are scaled."""
-        return getattr(self, "grad_scale", None) is not None
+        return self._facts.scaler.handed.get("grad_scale") is not None
 
     def _sq_norm(self, grads: Sequence[Gradients]) -> float:
         """The squared norm of the gradients at w, unscaled as far as is known."""

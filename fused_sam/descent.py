@@ -113,7 +113,8 @@ class Descent(OnePass):
         """
         base, facts = self.base_optimizer, self._facts
         climbed, between, memory = facts.perturbed, facts.between, facts.decision.memory
-        there = are_there(self.param_groups)
+        groups = self.param_groups
+        there = are_there(groups)
         if between:
             self._refuse_unknown_scale()
         ahead, away = self._follows(), climbed
@@ -128,16 +129,17 @@ class Descent(OnePass):
                 facts.scaler.check_blend(blend.key)
             if there:
                 facts.record.check_complete()
-        elif are_others(self.param_groups, facts.aside):
+        elif are_others(groups, facts.aside):
             facts.scaler.check_descent()
         if facts.aside and not there:
             put_back(facts.aside)
         max_grad_norm = self.max_grad_norm
-        grad_scale = loss_scale = getattr(self, "grad_scale", None)
+        handed = facts.scaler.handed
+        grad_scale = loss_scale = handed.get("grad_scale")
         # Before anything arrives at w, which forgets them.
         first, inverse, losses = facts.first, facts.scaler.inverse, facts.losses
         first_scale = facts.scale if between and loss_scale is None else loss_scale
-        found_inf = getattr(self, "found_inf", None) if not check_finite else found_inf
+        found_inf = found_inf if check_finite else handed.get("found_inf")
         if not isinstance(found_inf, Tensor):
             found_inf = None  # a GradScaler that saw no gradient at all sets the number 0
         pre_hooks = [h for h in _hooks(base, "pre").values() if not isinstance(h, _Guard)]
@@ -147,7 +149,7 @@ class Descent(OnePass):
                 pre_hook(base, (), {})
         with working():
             grads = self._gradients()
-            engine, groups = facts.engine, self.param_groups
+            engine, groups = facts.engine, base.param_groups  # which a hook may replace
             if (rule := engine.layout.rule) is not None:
                 for group in groups:
                     check_options(rule, group)
@@ -195,14 +197,14 @@ class Descent(OnePass):
                 with working():
                     self._go_ahead(ahead)
         forget_copies()
-        for group in self.param_groups if between else ():
+        for group in groups if between else ():
             group.update(memory)
         for post_hook in list(_hooks(base, "post").values()):
             post_hook(base, (), {})
         if zero_grad:
             self.zero_grad()
         else:
-            mark_used(self.param_groups)
+            mark_used(groups)
         # Learning-rate schedulers, of either optimizer, look for this.
         for optimizer in (self, facts.owner(), base):
             optimizer._opt_called = True  # type: ignore[union-attr]

@@ -22,6 +22,7 @@ from .owners import ALL
 from .record import Record
 from .scaler import ScalerFacts
 from .schedule import Decision
+from .settings import Reader
 
 
 class Facts:
@@ -33,6 +34,7 @@ class Facts:
     Attributes:
         engine: the buckets and their backends.
         captures: what CUDA graphs have seen of them.
+        reader: of the groups' options.
         between: whether a step is half done: after first_step, before second_step.
         perturbed: whether some weights may be away from w. A step may be half done at w.
         decision: what the schedule said of the last step that began.
@@ -69,6 +71,7 @@ class Facts:
         self.record = Record()
         self.engine = Engine(Layout(), [])
         self.captures = Captures()
+        self.reader = Reader()
         self.between = False
         self.perturbed = False
         self.decision = Decision(True, {})

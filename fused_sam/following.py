@@ -100,7 +100,7 @@ class Following(Optimizer):
 
     def _refresh(self) -> None:
         """Notice what has changed under the optimizer: parameters, groups."""
-        layout, groups = self._facts.engine.layout, self.param_groups
+        layout, groups = self._facts.engine.layout, self.base_optimizer.param_groups
         if not (layout.is_current(groups) and layout.has_its_looks()):
             self._build()
 
