@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fused_sam import FusedSAM
 from fused_sam.integrations.lightning import SAMMixin
+from fused_sam.rho import ProportionalRho
 from fused_sam.schedule import AESAM, Every
 
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
@@ -422,3 +423,25 @@ def test_another_optimizer_is_left_alone():
         torch.manual_seed(5)
         fit(module, batches(4), accumulate_grad_batches=2)
     assert_same_model(one.net, two.net, atol=0)
+
+
+def test_rho_follows_the_learning_rate():
+    """Guards Lightning's check of what it takes for a scheduler, and the order of the two."""
+    seen = []
+
+    class Following(Sam):
+        def configure_optimizers(self):
+            made = super().configure_optimizers()
+            scheduler = made["lr_scheduler"]["scheduler"]
+            made["lr_scheduler"]["scheduler"] = ProportionalRho(
+                scheduler, rho_max=0.5, rho_min=0.1, lr_max=0.1, lr_min=0.02
+            )
+            return made
+
+        def on_before_optimizer_step(self, optimizer):
+            group = optimizer.param_groups[0]
+            seen.append((group["lr"], group["rho"]))
+
+    fit(Following(), batches(4))
+    assert [lr for lr, _ in seen] == pytest.approx([0.1 * 0.7**i for i in range(4)])
+    assert [rho for _, rho in seen] == pytest.approx([5 * lr for lr, _ in seen])
