@@ -75,7 +75,7 @@ def _launches_of(optimizer: Any, base: str) -> dict[str, Work]:
     grads = bucket.gradients()
     # So that update_ and restore_ read `saved`, as they do after ascend_.
     bucket.begin_climb(1, grads, keep=False)
-    bucket.end_climb()
+    bucket.end()
     update = functools.partial(backend.update_, bucket, layout.rule, None, grads, groups)
     if base != "SGD":
         return {f"update_ {base}": update}

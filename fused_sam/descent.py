@@ -20,7 +20,7 @@ from .laststep import LastStep
 from .memory import Gradients
 from .memory.members import AVERAGE
 from .modes import working
-from .onepass import OnePass, decay_ahead
+from .onepass import OnePass
 from .rules import check_options
 from .scaling import clip_scale, found_nonfinite
 
@@ -177,10 +177,12 @@ class Descent(OnePass):
             elif gram is None:
                 square = self._square_of_climbing(square, grads)
             if rule is not None:
+                args = blending, grads, groups, self.state, grad_scale, found_inf
                 if ahead is not None:
-                    grads = decay_ahead(engine.buckets, grads, groups, grad_scale)
-                engine.update(blending, grads, groups, self.state, grad_scale, found_inf)
-                facts.perturbed = False
+                    self._step_ahead(ahead, grads, args)
+                else:
+                    engine.update(*args)
+                    facts.perturbed = False
             else:
                 self._step_base(blending, grad_scale, found_inf)
         facts.arrive()
@@ -195,12 +197,6 @@ class Descent(OnePass):
             losses=losses,
             dtype=engine.wide,
         )
-        if ahead is not None:
-            facts.visited = False
-            self._note_missed(grads)
-            if facts.attached.model is None:
-                with working():
-                    self._go_ahead(ahead)
         forget_copies()
         for group in groups if between else ():
             group.update(memory)

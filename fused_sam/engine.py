@@ -11,6 +11,7 @@ from torch import Tensor
 from . import blends
 from .ascents import GRAM, SQUARES, Ascent, Sums, chosen
 from .backends import Backend, Groups, capture, combine
+from .backends.ahead import Ahead
 from .backends.mixing import after_, blend_
 from .blends import Blend, Blending
 from .devices import moved
@@ -80,23 +81,25 @@ class Engine:
         number: int,
         keep: bool = False,
         unscale: float = 1.0,
+        total: Tensor | None = None,
     ) -> Tensor:
         """Save w and climb, under a number; returns what was reduced, (k,) float64.
 
         Groups whose ``ascent`` is None take no part. ``keep``: the gradients are kept for a blend.
-        ``unscale``: the inverse of their loss scale.
+        ``unscale``: the inverse of their loss scale. ``total``: what was reduced, if it is known.
         """
         grads = self.climbing(grads, groups)
         if ascent.average is not None:
             for bucket, bucket_grads in zip(self.buckets, grads, strict=True):
                 bucket.member(AVERAGE).show(bucket_grads.present)
-        total = self.reduce(ascent.sums, grads, groups, unscale)
+        if total is None:
+            total = self.reduce(ascent.sums, grads, groups, unscale)
         for backend, bucket, bucket_grads in self._each(grads):
             here = moved(total, bucket.device, total.dtype)
             bucket.settle()
             kept = bucket.begin_climb(number, bucket_grads, keep)
             backend.ascend_(bucket, ascent, bucket_grads, groups, here, number, kept, unscale)
-            bucket.end_climb()
+            bucket.end()
             bucket.bump_versions(bucket_grads)
         return total
 
@@ -156,17 +159,38 @@ class Engine:
         state: State,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
-    ) -> None:
-        """Return to w and step by the rule, which there must be."""
+        stays: bool | None = None,
+    ) -> Tensor | None:
+        """Return to w and step by the rule, which there must be.
+
+        Args:
+            blending: which gradient the rule sees.
+            grads: the gradients.
+            groups: the hyperparameters of each row.
+            state: the optimizer's.
+            grad_scale: gradients are divided by it.
+            found_inf: if it is not 0, the update is skipped.
+            stays: whether weights that are ahead of w along the momentum stay there until the next
+                climb, their new w being in ``saved``. None: no such climb comes next.
+
+        Returns:
+            The sum of the squares of the new momentum, (1,) float64, of what climbs and has a
+            gradient; None where no such climb comes next.
+        """
         rule, states = self.layout.rule, self.layout.states
+        parts: list[Tensor] = []
         assert rule is not None
         self.take_in(state, groups)
         for backend, bucket, bucket_grads in self._each(grads):
             bucket.settle()
-            away = bucket.perturbed
+            away, ahead = bucket.perturbed, None
+            if stays is not None:
+                assert rule.momentum is not None
+                stay = stays and backend.stays
+                ahead = Ahead.of(bucket, rule.momentum, bucket_grads, groups, stay)
             try:
-                bucket.begin_return()
-                backend.update_(
+                bucket.begin_return(None if ahead is None else ahead.stays)
+                part = backend.update_(
                     bucket,
                     rule,
                     _there(bucket, blending),
@@ -174,13 +198,14 @@ class Engine:
                     groups,
                     grad_scale=_on(bucket, grad_scale, bucket.compute_dtype),
                     found_inf=_on(bucket, found_inf, torch.float32),
+                    ahead=ahead,
                 )
+                parts += [] if part is None else [part]
                 bucket.bump_versions(bucket_grads)
-                bucket.end_return()
+                bucket.end()
                 states.expose(bucket, bucket_grads, groups, state, found_inf)
             except BaseException:
-                bucket.settle()
-                if any(away) and bucket.perturbed == away:
+                if not bucket.settle() and any(away):
                     bucket.clear_unshown()
                 else:
                     states.expose(bucket, bucket_grads, groups, state, found_inf)
@@ -188,6 +213,7 @@ class Engine:
                     self.layout.members.number(LENGTH).zero_()  # or it may be another direction's
                 raise
         self._carry(blending, [of_bucket.present for of_bucket in grads], groups, found_inf)
+        return combine(parts, self.buckets) if parts else None
 
     def _carry(
         self,
@@ -253,7 +279,7 @@ class Engine:
                         bucket.bump_versions()
                     else:
                         lost += bucket.restore_each()
-                    bucket.end_return()
+                    bucket.end()
             except Exception as failed:
                 error = failed
         if error is not None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import operator
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +18,40 @@ from .backends.capture import Captures
 from .blends import Blend
 from .engine import Engine
 from .laststep import LastStep, Losses
-from .memory import Layout
+from .memory import Gradients, Layout
 from .owners import ALL
 from .record import Record
 from .scaler import ScalerFacts
 from .schedule import Decision
 from .settings import Reader
+
+
+class Coming(NamedTuple):
+    """The sum of the squares of a momentum.
+
+    Attributes:
+        total: (1,) float64.
+        momentum: of each bucket, of whose parameters.
+        versions: torch's count of writes to each of its tensors.
+    """
+
+    total: Tensor
+    momentum: tuple[Gradients, ...]
+    versions: list[int]
+
+    @classmethod
+    def of(cls, total: Tensor, momentum: Sequence[Gradients]) -> Coming:
+        """As the momentum is now."""
+        return cls(total, tuple(momentum), cls._versions(momentum))
+
+    def still(self, momentum: Sequence[Gradients]) -> Tensor | None:
+        """The sum, if it is this momentum's, and nobody has written to it."""
+        same = len(momentum) == len(self.momentum) and all(map(operator.is_, momentum, self.momentum))
+        return self.total if same and self.versions == self._versions(momentum) else None
+
+    @staticmethod
+    def _versions(momentum: Sequence[Gradients]) -> list[int]:
+        return [t._version for m in momentum for t in m.tensors if t is not None]
 
 
 class Facts:
@@ -54,6 +83,7 @@ class Facts:
         last: about the last step that was finished.
         training: whether the weights of a one-pass member belong ahead of w.
         visited: whether they have been there since the last step.
+        coming: the sum that the next climb along the momentum needs, if it is known.
         versions: of all parameters, torch's count of writes to each, as they were left there.
         attached: the model, if it is known.
         record: the random states of the first pass.
@@ -87,6 +117,7 @@ class Facts:
         self.last = LastStep()
         self.training = True
         self.visited = False
+        self.coming: Coming | None = None
         self.versions: list[int] = []
         ALL.add(self)
 
@@ -121,8 +152,8 @@ class Facts:
         self.attached.freeze()
 
     def arrive(self) -> None:
-        """The weights are at w: the step is over, or given up."""
-        self.between = self.perturbed = False
+        """The step is over, or given up."""
+        self.between = False
         self.aside = []
         self.first, self.losses = None, Losses()
         self.attached.thaw()

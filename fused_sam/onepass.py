@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .ascents import Ascent
 from .backends import Groups
+from .backends.ahead import momentum_of
 from .caches import forget_copies
 from .climb import Climb
-from .memory import Bucket, Gradients
-from .memory.window import as_real
+from .facts import Coming
+from .memory import Gradients
 from .modes import working
 from .options import CLIMBS, MISSED
 
@@ -96,14 +96,57 @@ class OnePass(Climb):
             if ids or MISSED in group:
                 group[MISSED] = [i for i, p in enumerate(group["params"]) if id(p) in ids]
 
-    def _go_ahead(self, ascent: Ascent) -> None:
-        """Climb along the momentum of the parameters that had a gradient in the last step."""
+    def _step_ahead(self, ascent: Ascent, grads: Sequence[Gradients], args: Any) -> None:
+        """Update, and go ahead along the new momentum, unless a forward of the model does.
+
+        Args:
+            ascent: which climb.
+            grads: the gradients.
+            args: those of ``Engine.update``.
+        """
         facts = self._facts
-        rule = facts.engine.layout.rule
+        goes = facts.attached.model is None
+        try:
+            total = facts.engine.update(*args, stays=goes)
+            assert total is not None
+            facts.visited = False
+            self._note_missed(grads)
+            facts.coming = Coming.of(total, self._momentum())
+            if goes:
+                self._go_ahead(ascent)
+            else:
+                facts.perturbed = False
+        except BaseException:
+            self.restore()
+            raise
+
+    def _momentum(self) -> list[Gradients]:
+        """The momentum of what climbs: of the parameters that had a gradient in the last step."""
+        engine = self._facts.engine
+        rule = engine.layout.rule
         assert rule is not None
         assert rule.momentum is not None
         missed = {id(g["params"][i]) for g in self.param_groups for i in g.get(MISSED, ())}
-        momentum = [_momentum(bucket, rule.momentum, missed) for bucket in facts.engine.buckets]
+        stays = [group["ascent"] is None for group in self.param_groups]
+        return [
+            momentum_of(
+                bucket,
+                rule.momentum,
+                [
+                    has and not stays[slot.row] and id(slot.param) not in missed
+                    for slot, has in zip(
+                        bucket.slots, bucket.state(rule.momentum).present, strict=True
+                    )
+                ],
+            )
+            for bucket in engine.buckets
+        ]
+
+    def _go_ahead(self, ascent: Ascent) -> None:
+        """Climb along the momentum of the parameters that had a gradient in the last step."""
+        facts = self._facts
+        rule, momentum = facts.engine.layout.rule, self._momentum()
+        assert rule is not None
         if not any(any(m.present) for m in momentum):
             # Where training begins that is w; after a step without gradients too.
             began = any([rule.momentum in entry for entry in self.state.values()])
@@ -114,8 +157,11 @@ class OnePass(Climb):
         groups: Groups = [{**g, "rho": -g["rho"], "maximize": False} for g in self.param_groups]
         number = self.param_groups[0][CLIMBS] = self.param_groups[0].get(CLIMBS, 0) + 1
         facts.perturbed = facts.visited = True
+        coming, facts.coming = facts.coming, None
+        total = None if coming is None else coming.still(momentum)
         try:
-            facts.climbed(ascent, groups, facts.engine.climb(ascent, momentum, groups, number))
+            total = facts.engine.climb(ascent, momentum, groups, number, total=total)
+            facts.climbed(ascent, groups, total)
         except BaseException:
             self.restore()
             raise
@@ -145,76 +191,3 @@ class OnePass(Climb):
                 "checkpoint. With an attached model it is needed only after optimizer.eval(), and "
                 "where another module than that one runs, or runs in evaluation mode"
             )
-
-
-def _momentum(bucket: Bucket, name: str, missed: set[int]) -> Gradients:
-    """A bucket's momentum as if it were its gradients: in their dtype.
-
-    Not that of the parameters whose ids are in ``missed``.
-    """
-    buffer = bucket.state(name)
-    return Gradients.of(
-        [
-            as_real(window).to(bucket.grad_dtype) if has and id(slot.param) not in missed else None
-            for slot, window, has in zip(bucket.slots, buffer.windows, buffer.present, strict=True)
-        ]
-    )
-
-
-def decay_ahead(
-    buckets: Sequence[Bucket],
-    grads: Sequence[Gradients],
-    groups: Groups,
-    grad_scale: Tensor | None,
-) -> list[Gradients]:
-    """Gradients with which the rule's coupled weight decay is that of the weights ahead of w.
-
-    As the authors' code has it. The rule decays w, in full precision, so what it gets is the decay
-    of the way from w, and no more: a gradient of half precision would round a whole decay away, or
-    overflow by it. Decoupled decay (AdamW) is the rule's.
-
-    Returns:
-        The gradients; new tensors where something was added.
-    """
-    coupled = [_coupled(group) for group in groups]
-    if not any(coupled):
-        return [*grads]
-    decayed = []
-    for bucket, there in zip(buckets, grads, strict=True):
-        tensors = list(there.tensors)
-        for row in bucket.rows:
-            mine = [
-                i
-                for i, slot in enumerate(bucket.slots)
-                if slot.row == row and coupled[row] and there.present[i] and bucket.perturbed[i]
-            ]
-            if mine:
-                decay = _decay(bucket, mine, coupled[row], grad_scale)
-                if groups[row].get("maximize"):
-                    torch._foreach_neg_(decay)
-                raw = [grad for i in mine if (grad := tensors[i]) is not None]
-                for i, new in zip(mine, torch._foreach_add(raw, decay), strict=True):
-                    tensors[i] = new.to(bucket.grad_dtype)
-        decayed.append(Gradients.of(tensors))
-    return decayed
-
-
-def _coupled(group: Any) -> float:
-    """The weight decay that goes into the gradient."""
-    return 0.0 if group.get("decoupled_weight_decay") else float(group["weight_decay"])
-
-
-def _decay(
-    bucket: Bucket, indices: Sequence[int], weight_decay: float, grad_scale: Tensor | None
-) -> list[Tensor]:
-    """weight_decay * (weight - w) for these slots, as large as the gradients' scale makes it.
-
-    In the compute dtype: float16 does not hold every scale.
-    """
-    slots, dtype = [bucket.slots[i] for i in indices], bucket.compute_dtype
-    weights = [as_real(slot.param.detach()).to(dtype) for slot in slots]
-    decay = torch._foreach_sub(weights, [slot.real(slot.of(bucket.saved)) for slot in slots])
-    torch._foreach_mul_(decay, weight_decay)
-    if grad_scale is not None:
-        torch._foreach_mul_(decay, grad_scale.to(bucket.device, dtype))
-    return list(decay)

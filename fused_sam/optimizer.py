@@ -378,6 +378,7 @@ class FusedSAM(Descent):
             return
         with working():
             lost = facts.engine.restore()
+        facts.perturbed = False
         facts.arrive()
         forget_copies()
         if lost:

@@ -371,13 +371,14 @@ MUTANTS = [
     Mutant("unaligned-windows", "fused_sam/memory/bucket.py",
            "stop = start + -(-numel // ALIGNMENT) * ALIGNMENT", "stop = start + numel", LAYOUT),
     Mutant("stale-saved", "fused_sam/memory/bucket.py",
-           "self.perturbed, self._moving = self._moving, None",
-           "self.perturbed, self._moving = (True,) * len(self.slots), None", REFERENCE),
+           "(self._number, self.perturbed), self._coming = self._coming, None",
+           "self._number, self._coming = self._coming[0], None\n"
+           "        self.perturbed = (True,) * len(self.slots)", REFERENCE),
     Mutant("settles-away", "fused_sam/memory/bucket.py",
-           "away = self.climb.item() == self._number", "away = True",
+           "and self.climb.item() == number", "and number != 0",
            table("reference", FAILS)),
     Mutant("settles-at-w", "fused_sam/memory/bucket.py",
-           "away = self.climb.item() == self._number", "away = False",
+           "and self.climb.item() == number", "and number == 0",
            table("reference", FAILS)),
     # ---- the protocol
     Mutant("clip-enlarges", "fused_sam/scaling.py", ".clamp_max_(1.0)", "",

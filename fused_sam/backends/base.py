@@ -15,17 +15,16 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from ..ascents import Ascent, Sums
+from ..ascents import SQUARES, Ascent, Sums
 from ..blends import Blending
 from ..memory import Bucket, Gradients
 from ..memory.bucket import Kept
 from ..memory.members import AVERAGE
 from ..rules import STEP, Group, Rule
+from .ahead import Ahead, Groups, climbing, decay_ahead, momentum_of
 from .mixing import is_zero, mix, signed_lr
 from .rounding import HALVES, round_stochastically, seed_of
 from .runs import CHUNK_ELEMENTS, Run, present, runs
-
-Groups = Sequence[dict[str, Any]]
 
 
 class Backend:
@@ -36,6 +35,8 @@ class Backend:
     """
 
     name = "reference"
+    stays = True
+    """Whether an update can leave the weights where they are, and a climb start from ``saved``."""
 
     def reduce(
         self,
@@ -106,6 +107,8 @@ class Backend:
     ) -> None:
         """Save w, write the climb's number, then climb.
 
+        Perturbed slots climb from the w that is in ``saved``.
+
         If ``total`` allows no climb nothing moves; w is saved all the same. A group with
         ``maximize`` moves against its gradient. Weights of half precision are rounded at random:
         see ``rounding``.
@@ -116,7 +119,7 @@ class Backend:
         Args:
             bucket: ``saved`` and ``climb`` are written, and the weights and the average in place.
             ascent: the climb.
-            grads: as for ``reduce``; only read.
+            grads: as for ``reduce``; only read. Of a climb along the momentum that, in its dtype.
             groups: rho and the other options of each row.
             total: (k,) float64, on the bucket's device: ``ascent.sums.chain`` over all buckets.
             number: the climb's; or where it is, (1,) int64 on the bucket's device.
@@ -124,13 +127,16 @@ class Backend:
             unscale: as for ``reduce``.
         """
         dtype, number = bucket.compute_dtype, int(number)
-        plan = runs(bucket, present(grads))
+        plan = runs(bucket, present(grads, bucket.perturbed))
         reduced = total.to(dtype).unbind()
         for run in plan:
-            _save(bucket, run)
+            if not run.kind[1]:
+                _save(bucket, run)
         bucket.climb.fill_(number)
         for run in plan:
             group = groups[run.row]
+            if run.kind[1]:
+                run.weights.copy_(run.of(bucket.saved))
             if kept is not None:
                 copies = run.split(bucket, "kept", kept)
                 torch._foreach_copy_(copies, run.pick(grads.tensors))
@@ -167,7 +173,8 @@ class Backend:
         *,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
-    ) -> None:
+        ahead: Ahead | None = None,
+    ) -> Tensor | None:
         """Return the perturbed slots to w, and step those that have a gradient by the rule.
 
         A slot without a gradient is only restored. With lr 0 the weights are the saved bits.
@@ -182,7 +189,15 @@ class Backend:
             groups: the hyperparameters of each row.
             grad_scale: (), compute dtype, on the bucket's device: gradients are divided by it.
             found_inf: (), float32, on the bucket's device: if it is not 0, restore and no more.
+            ahead: what a climb along the momentum needs that comes next; None: none does.
+
+        Returns:
+            With ``ahead`` the sum of the squares of the momentum, (1,) float64, on the bucket's
+            device: of the slots that climb and have a gradient.
         """
+        stays = (False,) * len(bucket.slots)
+        if ahead is not None:
+            grads, stays = decay_ahead(bucket, grads, groups, ahead, grad_scale), ahead.stays
         # torch's kernels take a float32 grad_scale, and skip only if found_inf is exactly 1.
         kernel = rule.kernel if _has_fused(bucket) else None
         # They unscale in place, which is once too often where two parameters have one gradient.
@@ -196,25 +211,24 @@ class Backend:
         if rule.counts:
             _count_steps(bucket, grads, found_inf)
         held = bucket.held if blending is None or blending.kept is None else blending.kept.held
-        for run in runs(bucket, _kinds(bucket, rule, grads, groups, held)):
-            has_grad, perturbed, held, fresh = run.kind
+        for run in runs(bucket, _kinds(bucket, rule, grads, groups, held, stays)):
+            has_grad, perturbed, held, fresh, away = run.kind
             group, saved = groups[run.row], run.of(bucket.saved)
             frozen = is_zero(group["lr"])
-            if perturbed:
+            if perturbed and not away:
                 run.weights.copy_(saved)
             if not has_grad:
                 continue
             if not perturbed and (bucket.masters or frozen is not False):
                 _save(bucket, run)
-            home = saved if bucket.masters else run.weights
-            before = saved.clone() if bucket.masters and frozen is not False else saved
+            home = saved if bucket.masters or away else run.weights
+            before = saved.clone() if home is saved and frozen is not False else saved
             blends = blending is not None and group["ascent"] is not None
             if kernel is not None and not blends:
                 buffers = {name: bucket.state(name).flat for name in rule.kept(group)}
                 views = {name: run.split(bucket, name, flat) for name, flat in buffers.items()}
-                kernel(
-                    run.params, run.pick(grads.tensors), views, group, fresh, grad_scale, found_inf
-                )
+                params = run.split(bucket, "saved", bucket.saved) if away else run.params
+                kernel(params, run.pick(grads.tensors), views, group, fresh, grad_scale, found_inf)
             else:
                 grad = run.gather(bucket, grads)
                 after = None
@@ -243,9 +257,13 @@ class Backend:
                 home.copy_(before)
             elif frozen is not False:
                 home.copy_(torch.where(frozen, before, home))
-            if bucket.masters:
+            if bucket.masters and not away:
                 run.weights.copy_(home)
         bucket.climb.zero_()
+        if ahead is None:
+            return None
+        summed = momentum_of(bucket, ahead.momentum, climbing(bucket, grads, groups))
+        return self.reduce(bucket, SQUARES, summed, groups)
 
     def restore_(self, bucket: Bucket) -> None:
         """Return the perturbed slots to w; ``climb`` is 0 afterwards."""
@@ -296,14 +314,19 @@ def _has_fused(bucket: Bucket) -> bool:
 
 
 def _kinds(
-    bucket: Bucket, rule: Rule, grads: Gradients, groups: Groups, held: tuple[bool, ...]
+    bucket: Bucket,
+    rule: Rule,
+    grads: Gradients,
+    groups: Groups,
+    held: tuple[bool, ...],
+    stays: tuple[bool, ...],
 ) -> tuple[Hashable, ...]:
-    """For each slot (has a gradient, is perturbed, is kept, has no state yet); None: untouched."""
+    """For each slot (has a gradient, perturbed, kept, no state yet, stays); None: untouched."""
     fresh = bucket.fresh({name for row in bucket.rows for name in rule.kept(groups[row])})
     return tuple(
         [
             kind if kind[0] or kind[1] else None
-            for kind in zip(grads.present, bucket.perturbed, held, fresh, strict=True)
+            for kind in zip(grads.present, bucket.perturbed, held, fresh, stays, strict=True)
         ]
     )
 

@@ -44,6 +44,10 @@ BLENDS = 128
 """The rule sees a blend of its gradients."""
 KEPT_SHIFT = 8
 """From this bit on: which of the rule's states its group keeps."""
+SUMMED = 1 << 16
+"""The sum of its new momentum's squares is wanted."""
+STAYS = 1 << 17
+"""If its weights are in ``saved``, the new ones go there, and only there."""
 
 _ACCESS = 16
 _REMEMBERED = {"addresses": 64, "flags": 16}

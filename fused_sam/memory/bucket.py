@@ -109,7 +109,7 @@ class Bucket:
         self._at_w = (False,) * len(self.slots)
         self.perturbed = self.held = self._at_w
         self._number = 0
-        self._moving: tuple[bool, ...] | None = None
+        self._coming: tuple[int, tuple[bool, ...]] | None = None
         self._homes: list[int] = []
 
     @property
@@ -210,29 +210,35 @@ class Bucket:
         """
         if keep:
             self.make_kept()
-        self._number, self._moving = number, grads.present
+        self._coming = number, tuple(map(operator.or_, self.perturbed, grads.present))
         self.held = grads.present if keep else self._at_w
         return self.kept if keep else None
 
-    def end_climb(self) -> None:
-        """The climb is made."""
-        assert self._moving is not None
-        self.perturbed, self._moving = self._moving, None
+    def begin_return(self, but: tuple[bool, ...] | None = None) -> None:
+        """The perturbed slots are about to return to w, but for some whose new w ``saved`` gets."""
+        self._coming = 0, self._at_w if but is None else but
 
-    def begin_return(self) -> None:
-        """The perturbed slots are about to return to w."""
-        self._moving = self.perturbed
+    def end(self) -> None:
+        """The climb, the return or the update is made."""
+        assert self._coming is not None
+        (self._number, self.perturbed), self._coming = self._coming, None
 
-    def end_return(self) -> None:
-        """All slots are at w, or where an update has put them."""
-        self.perturbed, self._moving = self._at_w, None
+    def settle(self) -> bool:
+        """After an exception: which slots does ``saved`` hold? Waits for the device, then only.
 
-    def settle(self) -> None:
-        """After an exception: which slots does ``saved`` hold? Waits for the device, then only."""
-        if self._moving is not None:
-            away = self.climb.item() == self._number
-            self.perturbed = self._moving if away else self._at_w
-            self._moving = None
+        Returns:
+            Whether the last operation was made, as far as is known.
+        """
+        if self._coming is not None:
+            number, _ = self._coming
+            # After an update that left its w in `saved`, the number is 0 until the next climb, and
+            # does not tell of a return: that is then made again, from the same w.
+            if number != self._number and self.climb.item() == number:
+                self.end()
+            else:
+                self._coming = None
+                return False
+        return True
 
     def is_in_place(self) -> bool:
         """Whether every perturbed parameter still is what it was, and where."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,11 @@ class Gradients:
     present: tuple[bool, ...]
     complete: bool
     addresses: tuple[int, ...]
+
+    @functools.cached_property
+    def dtype(self) -> torch.dtype | None:
+        """Of those that are there."""
+        return next((tensor.dtype for tensor in self.tensors if tensor is not None), None)
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor | None]) -> Gradients:

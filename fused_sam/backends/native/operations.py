@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...ascents import KERNELS, SUMS, Ascent, Sums
+from ...ascents import KERNELS, SQUARES, SUMS, Ascent, Sums
 from ...blends import KERNELS as BLENDS
 from ...blends import Blending
 from ...memory import Bucket, Gradients
 from ...memory.bucket import Kept
 from ...rules import STEP, Rule
+from ..ahead import Ahead, climbing, decay_ahead, momentum_of
 from ..base import Backend, Groups
 from ..tables import READS_PARAM, Tables, blend_table, rule_bits, rule_rows, sums_table
 from .translate import MAX_STATES, rules
@@ -45,6 +46,7 @@ class NativeBackend(Backend):
     """See ``Backend`` for what the operations do."""
 
     name = "native"
+    stays = False
 
     def reduce(
         self,
@@ -113,11 +115,18 @@ class NativeBackend(Backend):
         *,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
-    ) -> None:
-        """As ``Backend.update_``, in one launch."""
+        ahead: Ahead | None = None,
+    ) -> Tensor | None:
+        """As ``Backend.update_``, in one launch; the sum in another one."""
         if not bucket.is_uniform or (blending is not None and blending.blend not in BLENDS):
-            scaling = {"grad_scale": grad_scale, "found_inf": found_inf}
-            return super().update_(bucket, rule, blending, grads, groups, **scaling)
+            return super().update_(
+                *(bucket, rule, blending, grads, groups),
+                grad_scale=grad_scale,
+                found_inf=found_inf,
+                ahead=ahead,
+            )
+        if ahead is not None:
+            grads = decay_ahead(bucket, grads, groups, ahead, grad_scale)
         tables = _tables(bucket)
         names = {name for row in bucket.rows for name in rule.kept(groups[row])}
         fresh = bucket.fresh(names)
@@ -145,6 +154,10 @@ class NativeBackend(Backend):
             _RULES[rule.name],
             -1 if blend is None else _BLENDS[blend.name],
         )
+        if ahead is None:
+            return None
+        summed = momentum_of(bucket, ahead.momentum, climbing(bucket, grads, groups))
+        return self.reduce(bucket, SQUARES, summed, groups)
 
     def restore_(self, bucket: Bucket) -> None:
         """As ``Backend.restore_``, in one launch."""

@@ -31,6 +31,8 @@ MAXIMIZE: tl.constexpr = tl.constexpr(tables.MAXIMIZE)
 HELD: tl.constexpr = tl.constexpr(tables.HELD)
 BLENDS: tl.constexpr = tl.constexpr(tables.BLENDS)
 KEPT_SHIFT: tl.constexpr = tl.constexpr(tables.KEPT_SHIFT)
+SUMMED: tl.constexpr = tl.constexpr(tables.SUMMED)
+STAYS: tl.constexpr = tl.constexpr(tables.STAYS)
 
 
 # ------------------------------------------------------------------------------ walking the tables
@@ -179,6 +181,19 @@ def _all_of(terms, MAX: tl.constexpr):
 
 
 @triton.jit
+def _finish(total, partials, MAX: tl.constexpr, BLOCK: tl.constexpr):
+    """What the programs have goes to ``total``."""
+    lanes = tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], partials.dtype.element_ty)
+    for i in range(0, tl.num_programs(0), BLOCK):
+        there = i + lanes < tl.num_programs(0)
+        # From the L2 cache, where the other programs' sums are.
+        part = tl.load(partials + i + lanes, there, 0.0, cache_modifier=".cg")
+        sums = _add(sums, part, MAX)
+    tl.store(total, _all_of(sums, MAX).to(tl.float64))
+
+
+@triton.jit
 def _reduce_tile(
     all,
     grad,
@@ -280,14 +295,7 @@ def reduce_kernel(
         tl.store(place + tl.program_id(0), _all_of(all[c], MAX))
     if _is_last(ticket_ptr):
         for c in tl.static_range(COUNT):
-            place = partials_ptr + c * tl.num_programs(0)
-            sums = tl.zeros([BLOCK], dtype)
-            for i in range(0, tl.num_programs(0), BLOCK):
-                there = i + lanes < tl.num_programs(0)
-                # From the L2 cache, where the other programs' sums are.
-                part = tl.load(place + i + lanes, there, 0.0, cache_modifier=".cg")
-                sums = _add(sums, part, MAX)
-            tl.store(total_ptr + c, _all_of(sums, MAX).to(tl.float64))
+            _finish(total_ptr + c, partials_ptr + c * tl.num_programs(0), MAX, BLOCK)
 
 
 # --------------------------------------------------------------------------------------- ascend_
@@ -321,9 +329,12 @@ def _ascend_tile(
     scalars,
     MOVE: tl.constexpr,
     MASTERS: tl.constexpr,
+    AWAY: tl.constexpr,
 ):
     scale = scalars[0]
-    if MASTERS:
+    if AWAY:
+        w = _load(saved + at + offs, mask, scale.dtype)
+    elif MASTERS:
         w, changed = _masters(weights, saved + at, offs, mask, None)
     else:
         w = _load(weights + offs, mask, scale.dtype)
@@ -335,10 +346,11 @@ def _ascend_tile(
     if MASTERS:  # which are not to be rounded anew
         stays = w.to(weights.dtype.element_ty).to(w.dtype)
     moved = tl.where(scale == 0, stays, MOVE(w, g, *scalars))
-    if MASTERS:
-        _store(saved + at + offs, w, changed if mask is None else changed & mask)
-    else:
-        _store(saved + at + offs, w, mask)
+    if not AWAY:
+        if MASTERS:
+            _store(saved + at + offs, w, changed if mask is None else changed & mask)
+        else:
+            _store(saved + at + offs, w, mask)
     _store_stochastically(weights + offs, moved, at + offs, seed, mask)
 
 
@@ -364,6 +376,7 @@ def ascend_kernel(
     NUMBERS: tl.constexpr,
     COLUMNS: tl.constexpr,
     MASTERS: tl.constexpr,
+    AWAY: tl.constexpr,
     WEIGHT: tl.constexpr,
     GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -372,7 +385,7 @@ def ascend_kernel(
     """Save w and climb by ``total`` (NUMBERS,) float64; ``number`` goes to ``climb`` (1,) int64.
 
     ``number_ptr`` is where it is, (1,) int64; None where it is an argument.
-    ``kept`` gets the gradients; None where nobody wants them.
+    ``kept`` gets the gradients; None where nobody wants them. AWAY: w is in ``saved`` already.
     """
     dtype = hyper_ptr.dtype.element_ty
     lanes = tl.arange(0, BLOCK)
@@ -397,7 +410,8 @@ def ascend_kernel(
                 for tile in range(TILES):
                     offs = tile * BLOCK + lanes
                     _ascend_tile(
-                        *(w, saved_ptr, kept_ptr, at, g, offs, None, seed, scalars, MOVE, MASTERS)
+                        *(w, saved_ptr, kept_ptr, at, g, offs, None, seed, scalars),
+                        *(MOVE, MASTERS, AWAY),
                     )
             else:
                 w = weights + begin
@@ -407,7 +421,8 @@ def ascend_kernel(
                     offs = tile * BLOCK + lanes
                     mask = offs < count
                     _ascend_tile(
-                        *(w, saved_ptr, kept_ptr, at, g, offs, mask, seed, scalars, MOVE, MASTERS)
+                        *(w, saved_ptr, kept_ptr, at, g, offs, mask, seed, scalars),
+                        *(MOVE, MASTERS, AWAY),
                     )
 
 
@@ -500,8 +515,10 @@ def _mix(x, y, g, first):
 
 @triton.jit
 def _update_tile(
+    all,
     weights,
     source,
+    target,
     grad,
     states,
     at,
@@ -510,7 +527,10 @@ def _update_tile(
     limits,
     lr,
     descent,
+    decay,
     perturbed,
+    stays,
+    summed,
     kept,
     direction,
     blend,
@@ -519,6 +539,8 @@ def _update_tile(
     KEPT: tl.constexpr,
     MASTERS: tl.constexpr,
     AFTER: tl.constexpr,
+    TERMS: tl.constexpr,
+    MOMENTUM: tl.constexpr,
 ):
     if MASTERS:
         # Away from w only the masters are right; at w the weights are looked at, too.
@@ -537,6 +559,9 @@ def _update_tile(
         else:
             _store(direction + at + offs, mixed, mask)
     g = descent * g
+    if decay is not None:
+        way = _load(weights + offs, mask, descent.dtype) - w
+        g += tl.where(perturbed, decay * way, 0.0).to(g.dtype)
     state = ()
     for i in tl.static_range(len(states)):
         if KEPT[i]:
@@ -552,11 +577,34 @@ def _update_tile(
     value = tl.where(lr == 0, w, value)
     if MASTERS:
         _store(source + offs, value, mask)
-    _store(weights + offs, value, mask)
+        if TERMS is None:
+            _store(weights + offs, value, mask)
+        else:
+            goes = (offs >= 0) & (stays == 0)
+            _store(weights + offs, value, goes if mask is None else goes & mask)
+    else:
+        _store(target + offs, value, mask)
+    if TERMS is not None:
+        v = new[1 + MOMENTUM].to(states[MOMENTUM].dtype.element_ty).to(g.dtype)
+        there = (offs >= 0) & summed if mask is None else mask & summed
+        all += TERMS(None, tl.where(there, v, 0.0).to(g.dtype))
     for i in tl.static_range(len(states)):
         if KEPT[i]:
             use = mask if limits is None else offs < limits[i]
             _store(states[i] + at + offs, new[1 + i], use)
+    return all
+
+
+@triton.jit
+def _sum_state(
+    all, state, at, count, TERMS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr
+):
+    """What a chunk of a state adds to a sum."""
+    lanes = tl.arange(0, BLOCK)
+    for tile in range(tl.cdiv(count, BLOCK).to(tl.int32)):
+        offs = tile * BLOCK + lanes
+        all += TERMS(None, _load(state + at + offs, offs < count, all.dtype))
+    return all
 
 
 @triton.jit(
@@ -566,6 +614,9 @@ def _update_tile(
     ],
 )
 def update_kernel(
+    total_ptr,
+    partials_ptr,
+    decay_ptr,
     saved_ptr,
     kept_ptr,
     direction_ptr,
@@ -594,6 +645,8 @@ def update_kernel(
     MIXED: tl.constexpr,
     MASTERS: tl.constexpr,
     AFTER: tl.constexpr,
+    TERMS: tl.constexpr,
+    MOMENTUM: tl.constexpr,
     WEIGHT: tl.constexpr,
     GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -616,9 +669,15 @@ def update_kernel(
     for 1; or the direction's norm) and ``blend``, the hyperparameters, give its COEFFICIENTS.
     AFTER: so they do for what is subtracted from w after the rule. Where ``direction`` (size,) is
     not None, the blend goes there, and g is the gradient.
+
+    With TERMS a climb along the momentum comes next, which is state number MOMENTUM: the sum of its
+    TERMS, of the slots whose flags say so, goes to ``total`` (1,) float64, through ``partials``
+    (programs,). The new w of perturbed slots whose flags say so goes to ``saved`` alone. ``decay``
+    (r,) times the way from ``saved`` to the weights is added to g; None where it is 0 for all.
     """
     dtype = hyper_ptr.dtype.element_ty
     lanes = tl.arange(0, BLOCK)
+    all = tl.zeros([BLOCK], dtype)
     if tl.program_id(0) == 0:
         tl.store(climb_ptr, 0)
     steps = True
@@ -633,7 +692,13 @@ def update_kernel(
             slots_ptr, flags_ptr, chunk, n_slots, WEIGHT, BLOCK * TILES
         )
         perturbed = (flags & PERTURBED) != 0
+        stays = perturbed & ((flags & STAYS) != 0) & ((flags & MISSING) == 0)
+        summed = ((flags & SUMMED) != 0) & ((flags & MISSING) == 0)
+        returns = perturbed if TERMS is None else perturbed & (stays == 0)
         if ((flags & MISSING) == 0) & steps:
+            decay = None
+            if decay_ptr is not None:
+                decay = tl.load(decay_ptr + row)
             grad = tl.load(grads_ptr + slot).to(tl.pointer_type(GRAD))
             descent = tl.where((flags & MAXIMIZE) != 0, -unscale, unscale)
             columns = _columns(hyper_ptr, row, COLUMNS)
@@ -681,11 +746,17 @@ def update_kernel(
                 else:
                     source = _either(perturbed, saved_ptr + at, w).to(saved_ptr.dtype)
                     source = tl.multiple_of(source, 16)
+                target = w
+                if TERMS is not None and not MASTERS:
+                    target = _either(stays, saved_ptr + at, w).to(saved_ptr.dtype)
+                    target = tl.multiple_of(target, 16)
                 for tile in range(TILES):
                     offs = tile * BLOCK + lanes
-                    _update_tile(
+                    all = _update_tile(
+                        all,
                         w,
                         source,
+                        target,
                         g,
                         states,
                         at,
@@ -694,7 +765,10 @@ def update_kernel(
                         limits,
                         lr,
                         descent,
+                        decay,
                         perturbed,
+                        stays,
+                        summed,
                         kept_ptr,
                         direction_ptr,
                         blend,
@@ -703,6 +777,8 @@ def update_kernel(
                         KEPT,
                         MASTERS,
                         AFTER,
+                        TERMS,
+                        MOMENTUM,
                     )
             else:
                 w = weights + begin
@@ -712,11 +788,16 @@ def update_kernel(
                     source = saved_ptr + at
                 else:
                     source = _either(perturbed, saved_ptr + at, w).to(saved_ptr.dtype)
+                target = w
+                if TERMS is not None and not MASTERS:
+                    target = _either(stays, saved_ptr + at, w).to(saved_ptr.dtype)
                 for tile in range(tl.cdiv(count, BLOCK).to(tl.int32)):
                     offs = tile * BLOCK + lanes
-                    _update_tile(
+                    all = _update_tile(
+                        all,
                         w,
                         source,
+                        target,
                         g,
                         states,
                         at,
@@ -725,7 +806,10 @@ def update_kernel(
                         limits,
                         lr,
                         descent,
+                        decay,
                         perturbed,
+                        stays,
+                        summed,
                         kept_ptr,
                         direction_ptr,
                         blend,
@@ -734,15 +818,25 @@ def update_kernel(
                         KEPT,
                         MASTERS,
                         AFTER,
+                        TERMS,
+                        MOMENTUM,
                     )
-        elif perturbed:
+        elif returns:
             _restore(weights, saved_ptr, start, begin, count, wide, lanes, BLOCK, TILES)
-    if step_ptr is not None:
+        if TERMS is not None and found_inf_ptr is not None:
+            if summed & (steps == 0):
+                all = _sum_state(all, states[MOMENTUM], start + begin, count, TERMS, BLOCK, TILES)
+    if TERMS is not None:
+        tl.store(partials_ptr + tl.program_id(0), tl.sum(all))
+    if step_ptr is not None or TERMS is not None:
         # Every chunk of a slot needs the old count: whoever comes last, of all programs, counts.
         if _is_last(ticket_ptr):
-            if steps:
-                for i in range(0, n_slots, BLOCK):
-                    slot = i + lanes
-                    flags = tl.load(flags_ptr + slot, slot < n_slots, MISSING)
-                    count = tl.load(step_ptr + slot, slot < n_slots, 0.0)
-                    tl.store(step_ptr + slot, count + 1, (flags & MISSING) == 0)
+            if TERMS is not None:
+                _finish(total_ptr, partials_ptr, False, BLOCK)
+            if step_ptr is not None:
+                if steps:
+                    for i in range(0, n_slots, BLOCK):
+                        slot = i + lanes
+                        flags = tl.load(flags_ptr + slot, slot < n_slots, MISSING)
+                        count = tl.load(step_ptr + slot, slot < n_slots, 0.0)
+                        tl.store(step_ptr + slot, count + 1, (flags & MISSING) == 0)

@@ -9,14 +9,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from ...ascents import Ascent, Sums
+from ...ascents import SQUARES, Ascent, Sums
 from ...blends import Blending
 from ...devices import on
 from ...memory import Bucket, Gradients
 from ...memory.bucket import Kept
 from ...rules import STEP, Rule
+from ..ahead import Ahead
 from ..base import Backend, Groups
-from ..tables import Tables, blend_table, rule_bits, rule_rows, sums_table
+from ..tables import STAYS, SUMMED, Tables, blend_table, rule_bits, rule_rows, sums_table
 from . import kernels
 from .words import compiled
 
@@ -173,7 +174,8 @@ class TritonBackend(Backend):
             )
             constants = (
                 *(compiled(sums.terms), sums.count, sums.how == "max"),
-                *(sums.earlier, _width(sums), reads, *launcher.types),
+                *(sums.earlier, _width(sums), reads, launcher.types[0]),
+                TYPES[grads.dtype or bucket.grad_dtype],
             )
             launcher.launch(kernels.reduce_kernel, args, constants, sums.wide, sums.wide, args[3])
         return total
@@ -189,9 +191,21 @@ class TritonBackend(Backend):
         kept: Tensor | None = None,
         unscale: float = 1.0,
     ) -> None:
-        """As ``Backend.ascend_``, in one launch."""
+        """As ``Backend.ascend_``, in one launch; in two where only some are perturbed."""
         if ascent.average is not None:
             return super().ascend_(bucket, ascent, grads, groups, total, number, kept, unscale)
+        pairs = list(zip(bucket.perturbed, grads.present, strict=True))
+        away = any([perturbed and there for perturbed, there in pairs])
+        if away and any([there and not perturbed for perturbed, there in pairs]):
+            # What has to be saved comes first: it is in `saved` when the number is written.
+            for wanted in (False, True):
+                part = [
+                    grad if perturbed is wanted else None
+                    for perturbed, grad in zip(bucket.perturbed, grads.tensors, strict=True)
+                ]
+                args = Gradients.of(part), groups, total, number, kept, unscale
+                self.ascend_(bucket, ascent, *args)
+            return
         launcher = _launcher(bucket)
         with on(bucket.device):
             args = (
@@ -204,7 +218,7 @@ class TritonBackend(Backend):
             constants = (
                 *(compiled(ascent.scalars), compiled(ascent.move)),
                 *(len(ascent.sums.chain), _width(ascent.sums)),
-                *(bucket.masters, *launcher.types),
+                *(bucket.masters, away, launcher.types[0], TYPES[grads.dtype or bucket.grad_dtype]),
             )
             launcher.launch(kernels.ascend_kernel, args, constants)
 
@@ -218,9 +232,11 @@ class TritonBackend(Backend):
         *,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
-    ) -> None:
+        ahead: Ahead | None = None,
+    ) -> Tensor | None:
         """As ``Backend.update_``, in one launch."""
         launcher = _launcher(bucket)
+        total: Tensor | None = None
         with on(bucket.device):
             states = [rule.kept(groups[row]) for row in bucket.rows]
             names = {name for row in states for name in row}
@@ -230,7 +246,17 @@ class TritonBackend(Backend):
             held = () if kept is None else kept.held
             bits = {row: rule_bits(rule, groups[row], blend is not None) for row in bucket.rows}
             numbers, rates = rule_rows(rule, groups, bucket.rows)
+            decay = None
+            if ahead is not None:
+                total = torch.empty(1, dtype=torch.float64, device=bucket.device)
+                climbs = SUMMED | STAYS * any(ahead.stays)
+                for row in bucket.rows:
+                    bits[row] |= climbs * (groups[row]["ascent"] is not None)
+                if any([ahead.decay[row] for row in bucket.rows]):
+                    decays = {row: (ahead.decay[row],) for row in bucket.rows}
+                    decay = launcher.hyper("decay", len(groups), lambda: decays)
             args = (
+                *(total, None if total is None else launcher.scratch(SQUARES), decay),
                 bucket.saved,
                 None if kept is None else kept.flat,
                 None if blending is None else blending.direction,
@@ -250,11 +276,16 @@ class TritonBackend(Backend):
                 1 + len(rule.column_names),
                 *((0, 0) if blend is None else (blend.count, len(blend.column_names))),
                 *(tuple([buffer is not None for buffer in buffers]), mixed, bucket.masters),
-                *(blend is not None and blend.after, *launcher.types),
+                blend is not None and blend.after,
+                None if ahead is None else compiled(SQUARES.terms),
+                0 if ahead is None else [s.name for s in rule.states].index(ahead.momentum),
+                *launcher.types,
             )
             keeps = blend is not None and blend.reuse is not None
             roomy = launcher.itemsize == 8 or (launcher.half and mixed) or keeps
-            launcher.launch(kernels.update_kernel, args, constants, roomy, False, *args[1:3])
+            others = args[4:6]
+            launcher.launch(kernels.update_kernel, args, constants, roomy, False, *others)
+        return total
 
     def restore_(self, bucket: Bucket) -> None:
         """As ``Backend.restore_``, in one launch."""
