@@ -57,6 +57,9 @@ BLENDED = {
 }
 """Updates that see a blend of both gradients."""
 UPDATES |= {name: UPDATES[plain] for name, (plain, _) in BLENDED.items()}
+AHEAD = {"sgd-momentum-ahead": False, "sgd-momentum-ahead-decay": True, "adamw-ahead": False}
+"""Updates after which the weights go ahead of w, and whether they decay there."""
+UPDATES |= {name: UPDATES[name.partition("-ahead")[0]] for name in AHEAD}
 REDUCES = {
     "reduce": (ASCENTS["sam"].sums, False),
     "reduce-asam": (ASCENTS["sam"].sums, True),
@@ -70,14 +73,16 @@ CLIMBS = {
     "ascend": ASCENTS["sam"],
     "ascend-p-norm": ASCENTS["p-norm"],
     "ascend-keep": ASCENTS["sam"],
+    "ascend-ahead": ASCENTS["msam"],
 }
 KERNELS = [*REDUCES, *CLIMBS, *UPDATES, "restore"]
-MASTERS = ("ascend", "sgd-momentum", "adamw", "restore")
+MASTERS = ("ascend", "sgd-momentum", "adamw", "restore", "ascend-ahead", "sgd-momentum-ahead")
 """Compiled for bfloat16 weights and gradients with float32 masters and states, too."""
 EVERYWHERE = (
     *("reduce", "ascend", "sgd-momentum", "adamw", "rmsprop"),
     *("reduce-gram", "ascend-keep", "sgd-momentum-gsam", "sgd-momentum-wsam"),
     *("sgd-momentum-looksam", "sgd-momentum-looksam-reuse"),
+    *("ascend-ahead", "sgd-momentum-ahead-decay"),
 )
 NOT_ALIGNED = (
     "total_ptr",
@@ -109,7 +114,8 @@ def build(name, dtype, target):
     constants = {"MASTERS": masters} if name in CLIMBS or name in UPDATES else {}
     constants |= {"WEIGHT": triton_dtype(dtype)}
     if name != "restore":
-        constants["GRAD"] = triton_dtype(dtype)
+        ahead = name == "ascend-ahead"
+        constants["GRAD"] = triton_dtype(wide if ahead else dtype)  # of masters' momentum
     if name in UPDATES:
         rule, kept = UPDATES[name]
         constants |= {"SCALARS": text(rule.scalars), "RULE": text(rule.update), "KEPT": kept}
@@ -127,6 +133,11 @@ def build(name, dtype, target):
             if blend.reuses:
                 types["kept_ptr"] = compute
             types["direction_ptr"] = None if blend.reuse is None else compute
+        constants |= {"TERMS": text(SQUARES.terms) if name in AHEAD else None, "MOMENTUM": 0}
+        if name in AHEAD:
+            types["decay_ptr"] = compute if AHEAD[name] else None
+        else:
+            types |= dict.fromkeys(("total_ptr", "partials_ptr", "decay_ptr"))
         function = kernels.update_kernel
     elif name in REDUCES:
         sums, reads = REDUCES[name]
@@ -141,7 +152,7 @@ def build(name, dtype, target):
         constants |= {"SCALARS": text(ascent.scalars), "MOVE": text(ascent.move)}
         constants |= {"NUMBERS": len(ascent.sums.chain)}
         types["kept_ptr"] = "*" + dtype if name == "ascend-keep" else None
-        constants["COLUMNS"] = len(ascent.sums.column_names)
+        constants |= {"COLUMNS": len(ascent.sums.column_names), "AWAY": name == "ascend-ahead"}
         function = kernels.ascend_kernel
     else:
         function = kernels.restore_kernel
@@ -154,7 +165,9 @@ def build(name, dtype, target):
     options = {"num_warps": backend.THREADS // target.warp_size}
     if target.backend == "cuda":
         options |= backend.CUDA_OPTIONS
-        roomy = name in UPDATES and (dtype == "fp64" or name.endswith("-looksam"))
+        crowded = dtype == "fp64" or name.endswith("-looksam")
+        crowded |= name == "adamw-ahead" and dtype in ("bf16", "fp16")
+        roomy = name in UPDATES and crowded
         if roomy or in_double:
             options |= backend.MANY_REGISTERS
     source = ASTSource(function, *signature(function, types, constants))

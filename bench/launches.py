@@ -84,7 +84,9 @@ def _launches_of(optimizer: Any, base: str) -> dict[str, Work]:
         return backend.reduce(bucket, ASCENTS["sam"].sums, grads, groups)
 
     def ascend_(total: torch.Tensor) -> None:
+        away, bucket.perturbed = bucket.perturbed, (False,)  # else it would not save w
         backend.ascend_(bucket, ASCENTS["sam"], grads, groups, total, 1)
+        bucket.perturbed = away
 
     return {
         "reduce": reduce,

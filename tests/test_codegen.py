@@ -19,6 +19,7 @@ ARCHS = ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]
 BUDGET = {"reduce": 1, "ascend": 4, "sgd-momentum": 5, "adamw": 7}
 BUDGET |= {"ascend-keep": 5, "reduce-gram": 2, "sgd-momentum-gsam": 6}
 BUDGET |= {"sgd-momentum-wsam": 6, "sgd-momentum-looksam": 7, "sgd-momentum-looksam-reuse": 6}
+BUDGET |= {"ascend-ahead": 3, "sgd-momentum-ahead-decay": 6}
 """Accesses to each element: the traffic budget of docs/predicted.md, and with a blend."""
 
 
@@ -49,8 +50,15 @@ def test_traffic_is_the_budget(kernel, dtype, arch, kernels):
     assert others == ([] if kernel.startswith(("reduce", "ascend")) else [[1, 1]])
 
 
+@pytest.mark.parametrize(("kernel", "accesses"), [("sgd-momentum-ahead", 5), ("adamw-ahead", 7)])
+def test_an_update_ahead_of_w_reads_and_writes_no_more_than_another(kernel, accesses, kernels):
+    """Guards Momentum-SAM's 8 accesses: 5 here, the sum of the new momentum included, then 3."""
+    for dtype in ("fp32", "bf16"):
+        assert sum(kernels[kernel, dtype, "sm_90"]["loops"][0]) == accesses
+
+
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize(("kernel", "size"), [("ascend", 10), ("sgd-momentum", 20), ("adamw", 28)])
+@pytest.mark.parametrize(("kernel", "size"), [("ascend", 10), ("ascend-ahead", 10), ("sgd-momentum", 20), ("adamw", 28)])
 def test_masters_cost_the_bytes_of_the_budget(kernel, size, arch, kernels):
     """bfloat16 weights and gradients, float32 masters and states; the reduction reads 2 bytes.
 
@@ -108,13 +116,15 @@ def test_small_numbers_are_not_flushed_to_zero(kernels):
 
 def test_registers_leave_half_of_the_threads_on_sm_90(kernels):
     crowded = {k: r["occupancy"] for k, r in kernels.items() if r["arch"] == "sm_90"}
-    assert len(crowded) == 52
+    assert len(crowded) == 62
     # Three float64 sums for each element of an access: of half precision that is eight.
     assert crowded.pop(("reduce-gram", "fp32", "sm_90")) == 0.25
     assert crowded.pop(("reduce-gram", "bf16", "sm_90")) == 0.25
     # Once in several steps: four to five operands of 16 bytes a thread are on their way even so.
     for rule, dtype in itertools.product(("sgd-momentum", "adamw"), ("fp32", "bf16")):
         assert crowded.pop((f"{rule}-looksam", dtype, "sm_90")) >= 0.25
+    # Seven operands, and eight sums in the registers.
+    assert crowded.pop(("adamw-ahead", "bf16", "sm_90")) >= 0.25
     assert all(share >= 0.5 for share in crowded.values()), crowded
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from fused_sam import FusedSAM
 from fused_sam.ascents import MSAM
+from fused_sam.backends.base import Backend
 from fused_sam.batchnorm import recompute_batchnorm
 from fused_sam.blends import GSAM
 from fused_sam.schedule import Every
@@ -338,6 +339,56 @@ def test_with_an_attached_model_the_weights_come_and_go(backend):
         twin.train()
         in_evaluation(model)
         assert_equal(model, model.seen[-1])
+
+
+def test_the_way_ahead_is_as_long_as_rho_whoever_has_written_to_the_momentum():
+    """Guards the sum that a step leaves for the next forward: it is that of what is there then."""
+    opt, model, *_ = both()
+    surface = Surface(SHAPES)
+    for i in range(3):
+        model()
+        give(model, surface.gradient(model, i, 0))
+        opt.step()
+        home = [p.detach().clone() for p in model]
+        if i == 1:
+            opt.state[model[1]]["momentum_buffer"].mul_(3.0)
+        model()
+        way = torch.cat([(p.detach() - w).flatten() for p, w in zip(model, home, strict=True)])
+        torch.testing.assert_close(way.norm().item(), 0.4, rtol=1e-12, atol=0)
+
+
+def test_an_update_that_fails_leaves_w(backend):
+    """Guards both buckets: one has made its update and waits for the climb, the other has not."""
+    params = [*start(torch.float32), *start()]
+    opt = FusedSAM(params, ascent=MSAM(), momentum=0.9, lr=0.05, rho=0.4, backend=backend)
+    surface = Surface(SHAPES * 2)
+    for i in range(2):
+        plain(opt, params, surface, i)
+    twin = copy.deepcopy(opt.eval() or [opt, params])
+    opt.train()
+    before = [p.detach().clone() for p in twin[1]]
+    twin[0].train()
+    plain(*twin, surface, 2)
+    twin[0].eval()
+    second = opt._facts.engine.buckets[1]
+    opt._facts.engine.backends[1] = Failing()
+    with pytest.raises(MemoryError):
+        plain(opt, params, surface, 2)
+    assert not opt.is_perturbed
+    for p, w, stepped in zip(params, before, twin[1], strict=True):
+        assert_same_bits(p, w if any(p is q for q in second.params) else stepped.detach())
+
+
+class Failing:
+    """A backend whose update fails."""
+
+    stays = True
+
+    def update_(self, *args, **options):
+        raise MemoryError
+
+    def restore_(self, bucket):
+        Backend().restore_(bucket)
 
 
 def test_copies_of_an_attached_model_are_refused_ahead_of_w_and_saving_goes_to_w():

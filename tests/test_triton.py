@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from oracle import Textbook, inject
 
 from fused_sam import FusedSAM, backends
+from fused_sam.ascents import MSAM
 from fused_sam.backends import capture, tables
 
 triton = pytest.importorskip("fused_sam.backends.triton")
@@ -423,3 +425,48 @@ def test_auto_is_triton_on_gpus(device, monkeypatch):
 
 def test_auto_is_not_triton_on_a_cpu():
     assert backends.resolve("auto", torch.device("cpu")).name != "triton"
+
+
+@pytest.mark.parametrize("masters", [None, False, True], ids=["float64", "bf16", "bf16-masters"])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_momentum_sam_takes_two_launches(base, masters, monkeypatch):
+    """Guards an update in place ahead of w, its sum and the climb from there, against the reference.
+
+    With a gradient that is missing, a skipped step, and a group that does not climb. The number of
+    the climb rounds bfloat16, which is the same for both: they differ by a rounding, now and then.
+    """
+    launched, inner = [], operations._Launcher.launch
+
+    def launch(self, kernel, *args):
+        launched.append(kernel.fn.__name__)
+        return inner(self, kernel, *args)
+
+    monkeypatch.setattr(operations._Launcher, "launch", launch)
+    dtype = torch.float64 if masters is None else torch.bfloat16
+    sizes, more = (5000, 3, 4), {"momentum": 0.9} if base is torch.optim.SGD else {}
+    start = [torch.linspace(-1, 1, n).to(dtype) for n in sizes]
+    runs = []
+    for backend in ("reference", "triton"):
+        params = [torch.nn.Parameter(p.clone()) for p in start]
+        groups = [{"params": params[:2]}, {"params": params[2:], "ascent": None}]
+        options = {"lr": 0.1, "weight_decay": 0.1, "rho": 3.0, "master_weights": bool(masters)}
+        opt = FusedSAM(groups, base, ascent=MSAM(), backend=backend, **options, **more)
+        runs.append((opt, params))
+    for i in range(5):
+        launched.clear()
+        for opt, params in runs:
+            for j, p in enumerate(params):
+                p.grad = None if (i, j) == (1, 1) else torch.cos(p.detach() * (i + j + 1))
+            opt.found_inf = torch.tensor(float(i == 3))
+            opt.step()
+        away = {"update_kernel": 1, "ascend_kernel": 2 if i == 2 else 1}
+        assert Counter(launched) == away, i
+        bound = 1e-13 if masters is None else 2**-7
+        for p, q in zip(runs[0][1], runs[1][1], strict=True):
+            torch.testing.assert_close(q.detach(), p.detach(), rtol=bound, atol=bound)
+    for opt, _ in runs:
+        opt.eval()
+    if masters:
+        for p, q in zip(runs[0][1], runs[1][1], strict=True):
+            a, b = (o.state[x]["master_weight"] for (o, _), x in zip(runs, (p, q), strict=True))
+            torch.testing.assert_close(b, a, rtol=0, atol=2e-3)

@@ -282,7 +282,8 @@ class TritonBackend(Backend):
                 *launcher.types,
             )
             keeps = blend is not None and blend.reuse is not None
-            roomy = launcher.itemsize == 8 or (launcher.half and mixed) or keeps
+            crowded = ahead is not None and len(names) > 1
+            roomy = launcher.itemsize == 8 or (launcher.half and (mixed or crowded)) or keeps
             others = args[4:6]
             launcher.launch(kernels.update_kernel, args, constants, roomy, False, *others)
         return total
