@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from .climb import Climb
 from .memory import Bucket, Gradients
 from .memory.window import as_real
 from .modes import working
-from .options import CLIMBS, MISSED
+from .options import MISSED
 
 
 class OnePass(Climb):
@@ -111,11 +111,11 @@ class OnePass(Climb):
             facts.versions = facts.writes()
             return
         # Against the momentum: the weights will move so.
-        groups: Groups = [{**g, "rho": -g["rho"], "maximize": False} for g in self.param_groups]
-        number = self.param_groups[0][CLIMBS] = self.param_groups[0].get(CLIMBS, 0) + 1
+        groups: Groups = [_Against(group) for group in self.param_groups]
         facts.perturbed = facts.visited = True
         try:
-            facts.climbed(ascent, groups, facts.engine.climb(ascent, momentum, groups, number))
+            counter = self.param_groups[0]
+            facts.climbed(ascent, groups, facts.engine.climb(ascent, momentum, groups, counter))
         except BaseException:
             self.restore()
             raise
@@ -145,6 +145,24 @@ class OnePass(Climb):
                 "checkpoint. With an attached model it is needed only after optimizer.eval(), and "
                 "where another module than that one runs, or runs in evaluation mode"
             )
+
+
+class _Against(Mapping[str, Any]):
+    """A group as a climb against its momentum sees it, now and whenever a graph asks for it."""
+
+    def __init__(self, group: Mapping[str, Any]) -> None:
+        self._group = group
+
+    def __getitem__(self, name: str) -> Any:
+        if name == "maximize":
+            return False
+        return -self._group[name] if name == "rho" else self._group[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._group)
+
+    def __len__(self) -> int:
+        return len(self._group)
 
 
 def _momentum(bucket: Bucket, name: str, missed: set[int]) -> Gradients:

@@ -36,6 +36,10 @@ class Backend:
 
     name = "reference"
 
+    def bakes_in(self, bucket: Bucket, ascent: Ascent) -> str | None:
+        """Why a CUDA graph of a step would keep numbers of the host's; None if it would not."""
+        return "operations of torch's compute a step"
+
     def reduce(
         self,
         bucket: Bucket,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..devices import on
+from ..recording import recording
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -65,11 +66,11 @@ class Captures:
             RuntimeError: this torch cannot do it; or state was replaced since the last step, or a
                 parameter with a gradient lacks some: every replay would bring it in anew.
         """
-        if torch.__version__ < "2.11":
+        if recording() is None and torch.__version__ < "2.11":
             raise RuntimeError(
                 f"a CUDA graph is being captured with torch {torch.__version__}, where a capture "
                 f"has no pool of pinned memory for the tables that FusedSAM uploads; install "
-                f"torch 2.11 or later, or step without a graph"
+                f"torch 2.11 or later, or use fused_sam.graphs.capture, or step without a graph"
             )
         rule = layout.rule
         if rule and not layout.states.is_current(state):
@@ -92,6 +93,10 @@ class Captures:
             pinned = [b.memory(slot) for b in layout.buckets for slot in b.slots if slot.pinned]
             self._seen.append((layout, pinned, [bucket.cache for bucket in layout.buckets]))
         self._rates += [group["lr"] for group in groups if isinstance(group.get("lr"), Tensor)]
+        self._misfit = None
+
+    def renew(self) -> None:
+        """A new capture is about to be made: nobody need be told to make one."""
         self._misfit = None
 
     def outdate(self, why: str) -> None:

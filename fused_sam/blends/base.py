@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..choice import Choice as AnyChoice
+from ..recording import followed
 from ..rules.base import Group
 from ..text import Text
 
@@ -75,9 +76,8 @@ class Blending:
     def coefficients(self, group: Group) -> tuple[Tensor, ...]:
         """The factors of a group, each () float64."""
         scale = 1.0 if self.scale is None else self.scale
-        found: tuple[Tensor, ...] = self.blend.coefficients(
-            *self.numbers.unbind(), scale, *self.blend.numbers(group)
-        )
+        columns = followed(lambda: self.blend.numbers(group), torch.float64)
+        found: tuple[Tensor, ...] = self.blend.coefficients(*self.numbers.unbind(), scale, *columns)
         return found
 
     def sq_norm(self, unblended: Tensor, groups: Iterable[Group]) -> Tensor:

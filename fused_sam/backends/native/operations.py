@@ -44,6 +44,12 @@ class NativeBackend(Backend):
 
     name = "native"
 
+    def bakes_in(self, bucket: Bucket, ascent: Ascent) -> str | None:
+        """As ``Backend.bakes_in``."""
+        if bucket.is_uniform and ascent.average is None:
+            return None
+        return super().bakes_in(bucket, ascent)
+
     def reduce(
         self,
         bucket: Bucket,

@@ -141,6 +141,10 @@ class TritonBackend(Backend):
 
     name = "triton"
 
+    def bakes_in(self, bucket: Bucket, ascent: Ascent) -> str | None:
+        """As ``Backend.bakes_in``."""
+        return None if ascent.average is None else super().bakes_in(bucket, ascent)
+
     def reduce(
         self,
         bucket: Bucket,
