@@ -13,8 +13,9 @@ from .memory import Gradients
 from .modes import working
 from .options import MAX_GRAD_NORM, agreed_max_grad_norm, numbers
 from .passes import Passes
+from .recording import recording
 from .scaler import Handed
-from .schedule import NO_CLIMB
+from .schedule import NO_CLIMB, Decision
 
 
 class Climb(Passes):
@@ -63,12 +64,18 @@ class Climb(Passes):
                     f"Momentum-SAM left them: call optimizer.restore(), and take the gradients anew"
                 )
             facts.scale = scale
-            facts.scale_matters = self._when.needs_norm or ascent.scale_matters
+            when = self.when
+            facts.scale_matters = when.needs_norm or ascent.scale_matters
             if ascent.along_momentum:
                 facts.decision = NO_CLIMB
+            elif (graph := recording()) is not None:
+                facts.decision = Decision(graph.climbs, {})
             else:
-                facts.decision = self._when.decide(groups[0], lambda: self._sq_norm(grads))
+                # A blend with a schedule may have been chosen since the groups were filled.
+                counts = {**when.memory, **groups[0]}
+                facts.decision = when.decide(counts, lambda: self._sq_norm(grads))
             if not facts.decision.climbs:
+                facts.blend = None if blend is None else blend.reuse
                 facts.begin_second()
                 facts.aside = put_aside(groups) if zero_grad else pairs_of(groups)
                 return False
@@ -97,7 +104,7 @@ class Climb(Passes):
 
     def _scale_matters(self) -> bool:
         """Whether the climb depends on the size of the gradients."""
-        return self._when.needs_norm or ascents.chosen(self.param_groups).scale_matters
+        return self.when.needs_norm or ascents.chosen(self.param_groups).scale_matters
 
     def _is_scaled(self) -> bool:
         """Whether a GradScaler has said that the gradients are scaled."""

@@ -17,6 +17,7 @@ from .memory import Bucket, Gradients
 from .memory.window import as_real
 from .modes import working
 from .options import MISSED
+from .recording import followed
 
 
 class OnePass(Climb):
@@ -194,8 +195,13 @@ def decay_ahead(
     Returns:
         The gradients; new tensors where something was added.
     """
-    coupled = [_coupled(group) for group in groups]
-    if not any(coupled):
+    factors = followed(lambda: list(map(_coupled, groups)), torch.float64)
+    # A graph may find another one whenever it runs: only where none is coupled it leaves it out.
+    decays = [
+        not group.get("decoupled_weight_decay") and (isinstance(factor, Tensor) or factor != 0)
+        for factor, group in zip(factors, groups, strict=True)
+    ]
+    if not any(decays):
         return [*grads]
     decayed = []
     for bucket, there in zip(buckets, grads, strict=True):
@@ -204,10 +210,10 @@ def decay_ahead(
             mine = [
                 i
                 for i, slot in enumerate(bucket.slots)
-                if slot.row == row and coupled[row] and there.present[i] and bucket.perturbed[i]
+                if slot.row == row and decays[row] and there.present[i] and bucket.perturbed[i]
             ]
             if mine:
-                decay = _decay(bucket, mine, coupled[row], grad_scale)
+                decay = _decay(bucket, mine, factors[row], grad_scale)
                 if groups[row].get("maximize"):
                     torch._foreach_neg_(decay)
                 raw = [grad for i in mine if (grad := tensors[i]) is not None]
@@ -223,7 +229,10 @@ def _coupled(group: Any) -> float:
 
 
 def _decay(
-    bucket: Bucket, indices: Sequence[int], weight_decay: float, grad_scale: Tensor | None
+    bucket: Bucket,
+    indices: Sequence[int],
+    weight_decay: float | Tensor,
+    grad_scale: Tensor | None,
 ) -> list[Tensor]:
     """weight_decay * (weight - w) for these slots, as large as the gradients' scale makes it.
 
@@ -232,6 +241,8 @@ def _decay(
     slots, dtype = [bucket.slots[i] for i in indices], bucket.compute_dtype
     weights = [as_real(slot.param.detach()).to(dtype) for slot in slots]
     decay = torch._foreach_sub(weights, [slot.real(slot.of(bucket.saved)) for slot in slots])
+    if isinstance(weight_decay, Tensor):
+        weight_decay = weight_decay.to(dtype)
     torch._foreach_mul_(decay, weight_decay)
     if grad_scale is not None:
         torch._foreach_mul_(decay, grad_scale.to(bucket.device, dtype))

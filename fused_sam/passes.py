@@ -213,13 +213,16 @@ class Passes(Checkpointing):
         if ascent.average is not None:
             raise ValueError(
                 f"ascent='local' climbs for each micro-batch, and the groups' ascent="
-                f"{ascent.key!r} keeps an average of the whole batch's gradients; use "
+                f"{ascent.key!r} keeps an average of the whole batch's gradients: of parts it "
+                f"would change several times in a step, and on each rank to something else; use "
                 f"ascent='global'"
             )
         if blend is not None:
             raise ValueError(
-                f"ascent='local' climbs for each micro-batch, and blend={blend.key!r} needs the "
-                f"gradient of the whole batch at w; use ascent='global', or blend=None"
+                f"ascent='local' leaves it to backward to add up the second gradients of the "
+                f"micro-batches, and to DistributedDataParallel to reduce them; "
+                f"blend={blend.key!r} would have to come before, for each micro-batch and rank by "
+                f"itself; use ascent='global', or blend=None"
             )
         if self.when.needs_norm:
             raise ValueError(

@@ -45,13 +45,15 @@ class Recording:
 
     Args:
         device: of all tables.
+        climbs: whether the step climbs.
 
     Attributes:
+        climbs: as above.
         skip: () float32. While it is not 0, an update only returns to w.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, climbs: bool) -> None:
+        self._device, self.climbs = device, climbs
         self._sizes: list[tuple[torch.dtype, int]] = []
         self._tables: list[Values] = []
         self._known: list[tuple[float, ...]] = []

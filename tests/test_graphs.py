@@ -56,6 +56,11 @@ def make(base=SGD, dtype=torch.float32, **options):
 def eager(model, opt, batch, scaler=None):
     opt.zero_grad()
     loss = loss_fn(model, batch)
+    if opt._follows() is not None:
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        return loss.detach()
     scale = (lambda x: x) if scaler is None else scaler.scale
     scale(loss).backward()
     if opt.first_step(zero_grad=True):
@@ -120,6 +125,8 @@ CASES = {
     "wsam-clipped": {"blend": CoupledWSAM(0.8), "max_grad_norm": 0.2},
     "p-norm": {"ascent": PNorm(4.0)},
     "usam": {"ascent": USAM()},
+    "msam": {"ascent": MSAM(), "momentum": 0.9, "weight_decay": 0.1},
+    "msam-adamw": {"ascent": MSAM(), "base": ADAMW, "max_grad_norm": 0.5},
     "every": {"when": schedule.Every(2), "momentum": 0.9},
     "from": {"when": schedule.From(2), "base": ADAMW},
 }

@@ -185,7 +185,7 @@ def test_check_has_nothing_to_say_of_one_pass():
 def test_a_blend_has_no_gradient_of_the_batch_where_each_micro_batch_climbs():
     model, opt = make(blend=GSAM(0.3))
     opt.attach(model)
-    with pytest.raises(ValueError, match="blend='gsam' needs the gradient of the whole batch"):
+    with pytest.raises(ValueError, match="blend='gsam' would have to come before"):
         opt.accumulate([0, 1], lambda _: backward(model), ascent="local")
     assert not opt.is_perturbed
 

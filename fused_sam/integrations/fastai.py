@@ -19,7 +19,7 @@ from fastai.optimizer import OptimWrapper
 
 from ..optimizer import FusedSAM
 from ..options import OPTIONS
-from .passes import MicroBatches, be_at_w, no_sync_of
+from .passes import MicroBatches, be_at_w, check_options, no_sync_of
 
 __all__ = ["SAMCallback"]
 
@@ -33,21 +33,22 @@ class SAMCallback(Callback):
     the step see the gradients of w + epsilon. Recorded are prediction and loss of w.
 
     Args:
-        rho: radius of the neighbourhood; see FusedSAM. Left alone, like the next two, if the
+        rho: radius of the neighbourhood; see FusedSAM. Left alone, like the others, if the
             Learner's optimizer is a FusedSAM already.
-        adaptive: ASAM instead of SAM.
-        eta: ASAM's offset.
+        **options: the others of ``FusedSAM.wrap`` but ``model``: ``adaptive``, ``ascent``,
+            ``blend``, ``when``, ``master_weights`` and so on.
 
     Raises:
-        TypeError: the Learner's optimizer is one of fastai's own.
+        TypeError: there is no such option; or, in a fit, the optimizer is one of fastai's own.
     """
 
     # After GradientAccumulation has let a step through, before the scaler and clipping.
     order, run_valid = MixedPrecision.order - 2, False
 
-    def __init__(self, rho: float = 0.05, adaptive: bool = False, eta: float = 0.0) -> None:
+    def __init__(self, rho: float = 0.05, **options: Any) -> None:
         super().__init__()
-        self._ascent: dict[str, Any] = {"rho": rho, "adaptive": adaptive, "eta": eta}
+        check_options(options, "SAMCallback")
+        self._options = {"rho": rho, **options}
         self._micro_batches = MicroBatches()
         self._first_pass = ExitStack()
         self._repeating = False
@@ -66,7 +67,7 @@ class SAMCallback(Callback):
                 f"pass opt_func=partial(OptimWrapper, opt=torch.optim.AdamW) to the Learner"
             )
         if not isinstance(wrapper.opt, FusedSAM):
-            wrapper.opt = FusedSAM.wrap(wrapper.opt, **self._ascent)
+            wrapper.opt = FusedSAM.wrap(wrapper.opt, **self._options)
             for name in OPTIONS:  # so that fastai's schedulers and set_hyper know them
                 wrapper.fwd_map[name] = wrapper.bwd_map[name] = name
         self._micro_batches.forget(self._sam)

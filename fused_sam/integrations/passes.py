@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -72,6 +73,22 @@ class MicroBatches:
         except BaseException:
             optimizer.restore()
             raise
+
+
+def check_options(names: Iterable[str], where: str, prefix: str = "") -> None:
+    """Raise unless these are options of ``FusedSAM.wrap`` that an adapter hands on.
+
+    Raises:
+        TypeError: one is not; ``where`` names the adapter, in which all begin with ``prefix``.
+    """
+    known = list(inspect.signature(FusedSAM.wrap).parameters)[1:]  # the first is the optimizer
+    known.remove("model")  # the adapter attaches it
+    for name in names:
+        if name not in known:
+            raise TypeError(
+                f"{where} has no option {prefix + name!r}; known are those of FusedSAM.wrap: "
+                f"{', '.join(prefix + option for option in known)}"
+            )
 
 
 def be_at_w(optimizer: Any) -> None:

@@ -4,7 +4,8 @@
 
     trainer = SAMTrainer(model=model, args=args, train_dataset=data, sam_rho=0.05)
 
-or, for a Trainer of one's own or of another library, ``class Mine(SAMTrainerMixin, SFTTrainer)``.
+Each option of FusedSAM is there with ``sam_`` before it: ``sam_ascent=MSAM()``. For a Trainer of
+one's own or of another library: ``class Mine(SAMTrainerMixin, SFTTrainer)``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from transformers import Trainer
 
 from ..optimizer import FusedSAM
-from .passes import MicroBatches, fused_sam_in, unwrapped
+from .passes import MicroBatches, check_options, fused_sam_in, unwrapped
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -25,6 +26,8 @@ else:
     _Trainer = object
 
 __all__ = ["SAMTrainer", "SAMTrainerMixin"]
+
+_PREFIX = "sam_"
 
 
 class SAMTrainerMixin(_Trainer):
@@ -37,29 +40,21 @@ class SAMTrainerMixin(_Trainer):
 
     Args:
         *args: as for the Trainer.
-        sam_rho: radius of the neighbourhood; see FusedSAM. Left alone with the next two if the
-            Trainer is given a FusedSAM.
-        sam_adaptive: ASAM instead of SAM.
-        sam_eta: ASAM's offset.
-        **kwargs: as for the Trainer.
+        **kwargs: as for the Trainer; and the options of ``FusedSAM.wrap`` but ``model``, with
+            ``sam_`` before each: ``sam_rho``, ``sam_adaptive``, ``sam_ascent``, ``sam_blend``,
+            ``sam_when``, ``sam_master_weights`` and so on. If the Trainer is given a FusedSAM they
+            are left alone.
 
     Raises:
+        TypeError: there is no such option.
         RuntimeError: DeepSpeed takes the steps.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        sam_rho: float = 0.05,
-        sam_adaptive: bool = False,
-        sam_eta: float = 0.0,
-        **kwargs: Any,
-    ) -> None:
-        self._sam_ascent: dict[str, Any] = {
-            "rho": sam_rho,
-            "adaptive": sam_adaptive,
-            "eta": sam_eta,
-        }
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        ours = [name for name in kwargs if name.startswith(_PREFIX)]
+        options = {name.removeprefix(_PREFIX): kwargs.pop(name) for name in ours}
+        check_options(options, type(self).__name__, _PREFIX)
+        self._sam_options = options
         self._sam_micro_batches = MicroBatches()
         self._sam_model: torch.nn.Module | None = None
         super().__init__(*args, **kwargs)
@@ -76,7 +71,7 @@ class SAMTrainerMixin(_Trainer):
         if isinstance(sam, FusedSAM):  # the user's, or train() is called again
             self._sam_micro_batches.forget(sam)
         else:
-            self.optimizer = FusedSAM.wrap(optimizer, **self._sam_ascent)
+            self.optimizer = FusedSAM.wrap(optimizer, **self._sam_options)
         return self.optimizer
 
     def training_step(

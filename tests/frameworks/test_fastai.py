@@ -21,7 +21,10 @@ from textbook import batches as _batches
 from torch.nn.functional import cross_entropy
 
 from fused_sam import FusedSAM
+from fused_sam.ascents import PNorm
+from fused_sam.blends import GSAM
 from fused_sam.integrations.fastai import SAMCallback
+from fused_sam.schedule import Every
 
 SGD = functools.partial(OptimWrapper, opt=torch.optim.SGD, momentum=0.9)
 LR = 0.1
@@ -215,3 +218,19 @@ def test_an_unfinished_group_is_not_carried_into_the_next_fit():
     textbook(before, base, groups, loss_fn, once_in_two(drawn[:4], groups))
     for actual, expected in zip(learner.model.parameters(), before.parameters(), strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=ATOL)
+
+
+def test_the_callback_takes_the_family():
+    """Guards options that are lost on the way, and their values within groups."""
+    callback = SAMCallback(
+        RHO, ascent=PNorm(3), blend=GSAM(0.3), when=Every(2), backend="reference"
+    )
+    learner = a_learner(batches(4), [callback])
+    fit(learner)
+    sam = learner.opt.opt
+    assert sam.when == Every(2) and sam.backend == "reference"
+    (group,) = {(g["rho"], g["ascent"], g["p"], g["blend_alpha"]) for g in sam.param_groups}
+    assert group == (RHO, "p-norm", 3, 0.3)
+    assert sam.param_groups[0]["sam_step"] == 4 and sam.param_groups[0]["sam_climbs"] == 2
+    with pytest.raises(TypeError, match=r"SAMCallback has no option 'lr'; .*: rho, adaptive"):
+        SAMCallback(lr=0.1)

@@ -22,7 +22,10 @@ from transformers import (
 )
 
 from fused_sam import FusedSAM
+from fused_sam.ascents import FriendlySAM
+from fused_sam.blends import GSAM
 from fused_sam.integrations.transformers import SAMTrainer, SAMTrainerMixin
+from fused_sam.schedule import From
 
 # With a large eps Adam does not make much of gradients that are rounding.
 ADAMW = {"lr": 1e-2, "betas": (0.8, 0.99), "eps": 1e-2, "weight_decay": 1e-2}
@@ -338,3 +341,28 @@ def test_deepspeed_is_refused(monkeypatch):
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", with_deepspeed)
     with pytest.raises(RuntimeError, match="DeepSpeed takes steps by itself"):
         SAMTrainer(model=Classifier(), args=arguments(), train_dataset=rows(batches(1)))
+
+
+def test_the_trainer_takes_the_family():
+    """Guards options that are lost on the way: a FusedSAM that is given steps the same."""
+    options = {
+        "ascent": FriendlySAM(sigma=0.5), "blend": GSAM(0.3), "when": From(1), "rho": RHO,
+        "adaptive": True, "eta": 0.01, "max_grad_norm": 0.5, "backend": "reference",
+    }  # fmt: skip
+    ends = []
+    for given in (False, True):
+        torch.manual_seed(0)
+        model = Classifier()
+        more = {f"sam_{name}": value for name, value in options.items()}
+        if given:
+            plain = Trainer(model=model, args=arguments()).create_optimizer()
+            more = {"optimizers": (FusedSAM.wrap(plain, **options), None)}
+        trainer = SAMTrainer(model=model, args=arguments(), train_dataset=rows(batches(4)), **more)
+        train(trainer)
+        ends.append(model)
+        sam = trainer.optimizer.optimizer
+        assert sam.when == From(1) and sam.backend == "reference"
+        assert sam.param_groups[0]["ascent"] == "friendly"
+    assert_same_model(*ends, atol=0.0)
+    with pytest.raises(TypeError, match=r"SAMTrainer has no option 'sam_model'; .*: sam_rho, sam_"):
+        SAMTrainer(model=model, args=arguments(), sam_model=model)
