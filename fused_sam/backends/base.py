@@ -9,7 +9,6 @@ of rules and ascents run on the flat buffers, rounding once on the way back.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor

@@ -40,7 +40,7 @@ def capture(
 
     ::
 
-        step = fused_sam.graphs.capture(model, loss_fn, optimizer, example_batch)
+        step = capture(model, loss_fn, optimizer, example_batch)
         for batch in loader:
             loss = step(batch)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
 from ..attached import check_model
+from ..backends.capture import check_version
 from ..gradients import are_fresh
 from ..optimizer import FusedSAM
 
@@ -55,12 +56,13 @@ def _device_of(optimizer: FusedSAM) -> torch.device:
 
 
 def check_device(device: torch.device) -> None:
-    """Raise unless it has CUDA graphs."""
+    """Raise unless it has CUDA graphs that can hold a step."""
     if device.type != "cuda":
         raise RuntimeError(
             f"capture() makes a CUDA graph, and the parameters are on {device}: move the model to "
             f"a GPU before, or call the optimizer's two steps"
         )
+    check_version()
 
 
 def _check_members(optimizer: FusedSAM, scaler: Any) -> None:
