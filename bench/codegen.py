@@ -51,7 +51,9 @@ UPDATES = {
 """Rule and the state buffers that it keeps."""
 BLENDED = {
     f"{plain}-{blend}": (plain, blend)
-    for plain, blend in itertools.product(("sgd-momentum", "adamw"), ("gsam", "wsam"))
+    for plain, blend in itertools.product(
+        ("sgd-momentum", "adamw"), ("gsam", "wsam", "looksam", "looksam-reuse")
+    )
 }
 """Updates that see a blend of both gradients."""
 UPDATES |= {name: UPDATES[plain] for name, (plain, _) in BLENDED.items()}
@@ -75,6 +77,7 @@ MASTERS = ("ascend", "sgd-momentum", "adamw", "restore")
 EVERYWHERE = (
     *("reduce", "ascend", "sgd-momentum", "adamw", "rmsprop"),
     *("reduce-gram", "ascend-keep", "sgd-momentum-gsam", "sgd-momentum-wsam"),
+    *("sgd-momentum-looksam", "sgd-momentum-looksam-reuse"),
 )
 NOT_ALIGNED = (
     "total_ptr",
@@ -113,13 +116,17 @@ def build(name, dtype, target):
         constants |= {"COLUMNS": 1 + len(rule.column_names), "MIXED": False}
         types["states"] = ("*" + wide,) * len(kept)
         types["step_ptr"] = "*fp32" if rule.counts else None
-        blend = BLENDS[BLENDED[name][1]] if name in BLENDED else None
+        blend = blend_of(BLENDED[name][1]) if name in BLENDED else None
         constants["COEFFICIENTS"] = None if blend is None else text(blend.coefficients)
         constants["AFTER"] = blend is not None and blend.after
+        constants["BLEND_NUMBERS"] = 0 if blend is None else blend.count
         constants["BLEND_COLUMNS"] = 0 if blend is None else len(blend.column_names)
         if blend is not None:
             types |= {"kept_ptr": "*" + dtype, "numbers_ptr": "*fp64", "blend_ptr": compute}
             types["loss_scale_ptr"] = "*fp64"
+            if blend.reuses:
+                types["kept_ptr"] = compute
+            types["direction_ptr"] = None if blend.reuse is None else compute
         function = kernels.update_kernel
     elif name in REDUCES:
         sums, reads = REDUCES[name]
@@ -140,15 +147,24 @@ def build(name, dtype, target):
         function = kernels.restore_kernel
     in_double = name in REDUCES and REDUCES[name][0].wide
     tile = backend.WIDE_TILE_BYTES if in_double else backend.TILE_BYTES[function.__name__]
+    if name in BLENDED and BLENDED[name][1].startswith("looksam"):
+        wide = "fp64" if dtype == "fp64" else "fp32"  # of the direction
     constants["BLOCK"] = tile // ITEMSIZE[wide]
     constants["TILES"] = backend.CHUNK // constants["BLOCK"]
     options = {"num_warps": backend.THREADS // target.warp_size}
     if target.backend == "cuda":
         options |= backend.CUDA_OPTIONS
-        if (name in UPDATES and dtype == "fp64") or in_double:
+        roomy = name in UPDATES and (dtype == "fp64" or name.endswith("-looksam"))
+        if roomy or in_double:
             options |= backend.MANY_REGISTERS
     source = ASTSource(function, *signature(function, types, constants))
     return triton.compile(source, target=target, options=options), constants["BLOCK"]
+
+
+def blend_of(name):
+    """A blend, or what it becomes in the steps that do not climb."""
+    blend = BLENDS[name.removesuffix("-reuse")]
+    return blend.reuse if name.endswith("-reuse") else blend
 
 
 def triton_dtype(name):
@@ -261,10 +277,7 @@ def report(name, dtype, arch):
         "arch": arch,
         "loops": [counts for *counts, _ in loops],
         "bytes_per_element": loops[0][-1],
-        "accesses_per_thread": block
-        * ITEMSIZE[dtype.removesuffix("-masters")]
-        / 16
-        / backend.THREADS,
+        "accesses_per_thread": [size * block / 16 / backend.THREADS for *_, size in loops],
         "scalar_accesses": scalar_accesses(compiled.asm["ttir"]),
         "wide": wide,
         "narrow": narrow,

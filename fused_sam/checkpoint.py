@@ -76,7 +76,7 @@ class Checkpointing(Following):
             if rule is not None:
                 for group in base.param_groups:
                     check_options(rule, group)
-            check_members(rule, base.param_groups, base, self.when)
+            check_members(rule, base.param_groups, base, self._when)
             check_states(rule, base.param_groups, base.state)
         except BaseException as error:
             if rule is not None:
@@ -86,7 +86,7 @@ class Checkpointing(Following):
                     f"the checkpoint is not one of {type(base).__name__}, it lacks {error}"
                 ) from error
             raise
-        self._facts.engine.layout.members.adopt(members)
+        self._facts.engine.layout.members.adopt(*members)
         if self._facts.captures.have_seen(self._facts.engine.layout):
             with working():
                 self._load_into_graphs(rates)
@@ -141,15 +141,15 @@ class Checkpointing(Following):
             **{key: getattr(self, key) for key in keys},
             # A deepcopy of the model in the same call finds its way to the copy of this one.
             "_attached": self._facts.attached,
-            "_members": members.values(),
+            "_members": (members.values(), members.numbers),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Used by construction and unpickling."""
-        attached, members = state.pop("_attached", None), state.pop("_members", {})
+        attached, members = state.pop("_attached", None), state.pop("_members", ({}, {}))
         self._facts = Facts(self, attached)
         super().__setstate__(state)
-        self._facts.engine.layout.members.adopt(members)  # which the first layout takes over
+        self._facts.engine.layout.members.adopt(*members)  # which the first layout takes over
 
     def _be_at_w(self, what: str) -> None:
         """Be at w for who reads or writes the weights, or what belongs to them.

@@ -20,7 +20,7 @@ from .choice import plain
 from .memory.window import extent, gradient_dtype, has_memory, is_dense, is_shared, trains
 from .options import MAX_GRAD_NORM, OPTIONS, check_values
 from .rules import RULES, Rule
-from .schedule import Always, When
+from .schedule import Always, Every, When
 
 _COMPUTABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -144,19 +144,39 @@ def check_keywords(cls: type[Optimizer], options: Mapping[str, Any], ours: Itera
 def check_members(
     rule: Rule | None, groups: Sequence[Mapping[str, Any]], base: Optimizer, when: When
 ) -> None:
-    """Raise if an ascent or a blend of the groups has no meaning with the rest."""
+    """Raise if an ascent or a blend of the groups has no meaning with the rest.
+
+    ``when``: what the constructor was given.
+    """
     for group in groups:
         if group["ascent"] is None:
             continue
         ascent, blend = ASCENTS.get(group["ascent"]), blends.BLENDS.get(group["blend"] or "")
         if ascent is not None and ascent.along_momentum:
             _check_ahead(rule, group, base, when)
+        if blend is not None and blend.reuse is not None:
+            _check_period(group, when)
         if blend is not None and blend.after and _is_no_rate(group.get("lr")):
             raise ValueError(
                 f"blend={blend.key!r} steps by the group's learning rate, and that of "
                 f"{type(base).__name__} is lr={group.get('lr')!r}; give it one, or choose "
                 f"another blend"
             )
+
+
+def _check_period(group: Mapping[str, Any], when: When) -> None:
+    """Raise unless a blend that says itself when to climb agrees with ``when``."""
+    k, blend = group["blend_k"], group["blend"]
+    if k is None and when == Always():
+        raise ValueError(
+            f"blend={blend!r} with k=None leaves it to when which steps climb, and when={when} "
+            f"lets all of them: give it a k, or pass when=..."
+        )
+    if k is not None and when not in (Always(), Every(k)):
+        raise ValueError(
+            f"blend={blend!r} with k={k} climbs in every k-th step, and when={when} says "
+            f"otherwise: leave when out, or give the blend k=None"
+        )
 
 
 def _is_no_rate(lr: Any) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .gradients import put_aside, put_back
-from .options import ASCENT, CLIMBS, OPTIONS
+from .options import ASCENT, BLEND, CLIMBS, OPTIONS
 from .randomness import Randomness
 from .record import Record
 from .schedule import Always
@@ -126,10 +126,15 @@ def _undone(optimizer: Passes, model: nn.Module) -> Iterator[Callable[[], None]]
         p: {name: value.clone() for name, value in entry.items()}
         for p, entry in facts.engine.layout.members.values().items()
     }
+    numbers = {k: value.clone() for k, value in facts.engine.layout.members.numbers.items()}
     aside = put_aside(optimizer.param_groups)
     kept = facts.record, facts.total, facts.decision, facts.scale, owner._when
     climbs = [group.get(CLIMBS) for group in optimizer.param_groups]
+    blends = [group[BLEND.name] for group in optimizer.param_groups]
+    # It climbs, whatever a schedule says, or a blend that has one.
     facts.record, owner._when = Record(), Always()
+    for group in optimizer.param_groups:
+        group[BLEND.name] = None
 
     def rewind() -> None:
         optimizer.restore()
@@ -142,14 +147,15 @@ def _undone(optimizer: Passes, model: nn.Module) -> Iterator[Callable[[], None]]
                 for name, value in entry.items():
                     if isinstance(value, Tensor):
                         optimizer.state[param][name].copy_(value)
-            facts.engine.layout.members.adopt(members)
+            facts.engine.layout.members.adopt(members, numbers)
 
     try:
         yield rewind
     finally:
         rewind()
         facts.record, facts.total, facts.decision, facts.scale, owner._when = kept
-        for group, number in zip(optimizer.param_groups, climbs, strict=True):
+        for group, number, blend in zip(optimizer.param_groups, climbs, blends, strict=True):
+            group[BLEND.name] = blend
             if number is None:
                 group.pop(CLIMBS, None)
             else:
@@ -190,7 +196,7 @@ def _exact_climb(optimizer: Passes, grads: list[Tensor | None]) -> list[Tensor |
     kept = optimizer._facts.engine.layout.members.values()
     pairs = zip(epsilons, optimizer._all_params(), strict=True)
     exact._facts.engine.layout.members.adopt(
-        {c: kept.get(p, {}) for c, p in pairs if c is not None}
+        {c: kept.get(p, {}) for c, p in pairs if c is not None}, {}
     )
     exact.first_step()
     return [

@@ -63,12 +63,16 @@ class Climb(Passes):
                     f"Momentum-SAM left them: call optimizer.restore(), and take the gradients anew"
                 )
             facts.scale = scale
-            facts.scale_matters = self._when.needs_norm or ascent.scale_matters
+            when = self.when
+            facts.scale_matters = when.needs_norm or ascent.scale_matters
             if ascent.along_momentum:
                 facts.decision = NO_CLIMB
             else:
-                facts.decision = self._when.decide(groups[0], lambda: self._sq_norm(grads))
+                # A blend with a schedule may have been chosen since the groups were filled.
+                counts = {**when.memory, **groups[0]}
+                facts.decision = when.decide(counts, lambda: self._sq_norm(grads))
             if not facts.decision.climbs:
+                facts.blend = None if blend is None else blend.reuse
                 facts.begin_second()
                 facts.aside = put_aside(groups) if zero_grad else pairs_of(groups)
                 return False
@@ -99,7 +103,7 @@ class Climb(Passes):
     def _scale_matters(self) -> bool:
         """Whether the climb depends on the size of the gradients."""
         self._fill_groups()  # of a group that was added to the base optimizer
-        return self._when.needs_norm or ascents.chosen(self.param_groups).scale_matters
+        return self.when.needs_norm or ascents.chosen(self.param_groups).scale_matters
 
     def _is_scaled(self) -> bool:
         """Whether a GradScaler has said that the gradients are scaled."""

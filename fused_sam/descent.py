@@ -118,7 +118,7 @@ class Descent(OnePass):
         if between:
             self._refuse_unknown_scale()
         ahead, away = self._follows(), climbed
-        blend = facts.blend if climbed and ahead is None else None
+        blend = facts.blend if between and ahead is None else None
         keeps = facts.keeps and climbed and ahead is None
         if ahead is not None:
             self._check_ahead()
@@ -155,8 +155,11 @@ class Descent(OnePass):
                     check_options(rule, group)
             gram = engine.gram(grads, groups) if keeps else None
             blending = None
-            if blend is not None and gram is not None:
-                blending = Blending(blend, gram, grad_scale)
+            if blend is not None and blend.reuses:
+                clips = max_grad_norm is not None
+                blending = engine.reusing(blend, grads, groups, clips)
+            elif blend is not None and gram is not None:
+                blending = Blending(blend, gram, grad_scale, gram)
             square = None
             if check_finite or max_grad_norm is not None:
                 square = engine.reduce(SQUARES, grads, groups)
@@ -170,7 +173,9 @@ class Descent(OnePass):
                         others = engine.square_of_others(grads, groups)
                         sq_norm = blending.sq_norm(sq_norm, groups, others)
                     grad_scale = clip_scale(sq_norm.sqrt(), max_grad_norm, grad_scale)
-            if gram is None:
+            if blending is not None and blending.blend.reuses:
+                square = blending.numbers
+            elif gram is None:
                 square = self._square_of_climbing(square, grads)
             if rule is not None:
                 if ahead is not None:
@@ -233,7 +238,7 @@ class Descent(OnePass):
             forgot = facts.engine.layout.members.forget(AVERAGE)  # it took scaled gradients in
             raise RuntimeError(
                 f"the step depends on the size of the gradients at w (ascent="
-                f"{self.param_groups[0]['ascent']!r}, when={self._when}), and first_step() was not "
+                f"{self.param_groups[0]['ascent']!r}, when={self.when}), and first_step() was not "
                 f"told their loss scale: call first_step(scaler=scaler)"
                 f"{'. The averages that it has spoilt begin anew' if forgot else ''}"
             )

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import blends
 from .ascents import GRAM, SQUARES, Ascent, Sums, chosen
-from .backends import Backend, Groups, combine
+from .backends import Backend, Groups, capture, combine
 from .backends.mixing import after_, blend_
-from .blends import Blending
+from .blends import Blend, Blending
 from .devices import moved
 from .memory import Bucket, Gradients, Layout
-from .memory.members import AVERAGE
+from .memory.bucket import Kept
+from .memory.members import AVERAGE, DIRECTION, LENGTH
 from .memory.state import State, check_states
 
 
@@ -46,18 +48,26 @@ class Engine:
         return [bucket.gradients() for bucket in self.buckets]
 
     def reduce(
-        self, sums: Sums, grads: Sequence[Gradients], groups: Groups, unscale: float = 1.0
+        self,
+        sums: Sums,
+        grads: Sequence[Gradients],
+        groups: Groups,
+        unscale: float = 1.0,
+        kept: Sequence[Kept | None] | None = None,
     ) -> Tensor:
         """What ``sums.chain`` gives over all parameters that have a gradient: (k,) float64.
 
-        ``unscale``: the inverse of the gradients' loss scale.
+        ``unscale``: the inverse of the gradients' loss scale. ``kept``: what ``sums`` reads of each
+        bucket, if it reads what is kept.
         """
+        kept = kept or [None] * len(self.buckets)
         earlier = None if sums.after is None else self.reduce(sums.after, grads, groups, unscale)
         parts = [
             backend.reduce(
-                bucket, sums, of_bucket, groups, _on(bucket, earlier, torch.float64), unscale
+                *(bucket, sums, of_bucket, groups, _on(bucket, earlier, torch.float64), unscale),
+                of_kept,
             )
-            for backend, bucket, of_bucket in self._each(grads)
+            for (backend, bucket, of_bucket), of_kept in zip(self._each(grads), kept, strict=True)
         ]
         total = combine(parts, self.buckets, sums.how)
         return total if earlier is None else torch.cat([earlier, total])
@@ -99,10 +109,15 @@ class Engine:
 
     def begin_members(self, groups: Groups) -> None:
         """Show in checkpoints what the members will keep, for libraries that ask beforehand."""
+        blend, members = blends.chosen(groups), self.layout.members
+        if reused := blend is not None and blend.reuse is not None:
+            members.number(LENGTH)
         for bucket in self.buckets:
             climbing = [groups[slot.row]["ascent"] is not None for slot in bucket.slots]
             if any(climbing) and chosen(groups).average is not None:
                 bucket.member(AVERAGE).show(climbing)
+            if any(climbing) and reused:
+                bucket.member(DIRECTION).show(climbing)
 
     def climbing(self, grads: Sequence[Gradients], groups: Groups) -> list[Gradients]:
         """The gradients of the groups that climb; the others count as missing."""
@@ -120,9 +135,28 @@ class Engine:
 
     def gram(self, grads: Sequence[Gradients], groups: Groups) -> Tensor:
         """``GRAM`` of these gradients at w + epsilon and those that are kept: (3,) float64."""
-        for bucket in self.buckets:
-            bucket.make_kept()  # one that was made since the climb has none
-        return self.reduce(GRAM, self.climbing(grads, groups), groups)
+        kept = [bucket.make_kept() for bucket in self.buckets]
+        return self.reduce(GRAM, self.climbing(grads, groups), groups, kept=kept)
+
+    def reusing(
+        self, blend: Blend, grads: Sequence[Gradients], groups: Groups, clips: bool
+    ) -> Blending | None:
+        """What a blend needs to know that uses a direction again; None where there was none yet.
+
+        Args:
+            blend: which one.
+            grads: those of now, at w.
+            groups: the options of each row.
+            clips: whether the norm of the blend will be asked for.
+        """
+        climbing = self.climbing(grads, groups)
+        if (length := self.layout.members.numbers.get(LENGTH)) is None:
+            return None
+        if not clips:
+            return Blending(blend, self.reduce(SQUARES, climbing, groups), length)
+        kept = [bucket.direction() for bucket in self.buckets]
+        products = self.reduce(GRAM, climbing, groups, kept=kept)
+        return Blending(blend, products[1:2], length, products)
 
     def update(
         self,
@@ -160,14 +194,46 @@ class Engine:
                     bucket.clear_unshown()
                 else:
                     states.expose(bucket, bucket_grads, groups, state, found_inf)
+                if blending is not None and blending.blend.reuse is not None:
+                    self.layout.members.number(LENGTH).zero_()  # or it may be another direction's
                 raise
+        self._carry(blending, [of_bucket.present for of_bucket in grads], groups, found_inf)
+
+    def _carry(
+        self,
+        blending: Blending | None,
+        stepped: Sequence[Sequence[bool]],
+        groups: Groups,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Keep the norm of the direction that a blend has left, unless the update was skipped.
+
+        ``stepped``: for each bucket, which slots had a gradient; the others have no direction then.
+        """
+        if blending is None or (length := blending.length) is None:
+            return
+        if LENGTH not in self.layout.members.numbers:
+            capture.refuse_to_prepare(length.device, "no step has climbed yet")
+        carried = self.layout.members.number(LENGTH)
+        carried.copy_(_unless(found_inf, length, carried))
+        for bucket, had in zip(self.buckets, stepped, strict=True):
+            buffer = bucket.member(DIRECTION)
+            for slot, present, there in zip(bucket.slots, had, buffer.present, strict=True):
+                if there and not present:
+                    old = slot.of(buffer.flat)
+                    old.copy_(_unless(found_inf, torch.zeros_like(old), old))
+            climbs = [groups[slot.row]["ascent"] is not None for slot in bucket.slots]
+            buffer.show([a and b for a, b in zip(had, climbs, strict=True)])
 
     def blend(self, blending: Blending | None, groups: Groups, grad_scale: Tensor | None) -> None:
         """Give a base optimizer without a rule the gradients that it is to see."""
+        stepped = []
         for bucket in self.buckets:
             grads = [slot.param.grad for slot in bucket.slots]
+            stepped.append([grad is not None for grad in grads])
             scale = _on(bucket, grad_scale, bucket.compute_dtype)
             blend_(bucket, _there(bucket, blending), grads, groups, scale)
+        self._carry(blending, stepped, groups, None)
 
     def after(self, stepped: Sequence[Sequence[bool]], groups: Groups) -> None:
         """Subtract what a blend has left for after the step of a base optimizer without a rule.
@@ -224,8 +290,21 @@ def _of(bucket: Bucket, grads: Gradients, groups: Groups, climbing: bool) -> Gra
 def _there(bucket: Bucket, blending: Blending | None) -> Blending | None:
     if blending is None:
         return None
-    numbers = moved(blending.numbers, bucket.device, torch.float64)
-    return Blending(blending.blend, numbers, _on(bucket, blending.scale, torch.float64))
+    blend = blending.blend
+    return Blending(
+        blend,
+        moved(blending.numbers, bucket.device, torch.float64),
+        _on(bucket, blending.scale, torch.float64),
+        kept=bucket.direction() if blend.reuses else bucket.make_kept(),
+        direction=None if blend.reuse is None else bucket.member(DIRECTION).flat,
+    )
+
+
+def _unless(found_inf: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+    """``new``, or ``old`` where an update was skipped."""
+    if found_inf is None:
+        return new
+    return torch.where(moved(found_inf, old.device, torch.float32) != 0, old, new)
 
 
 def _on(bucket: Bucket, value: Tensor | None, dtype: torch.dtype) -> Tensor | None:

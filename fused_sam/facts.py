@@ -40,7 +40,7 @@ class Facts:
         decision: what the schedule said of the last step that began.
         aside: the gradients of a half-done step that did not climb; it uses them, unless a second
             backward leaves others.
-        blend: what the last climb has kept gradients for; None for nothing.
+        blend: what the step under way blends, if it is half done; None for nothing.
         scale: the loss scale of the gradients at w, as far as first_step was told; else None.
         scale_matters: whether the step under way depends on it.
         total: (k,) float64, what the last climb reduced; None before the first.

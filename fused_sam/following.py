@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from . import backends
+from . import backends, blends
 from .ascents import ASCENTS, Ascent
 from .backends import capture
 from .checks import check_groups, check_members, keep_each_once
@@ -20,7 +20,7 @@ from .memory.layout import members_of
 from .modes import working
 from .options import OPTIONS, to_numbers_
 from .rules import RULES
-from .schedule import Always, When
+from .schedule import Always, Every, When
 
 
 class Following(Optimizer):
@@ -38,7 +38,9 @@ class Following(Optimizer):
     @property
     def when(self) -> When:
         """Which steps climb."""
-        return self._when
+        # Not the groups of this class, which ask who reads them.
+        k = blends.period(self.base_optimizer.param_groups)
+        return self._when if k is None else Every(k)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -121,7 +123,7 @@ class Following(Optimizer):
         by_device = {device: backends.resolve(self._backend_name, device) for device in devices}
         self._fill_groups()
         rule = RULES.get(type(self.base_optimizer))
-        check_members(rule, groups, self.base_optimizer, self.when)
+        check_members(rule, groups, self.base_optimizer, self._when)
         if self._facts.captures.have_seen(old):
             self._facts.captures.outdate(
                 "parameters were added, removed, thawed, moved or restrided: a replay reads and "

@@ -72,6 +72,19 @@ def _check_gamma(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be in [0, 1), got {value!r}")
 
 
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raise unless ``value`` is an integer that is not less."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value!r}")
+
+
+def _check_period(name: str, value: Any) -> None:
+    if value is not None:
+        check_count(name, value, 1)
+
+
 def _check_member(name: str, value: Any) -> None:
     if value is not None and not isinstance(value, str):
         raise TypeError(
@@ -90,6 +103,7 @@ LAM = Option("lam", 0.6, _check_share)
 THETA = Option("theta", 0.4, _check_share)
 BLEND = Option("blend", None, _check_member)
 BLEND_ALPHA = Option("blend_alpha", 0.0, check_size)
+BLEND_K = Option("blend_k", None, _check_period)
 BLEND_GAMMA = Option("blend_gamma", 0.9, _check_gamma)
 BLEND_MAX_NORM = Option("blend_max_norm", None, _check_clip)
 
@@ -97,7 +111,7 @@ OPTIONS: Mapping[str, Option] = {
     option.name: option
     for option in (
         *(RHO, ADAPTIVE, ETA, ASCENT, P, SIGMA, LAM, THETA),
-        *(BLEND, BLEND_ALPHA, BLEND_GAMMA, BLEND_MAX_NORM, MAX_GRAD_NORM),
+        *(BLEND, BLEND_ALPHA, BLEND_K, BLEND_GAMMA, BLEND_MAX_NORM, MAX_GRAD_NORM),
     )
 }
 """What a group holds besides the base optimizer's options, by name."""

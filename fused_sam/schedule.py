@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .options import check_number
+from .options import check_count, check_number
 
 __all__ = ["AESAM", "Always", "Every", "From", "Probability", "Span", "When"]
 
@@ -103,9 +103,10 @@ NO_CLIMB = Decision(False, {})
 
 @dataclass(frozen=True)
 class Every(When):
-    """Every k-th step climbs, the first one too: SAM-k, LookSAM's schedule (Liu et al. 2022).
+    """Every k-th step climbs, the first one too: SAM-k (Liu et al. 2022).
 
-    Between the climbs the base optimizer sees the gradient as it is; LookSAM changes it.
+    Between the climbs the base optimizer sees the gradient as it is; ``blend=LookSAM(k)``, which
+    has this schedule of itself, changes it.
 
     Args:
         k: an integer >= 1.
@@ -114,7 +115,7 @@ class Every(When):
     k: int
 
     def __post_init__(self) -> None:
-        _check_count("k", self.k, 1)
+        check_count("k", self.k, 1)
 
     def climbs(self, step: int) -> bool:
         """Whether k divides the number of the step."""
@@ -134,7 +135,7 @@ class From(When):
     start: int
 
     def __post_init__(self) -> None:
-        _check_count("start", self.start, 0)
+        check_count("start", self.start, 0)
 
     def climbs(self, step: int) -> bool:
         """Whether the step is not before ``start``."""
@@ -154,8 +155,8 @@ class Span(When):
     stop: int
 
     def __post_init__(self) -> None:
-        _check_count("start", self.start, 0)
-        _check_count("stop", self.stop, self.start)
+        check_count("start", self.start, 0)
+        check_count("stop", self.stop, self.start)
 
     def climbs(self, step: int) -> bool:
         """Whether the step is in the span."""
@@ -222,7 +223,7 @@ class AESAM(When):
     memory = {STEP: 0, MEAN: 0.0, VARIANCE: math.exp(-10)}  # noqa: RUF012
 
     def __post_init__(self) -> None:
-        _check_count("total_steps", self.total_steps, 1)
+        check_count("total_steps", self.total_steps, 1)
         for name in ("lambda1", "lambda2", "decay"):
             _check_number(name, getattr(self, name))
         if not 0 <= self.decay < 1:
@@ -240,13 +241,6 @@ class AESAM(When):
         c = self.lambda1 + part * (self.lambda2 - self.lambda1)
         climbs = square >= mean + c * math.sqrt(variance)
         return Decision(climbs, {STEP: step + 1, MEAN: mean, VARIANCE: variance})
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be >= {least}, got {value!r}")
 
 
 def _check_number(name: str, value: Any) -> None:

@@ -280,23 +280,30 @@ class GSAM(Member):
 
 
 class LookSAM(Member):
-    """Liu et al. 2022: between SAM steps the part of ĝ across g is used again."""
+    """Liu et al. 2022: between SAM steps the part of ĝ across g is used again.
 
-    alpha = 0.7
+    It is that of the last SAM step that was not skipped, with the parameters that had a ĝ then.
+    """
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
+    k, alpha = 10, 0.7
+
+    def __init__(self, *args, climbs=None, **options):
+        super().__init__(*args, climbs=climbs or (lambda i: i % self.k == 0), **options)
         self.across = None
 
     def blend(self, g, g2):
-        c = dot(g, g2) / dot(g, g)
-        across = [
+        # Of those that are missing at w + epsilon nothing is known: g is looked at where ĝ is.
+        both = [None if x is None else y for x, y in zip(g2, g, strict=True)]
+        square = dot(both, both)
+        c = dot(both, g2) / square if square > 0 else 0.0
+        self.found = [
             None if x is None else x - c * (0 if y is None else y)
             for x, y in zip(g2, g, strict=True)
         ]
-        if math.isfinite(norm(across)):
-            self.across = across
         return g2
+
+    def after(self):
+        self.across = self.found if math.isfinite(norm(self.found)) else None
 
     def plain(self, g):
         length = norm(self.across) if self.across is not None else 0.0

@@ -54,6 +54,7 @@ ROUNDING = ("tests/test_rounding.py", "-k", "bits or reference_rounds or exact_r
 FROZEN = ("tests/test_frozen.py", "-k", "reference")
 WIDTHS = ("tests/test_grad_dtype.py", "-k", "reference and not asam")
 MASTERS = ("tests/test_masters.py", "-k", "reference and not hundred")
+LOOKSAM = ("tests/test_looksam.py", "-k", "reference")
 MASTERS_IN_TRITON = ("tests/test_masters.py", "-k", "triton")
 # fmt: off
 MUTANTS = [
@@ -292,8 +293,8 @@ MUTANTS = [
            "torch.where(y == 0, mixed, mixed + y * kept.to(grad.dtype))",
            "mixed + y * kept.to(grad.dtype)", table("reference", "decompose")),
     Mutant("stale-kept", "fused_sam/backends/base.py",
-           "kept = run.of(bucket.kept) if held else None",
-           "kept = run.of(bucket.kept)", table("reference", "gsam")),
+           "kept = run.of(blending.kept.flat) if held else None",
+           "kept = run.of(blending.kept.flat)", table("reference", "gsam")),
     Mutant("cpu-stale-kept", "csrc/cpu/kernels_impl.h",
            "if (!(flags & kHeld)) found.b = found.d = 0;", "",
            table("native", "gsam")),
@@ -324,6 +325,37 @@ MUTANTS = [
     Mutant("kept-is-lost-in-a-move", "fused_sam/memory/layout.py",
            "if held and bucket.kept is not None:", "if False:",
            ("tests/test_blends.py", "-k", "anew and reference")),
+    Mutant("looksam-keeps-what-is-parallel", "fused_sam/blends/looksam.py",
+           "where(known, -share, 0.0)", "where(known, 0.0, 0.0)", table("reference", "looksam")),
+    Mutant("looksam-keeps-rounding", "fused_sam/blends/looksam.py",
+           "(square > 1e-13 * second)", "(square > 0)", LOOKSAM),
+    Mutant("looksam-sums-in-float32", "fused_sam/ascents/gram.py",
+           "reads_kept=True, wide=True", "reads_kept=True", LOOKSAM),
+    Mutant("looksam-carries-a-skipped-norm", "fused_sam/engine.py",
+           "carried.copy_(_unless(found_inf, length, carried))", "carried.copy_(length)",
+           table("reference", "looksam")),
+    Mutant("looksam-keeps-a-skipped-direction", "fused_sam/backends/base.py",
+           "new = torch.where(found_inf != 0, direction, new)", "pass",
+           table("reference", "looksam")),
+    Mutant("looksam-keeps-an-old-direction", "fused_sam/engine.py",
+           "if there and not present:", "if False:", table("reference", "looksam")),
+    Mutant("looksam-drops-directions-in-a-skipped-step", "fused_sam/engine.py",
+           "old.copy_(_unless(found_inf, torch.zeros_like(old), old))", "old.zero_()",
+           table("reference", "looksam")),
+    Mutant("looksam-by-the-norm-of-all-groups", "fused_sam/engine.py",
+           "climbing = self.climbing(grads, groups)\n        if", "climbing = grads\n        if",
+           table("reference", "looksam")),
+    Mutant("looksam-clips-by-the-gradient", "fused_sam/blends/base.py",
+           "if self.blend.reuse is not None:", "if self.blend.reuses:",
+           table("reference", "looksam")),
+    Mutant("looksam-norm-of-another-direction", "fused_sam/engine.py",
+           "self.layout.members.number(LENGTH).zero_()", "pass", LOOKSAM),
+    Mutant("looksam-direction-in-half-precision", "fused_sam/memory/bucket.py",
+           "if name in MEMBER_STATES:", 'if name == "sam_average":', LOOKSAM),
+    Mutant("looksam-trial-does-not-climb", "fused_sam/checkup.py",
+           "group[BLEND.name] = None", "pass", LOOKSAM),
+    Mutant("triton-keeps-no-direction", "fused_sam/backends/triton/kernels.py",
+           "_store(direction + at + offs, mixed, mask)", "pass", table("triton", "looksam")),
     # ---- memory
     Mutant("skipped-first-step-loses-fresh", "fused_sam/memory/state.py",
            "if found_inf is not None and dampened and found_inf.item():", "if False:",

@@ -256,6 +256,52 @@ def afterwards(groups, first, second, scale=1.0):
     return {p: one for p, (_, one) in formulas.wsam(groups, first, second, scale).items()}
 
 
+def across(groups, first, second):
+    """LookSAM's direction, {param: Expected}, and its norm: Liu et al. 2022, algorithm 1.
+
+    Args:
+        first, second: as for ``blend``.
+    """
+    both = {
+        p: (torch.zeros_like(real(exact(second[p]))), real(exact(second[p])))
+        for group in groups
+        for p in (group["params"] if group["ascent"] else ())
+        if second.get(p) is not None
+    }
+    both |= {p: (real(exact(first[p])), h) for p, (_, h) in both.items() if first[p] is not None}
+    square = sum(g.square().sum().item() for g, _ in both.values())
+    share = sum((g * h).sum().item() for g, h in both.values()) / square if square else 0.0
+    found = {}
+    for p, (g, h) in both.items():
+        value = h - share * g
+        shaped = torch.view_as_complex(value) if p.is_complex() else value
+        found[p] = Expected(shaped, h.abs() + abs(share) * g.abs())
+    norm = math.sqrt(sum(real(d.value).square().sum().item() for d in found.values()))
+    if not math.isfinite(norm):
+        return {p: Expected(torch.zeros_like(d.value), 0.0) for p, d in found.items()}, 0.0
+    return found, norm
+
+
+def reuse(groups, direction, norm, grads):
+    """The gradients that LookSAM's base optimizer sees in a step that does not climb.
+
+    Args:
+        direction: {param: value}; what is not there is zero.
+        norm: that of the direction.
+        grads: {param: gradient or None}.
+    """
+    seen = {p: Expected(exact(g), real(exact(g)).abs()) for p, g in grads.items() if g is not None}
+    climbing = [g for g in groups if g["ascent"]]
+    params = [p for group in climbing for p in group["params"] if p in seen]
+    length = math.sqrt(sum(seen[p].magnitude.square().sum().item() for p in params))
+    factor = climbing[0]["blend_alpha"] * length / norm if norm else 0.0
+    for p in params if math.isfinite(factor) else ():
+        if p in direction:
+            d = factor * exact(direction[p])
+            seen[p] = Expected(seen[p].value + d, seen[p].magnitude + real(d).abs())
+    return seen
+
+
 def descend(
     cls,
     groups,
@@ -424,6 +470,7 @@ class Textbook:
         climbs: which steps climb: a function of their number.
         number: how many were finished that a first_step() had begun.
         between: whether one is half done.
+        direction, length: LookSAM's {param: direction}, and the norm of all of it.
     """
 
     def __init__(self, opt, climbs=lambda number: True):
@@ -432,6 +479,7 @@ class Textbook:
         self.masters, self.averages = {}, {}
         self.aside = None  # the gradients of a half-done step that did not climb
         self.between = False
+        self.direction, self.length = {}, 0.0
         self._skipped = set()  # parameters whose first step was skipped: they have no state yet
         self.check()
 
@@ -564,21 +612,50 @@ class Textbook:
                 assert_close(shown, average, "average", p.dtype)
                 self.averages[p] = shown.clone()
 
-    def second_step(self, grads, run=None, *, grad_scale=1.0, found_inf=False):
+    def plain_step(self, grads, **options):
+        """A step that does not climb, with these gradients and no others, checked."""
+        self.check()
+        inject({p: grads.get(p) for p in params_of(self.opt)})
+        assert not self.opt.first_step()
+        assert not self.opt.is_perturbed
+        self.second_step(grads, plain=True, **options)
+
+    def _check_direction(self, found, norm):
+        """The optimizer keeps this; from here on it is the textbook's own."""
+        members = self.opt._facts.engine.layout.members
+        kept = members.values()
+        assert abs(members.numbers["sam_direction_norm"].item() - norm) <= 1e-12 * norm
+        self.length = norm
+        for p in params_of(self.opt):
+            shown = kept.get(p, {}).get("sam_direction")
+            if p in found:
+                assert_close(shown, found[p], "direction", p.dtype)
+                self.direction[p] = shown.clone()
+            else:
+                assert shown is None or not shown.any()
+                self.direction.pop(p, None)
+
+    def second_step(self, grads, run=None, *, grad_scale=1.0, found_inf=False, plain=False):
         """``opt.second_step()``, or ``run()``, with these gradients and no others, checked."""
         self.check()
         opt, params = self.opt, params_of(self.opt)
         grads = {p: grads.get(p) for p in params}
         inject(grads)
+        plain = plain or self.aside is not None
         if self.aside is not None and all(g is None for g in grads.values()):
             grads = {p: self.aside.get(p) for p in params}
         both = groups_of(opt), self.first, grads, grad_scale
+        seen = blend(*both)
+        if plain:
+            seen = reuse(groups_of(opt), self.direction, self.length, grads)
+        looks = bool(self.first) and any(g["blend"] == "looksam" for g in opt.param_groups)
+        found = across(groups_of(opt), self.first, grads) if looks else None
         expected, expected_state = descend(
             type(opt.base_optimizer),
             groups_of(opt),
             {p: self.home(p) for p in params},
             {p: self.state[p] for p in params},
-            blend(*both),
+            seen,
             grad_scale=grad_scale,
             found_inf=found_inf,
             max_grad_norm=opt.max_grad_norm,
@@ -588,6 +665,8 @@ class Textbook:
         assert not opt.is_perturbed
         self.number += self.between
         self.arrive()
+        if found is not None and not found_inf:
+            self._check_direction(*found)
         stepped = {p for p in params if grads[p] is not None}
         if found_inf:
             self._skipped |= {p for p in stepped if not self.state[p]}

@@ -12,7 +12,7 @@ from oracle import assert_same_bits
 
 from fused_sam import FusedSAM
 from fused_sam.ascents import USAM, FriendlySAM, PNorm, VaSSO
-from fused_sam.blends import GSAM, WSAM, CoupledWSAM
+from fused_sam.blends import GSAM, WSAM, CoupledWSAM, LookSAM
 from fused_sam.schedule import Every
 
 SHAPES = [(5,), (3, 4), (), (2, 3)]
@@ -50,6 +50,7 @@ MEMBERS = {
         {"blend": WSAM(0.8, max_norm=1.5)},
         Oracles.of(family.DecoupledWSAM, gamma=0.8, max_norm=1.5),
     ),
+    "looksam": ({"blend": LookSAM(k=2, alpha=0.6)}, Oracles.of(family.LookSAM, k=2, alpha=0.6)),
     "gsam-usam": (
         {"blend": GSAM(0.2), "ascent": USAM()},
         type("Both", (family.GSAM, family.USAM), {"alpha": 0.2}),
@@ -114,7 +115,10 @@ def test_members_follow_their_formulas(name, base, missing, backend):
 @pytest.mark.parametrize("name", MEMBERS)
 def test_clipped_and_now_and_then(name, backend):
     """Guards the norm of what the base optimizer sees, blended or not, in every third step."""
-    opt, params = make(name, backend=backend, max_grad_norm=0.7, when=Every(3))
+    options = {"when": Every(3), "max_grad_norm": 0.7}
+    if name == "looksam":
+        options["blend"] = LookSAM(k=None, alpha=0.6)  # ``when`` says it
+    opt, params = make(name, backend=backend, **options)
     surface = Surface(SHAPES)
     member = oracle(name, clip=0.7, climbs=lambda i: i % 3 == 0)
     for i in range(STEPS):

@@ -13,7 +13,7 @@ from oracle import assert_same_bits
 
 from fused_sam import FusedSAM, Lion
 from fused_sam.ascents import ASCENTS, MSAM, SAM, USAM, FriendlySAM, PNorm, VaSSO
-from fused_sam.blends import BLENDS, GSAM, WSAM, CoupledWSAM
+from fused_sam.blends import BLENDS, GSAM, WSAM, CoupledWSAM, LookSAM
 from fused_sam.schedule import AESAM, Always, Every, From, Probability, Span
 
 
@@ -34,7 +34,7 @@ class NoRate(torch.optim.Optimizer):
 # What two of a kind cannot be together is one kind: the first is taken where none is named.
 KINDS = {
     "ascent": [SAM(), PNorm(3), PNorm(math.inf), USAM(), MSAM(), FriendlySAM(), VaSSO()],
-    "blend": [None, GSAM(0.3), WSAM(), CoupledWSAM()],
+    "blend": [None, GSAM(0.3), WSAM(), CoupledWSAM(), LookSAM(3)],
     "when": [Always(), Every(2), From(1), Span(0, 1), Probability(0.5), AESAM(10)],
     "base": ["SGD with momentum", "SGD", "AdamW", "RMSprop", "Adagrad", "Lion", "Adamax", "NoRate"],
     "weights": ["float32", "float64", "bfloat16", "masters", "complex64"],
@@ -77,6 +77,8 @@ def refusals(case):
         yield r"not defined for complex parameters; put them into a group of their own"
     if case["weights"] == "masters" and base in ("Adamax", "NoRate"):
         yield r"master_weights=True needs a base optimizer that is fused .*leave it out"
+    if blend == LookSAM(3) and case["when"] != Always():
+        yield r"blend='looksam' with k=3 climbs in every k-th step.*leave when out, or give"
     if blend == WSAM() and base == "NoRate":
         yield r"blend='wsam' steps by the group's learning rate.*; give it one, or choose another"
 
@@ -158,7 +160,7 @@ def test_groups_that_climb_cannot_have_different_members(kind):
 
 
 def test_each_micro_batch_climbs_by_itself_or_the_error_says_why_not():
-    whole = (MSAM, FriendlySAM, VaSSO, GSAM, WSAM, CoupledWSAM, AESAM)
+    whole = (MSAM, FriendlySAM, VaSSO, GSAM, WSAM, CoupledWSAM, LookSAM, AESAM)
     for kind in ("ascent", "blend", "when"):
         for value in KINDS[kind]:
             model = torch.nn.Linear(3, 1)

@@ -12,7 +12,7 @@ from oracle import TEXTBOOKS, Textbook, assert_same_bits, exact, inject, params_
 
 from fused_sam import FusedSAM, Lion
 from fused_sam.ascents import SAM, PNorm
-from fused_sam.blends import GSAM
+from fused_sam.blends import GSAM, LookSAM
 
 SHAPES = [(), (1,), (0,), (3,), (63,), (64,), (65,), (7, 9)]
 NOT_INTERPRETED = [(1,), (63,), (64,)]
@@ -316,6 +316,62 @@ def test_gsam_clips_what_the_rule_sees_and_is_unscaled(rule, max_grad_norm, back
         run_on(textbook, [((i,), (i + 3,))], grad_scale=4.0, found_inf=found_inf != 0)
     del opt.grad_scale, opt.found_inf
     run_on(textbook, [((), ())])
+
+
+LOOKS = [((), (), ()), ((4, 6), (3,), (5,)), ((3,), (0, 5, 6, 7), (3, 4))]
+"""What is missing in both passes of a step of LookSAM(k=2), and in the one of the next step."""
+
+
+def look(textbook, skipped=(), **options):
+    """Steps by turns with a climb and without one; ``skipped`` are those that climb in vain."""
+    params = params_of(textbook.opt)
+    for i, (first, second, plain) in enumerate(LOOKS):
+        textbook.first_step(random_grads(params, 3 * i, first))
+        if options:
+            textbook.opt.found_inf = torch.tensor(float(i in skipped))
+        textbook.second_step(
+            random_grads(params, 3 * i + 1, second), found_inf=i in skipped, **options
+        )
+        if options:
+            textbook.opt.found_inf = torch.tensor(0.0)
+        textbook.plain_step(random_grads(params, 3 * i + 2, plain), **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES + COMPLEX, ids=str)
+@pytest.mark.parametrize("rule", ["sgd-nesterov", "adam-amsgrad", "rmsprop-all"])
+def test_looksam(rule, dtype, backend):
+    """Guards both kinds of step, with groups and missing gradients: what a slot had none of before.
+
+    ``maximize`` goes uphill along the direction, too.
+    """
+    cls, options = RULES[rule]
+    params = make_params(dtype, backend)
+    flip = not options.get("maximize", False)
+    groups = [
+        {"params": params[:3], "lr": 0.01},
+        {"params": params[3:5], "ascent": None},
+        {"params": params[5:7], "maximize": flip, "rho": 0.1},
+        {"params": params[7:]},
+    ]
+    blend = LookSAM(k=2, alpha=0.6)
+    opt = FusedSAM(groups, cls, rho=0.3, backend=backend, lr=0.04, blend=blend, **options)
+    look(Textbook(opt))
+
+
+@pytest.mark.parametrize("skipped", [0, 1])
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5], ids=["as-it-is", "clips"])
+def test_looksam_is_skipped_clipped_and_unscaled(max_grad_norm, skipped, backend):
+    """Guards the direction of a step that was skipped: that of the one before counts, or none.
+
+    And the norm of what is made of gradient and direction; and a norm over buckets.
+    """
+    cls, options = RULES["sgd-nesterov"]
+    params = [p for t in (torch.float32, torch.bfloat16) for p in make_params(t, backend)]
+    groups = [{"params": params[:12]}, {"params": params[12:], "ascent": None}]
+    options |= {"max_grad_norm": max_grad_norm, "blend": LookSAM(k=2, alpha=0.6)}
+    opt = FusedSAM(groups, cls, backend=backend, lr=0.05, **options)
+    opt.grad_scale = torch.tensor(4.0)
+    look(Textbook(opt), skipped=[skipped], grad_scale=4.0)
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan, 0.0])

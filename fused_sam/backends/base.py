@@ -18,6 +18,7 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 from ..ascents import Ascent, Sums
 from ..blends import Blending
 from ..memory import Bucket, Gradients
+from ..memory.bucket import Kept
 from ..memory.members import AVERAGE
 from ..rules import STEP, Group, Rule
 from .mixing import is_zero, mix, signed_lr
@@ -44,6 +45,7 @@ class Backend:
         groups: Groups,
         earlier: Tensor | None = None,
         unscale: float = 1.0,
+        kept: Kept | None = None,
     ) -> Tensor:
         """The sum, or the largest, of ``sums.terms`` over all elements that have a gradient.
 
@@ -55,6 +57,7 @@ class Backend:
             earlier: (k,) float64, on the bucket's device: what ``sums.after`` gave over all
                 buckets; None where that is None.
             unscale: the inverse of the gradients' loss scale, for sums that depend on it.
+            kept: what ``terms`` get in place of the weights, for ``sums.reads_kept``.
 
         Returns:
             (sums.count,) float64, on the bucket's device; infinite where the compute dtype cannot
@@ -64,7 +67,7 @@ class Backend:
         before = () if earlier is None else earlier.to(dtype).unbind()
         norms: list[Tensor] = []
         parts: list[Tensor] = []
-        held = bucket.held if sums.reads_kept else None
+        held = kept.held if kept is not None else None
         for run in runs(bucket, present(grads, held)):
             group = groups[run.row]
             if sums.squares(group) and bucket.grad_dtype.itemsize <= dtype.itemsize:
@@ -78,8 +81,8 @@ class Backend:
                     m = run.of(bucket.member(AVERAGE).flat)[chunk]
                     g, _ = average.follow(g, m, *average.columns(group, unscale))
                 other = run.weights if sums.reads_param(group) else None
-                if sums.reads_kept and run.kind[1] and bucket.kept is not None:
-                    other = run.of(bucket.kept)
+                if kept is not None and run.kind[1]:
+                    other = run.of(kept.flat)
                 other = None if other is None else other[chunk].to(dtype)
                 terms = sums.terms(other, g, *before, *columns)
                 terms = torch.stack(terms) if sums.count > 1 else terms.unsqueeze(0)
@@ -172,8 +175,9 @@ class Backend:
         Args:
             bucket: weights and states, in place; ``climb`` is 0 afterwards.
             rule: the base optimizer's.
-            blending: which gradient the groups that climb see; its numbers are on the bucket's
-                device. None: the one that is there, as those see that do not climb.
+            blending: which gradient the groups that climb see; what is in it is the bucket's, on
+                its device. ``blending.direction`` is written, unless the update is skipped. None:
+                the one that is there, as those see that do not climb.
             grads: as for ``reduce``; may be overwritten.
             groups: the hyperparameters of each row.
             grad_scale: (), compute dtype, on the bucket's device: gradients are divided by it.
@@ -191,7 +195,8 @@ class Backend:
             found_inf = (found_inf != 0).float()
         if rule.counts:
             _count_steps(bucket, grads, found_inf)
-        for run in runs(bucket, _kinds(bucket, rule, grads, groups)):
+        held = bucket.held if blending is None or blending.kept is None else blending.kept.held
+        for run in runs(bucket, _kinds(bucket, rule, grads, groups, held)):
             has_grad, perturbed, held, fresh = run.kind
             group, saved = groups[run.row], run.of(bucket.saved)
             frozen = is_zero(group["lr"])
@@ -215,12 +220,19 @@ class Backend:
                 after = None
                 if blends:
                     assert blending is not None
-                    assert bucket.kept is not None
-                    kept = run.of(bucket.kept) if held else None
+                    assert blending.kept is not None
+                    kept = run.of(blending.kept.flat) if held else None
                     a, b, *more = blending.coefficients(group)
                     if blending.blend.after:
                         after = mix(more[0], more[1], grad, kept).mul_(signed_lr(group))
-                    grad = mix(a, b, grad, kept)
+                    if blending.direction is None:
+                        grad = mix(a, b, grad, kept)
+                    else:
+                        direction = run.of(blending.direction)
+                        new = mix(a, b, grad, kept)
+                        if found_inf is not None:
+                            new = torch.where(found_inf != 0, direction, new)
+                        direction.copy_(new)
                 if grad_scale is not None:
                     grad.div_(grad_scale)
                 if group["maximize"]:
@@ -283,13 +295,15 @@ def _has_fused(bucket: Bucket) -> bool:
     )
 
 
-def _kinds(bucket: Bucket, rule: Rule, grads: Gradients, groups: Groups) -> tuple[Hashable, ...]:
+def _kinds(
+    bucket: Bucket, rule: Rule, grads: Gradients, groups: Groups, held: tuple[bool, ...]
+) -> tuple[Hashable, ...]:
     """For each slot (has a gradient, is perturbed, is kept, has no state yet); None: untouched."""
     fresh = bucket.fresh({name for row in bucket.rows for name in rule.kept(groups[row])})
     return tuple(
         [
             kind if kind[0] or kind[1] else None
-            for kind in zip(grads.present, bucket.perturbed, bucket.held, fresh, strict=True)
+            for kind in zip(grads.present, bucket.perturbed, held, fresh, strict=True)
         ]
     )
 

@@ -48,7 +48,8 @@ def blend_(
 ) -> None:
     """Give a base optimizer that has no rule the gradient that it is to see, in place.
 
-    What a blend subtracts from w afterwards goes to ``bucket.kept``: see ``after_``.
+    What a blend subtracts from w afterwards goes to ``bucket.kept``: see ``after_``; its direction
+    to ``blending.direction``.
 
     Args:
         bucket: whose they are.
@@ -70,11 +71,16 @@ def blend_(
             slot, group = bucket.slots[i], groups[bucket.slots[i].row]
             if blending is None or group["ascent"] is None:
                 continue
-            assert bucket.kept is not None
-            there = slot.shaped(slot.of(bucket.kept))
-            kept = there if bucket.held[i] else None
+            assert blending.kept is not None
+            there = slot.shaped(slot.of(blending.kept.flat))
+            kept = there if blending.kept.held[i] else None
             a, b, *more = blending.coefficients(group)
-            seen = mix(a, b, value, kept)
+            mixed = mix(a, b, value, kept)
+            if blending.direction is None:
+                seen = mixed
+            else:
+                seen = value
+                slot.shaped(slot.of(blending.direction)).copy_(mixed)
             if blending.blend.after:
                 there.copy_(mix(more[0], more[1], value, kept))
         grad.copy_(seen if grad_scale is None else seen / grad_scale)

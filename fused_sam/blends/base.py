@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..choice import Choice as AnyChoice
+from ..memory.bucket import Kept
 from ..rules.base import Group
 from ..text import Text
 
@@ -39,6 +40,14 @@ class Blend:
         shared: options on which all groups that climb must agree, because clipping has one norm.
         after: whether the text returns ``(a, b, c, d)``. Then ``w -= lr * (c * g' + d * g)`` after
             the base optimizer's step, g and g' as they are: the text unscales them.
+        reuse: what the base optimizer sees in the steps that do not climb; None, their gradient.
+            With one, it sees g' in those that do, and ``coefficients`` returns ``(e, f)``:
+            ``e * g' + f * g`` is the direction that the others use again.
+        length: text, in float64, for a blend with ``reuse``: ``(mixed, second, first) -> number``,
+            the norm of the direction; 0 where there is none.
+        reuses: whether this is the ``reuse`` of another blend. Then the numbers are <g, g> of the
+            gradient alone, the direction takes the place of the other gradient, and its norm that
+            of the loss scale: ``(square, length, *columns) -> (a, b)``.
     """
 
     key: str
@@ -47,11 +56,19 @@ class Blend:
     columns: Callable[[Group], tuple[float, ...]]
     shared: tuple[str, ...]
     after: bool = False
+    reuse: Blend | None = None
+    length: Text | None = None
+    reuses: bool = False
+
+    @property
+    def count(self) -> int:
+        """How many numbers the text gets."""
+        return 1 if self.reuses else 3
 
     @functools.cached_property
     def column_names(self) -> tuple[str, ...]:
         """What ``columns`` returns, by name."""
-        return tuple(inspect.signature(self.coefficients).parameters)[4:]
+        return tuple(inspect.signature(self.coefficients).parameters)[self.count + 1 :]
 
     def numbers(self, group: Group) -> tuple[float, ...]:
         """A group's row of the table of hyperparameters."""
@@ -64,21 +81,32 @@ class Blending:
 
     Attributes:
         blend: which one.
-        numbers: (3,) float64, what its coefficients are made of.
-        scale: () float64, the loss scale of the gradients; None for 1.
+        numbers: (blend.count,) float64, what its coefficients are made of.
+        scale: () float64, the loss scale of the gradients, None for 1; or the direction's norm.
+        products: (3,) float64, what GRAM gives of both gradients, or of the gradient and the
+            direction; None where nobody clips by it.
+        kept: in one bucket, the other gradient, or the direction; None where it is not said.
+        direction: in one bucket, (size,), where the direction goes; None where there is none.
     """
 
     blend: Blend
     numbers: Tensor
     scale: Tensor | None = None
+    products: Tensor | None = None
+    kept: Kept | None = None
+    direction: Tensor | None = None
 
     def coefficients(self, group: Group) -> tuple[Tensor, ...]:
         """The factors of a group, each () float64."""
         scale = 1.0 if self.scale is None else self.scale
-        found: tuple[Tensor, ...] = self.blend.coefficients(
-            *self.numbers.unbind(), scale, *self.blend.numbers(group)
-        )
-        return found
+        found = self.blend.coefficients(*self.numbers.unbind(), scale, *self.blend.numbers(group))
+        return tuple([x if isinstance(x, Tensor) else self.numbers.new_full((), x) for x in found])
+
+    @property
+    def length(self) -> Tensor | None:
+        """The norm of the direction, () float64; None for a blend that has none."""
+        text = self.blend.length
+        return None if text is None else text(*self.numbers.unbind())
 
     def sq_norm(self, unblended: Tensor, groups: Iterable[Group], others: Tensor | None) -> Tensor:
         """The squared norm of all that the base optimizer sees, ().
@@ -88,9 +116,12 @@ class Blending:
             groups: the parameter groups, of which some climb, all by the same coefficients.
             others: (), that of the gradients of groups that do not climb; None if there are none.
         """
+        if self.blend.reuse is not None:
+            return unblended
         groups = list(groups)
         a, b, *_ = self.coefficients(next(g for g in groups if g["ascent"] is not None))
-        mixed, second, first = self.numbers.unbind()
+        assert self.products is not None
+        mixed, second, first = self.products.unbind()
         # 0 * inf is NaN: what is not looked at does not count.
         blended = torch.where(a == 0, 0.0, a * a * second) + torch.where(b == 0, 0.0, b * b * first)
         blended = blended + torch.where((a == 0) | (b == 0), 0.0, 2 * a * b * mixed)

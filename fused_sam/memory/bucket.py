@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 
 from ..rules import MASTER
 from .gradients import Collector, Gradients
-from .members import MEMBER_STATES
+from .members import DIRECTION, MEMBER_STATES
 from .slot import Slot
 from .state import StateBuffer
 from .window import as_real, contiguous_stride, gradient_dtype, is_dense, make_window
@@ -28,6 +28,18 @@ that what one operation writes is still in cache when the next one reads it."""
 
 _CARRIED = -1
 """Stands for the number of a climb that another bucket made."""
+
+
+class Kept(NamedTuple):
+    """What sums and updates read of the parameters besides weights and gradients.
+
+    Attributes:
+        flat: (bucket.size,).
+        held: for each slot, whether anything is there.
+    """
+
+    flat: Tensor
+    held: tuple[bool, ...]
 
 
 class Bucket:
@@ -158,10 +170,11 @@ class Bucket:
         begin = self._parts[slot.part][0]
         return self.weights[slot.part][slot.start - begin : last.start + last.numel - begin]
 
-    def make_kept(self) -> None:
-        """Allocate ``kept``, unless it is there."""
+    def make_kept(self) -> Kept:
+        """What is kept of the gradients at w; ``kept`` is allocated, unless it is there."""
         if self.kept is None:
             self.kept = self.saved.new_zeros(self.size, dtype=self.grad_dtype)
+        return Kept(self.kept, self.held)
 
     def state(self, name: str) -> StateBuffer:
         """The buffer of one optimizer state, allocated when first asked for."""
@@ -174,6 +187,11 @@ class Bucket:
         if name not in self.members:
             self.members[name] = StateBuffer(name, self, MEMBER_STATES[name])
         return self.members[name]
+
+    def direction(self) -> Kept:
+        """The direction that steps without a climb use again."""
+        buffer = self.member(DIRECTION)
+        return Kept(buffer.flat, tuple(buffer.present))
 
     def gradients(self) -> Gradients:
         """The gradients as the kernels need them; see ``Collector.collect``."""

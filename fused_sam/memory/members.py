@@ -1,4 +1,4 @@
-"""What ascents and blends keep of each parameter over the steps.
+"""What ascents and blends keep over the steps, of each parameter and once for the optimizer.
 
 It is no state of the base optimizer, which would stumble over it (many ask whether a parameter's
 state is empty), and so it is not in ``optimizer.state``. Flat buffers of the buckets hold it, in
@@ -23,9 +23,18 @@ if TYPE_CHECKING:
 AVERAGE = "sam_average"
 """A running average of the gradients at w."""
 
-MEMBER_STATES: Mapping[str, float] = {AVERAGE: math.nan}
+DIRECTION = "sam_direction"
+"""What LookSAM's steps without a climb use again of the last one with one."""
+
+LENGTH = "sam_direction_norm"
+"""The norm of all directions together; 0 where there is none."""
+
+MEMBER_STATES: Mapping[str, float] = {AVERAGE: math.nan, DIRECTION: 0.0}
 """What is kept of each parameter, by its name in a checkpoint: what its elements begin with. NaN:
 there is nothing yet. So the device knows it, whatever steps were skipped."""
+
+MEMBER_NUMBERS = (LENGTH,)
+"""The names of what there is once for the optimizer."""
 
 Values = dict[Tensor, dict[str, Tensor]]
 """By parameter and name."""
@@ -38,6 +47,10 @@ class MemberState:
         buckets: whose buffers hold it.
         params: all parameters of the groups; of others nothing is taken over.
         old: the layout's before, of which all is taken over that still fits its parameter.
+
+    Attributes:
+        numbers: () float64 each, on the device of the first bucket: what there is once for the
+            optimizer, by its name in a checkpoint.
     """
 
     def __init__(
@@ -48,11 +61,14 @@ class MemberState:
     ) -> None:
         self._buckets = buckets
         self._outside: Values = {}
+        self.numbers: dict[str, Tensor] = {}
         if old is not None:
             there = set(params)
-            self.adopt({p: entry for p, entry in old.values().items() if p in there})
+            self.adopt({p: entry for p, entry in old.values().items() if p in there}, old.numbers)
 
-    def adopt(self, values: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
+    def adopt(
+        self, values: Mapping[Tensor, Mapping[str, Tensor]], numbers: Mapping[str, Tensor]
+    ) -> None:
         """Take over all of this, and forget what there was.
 
         What has another shape than its parameter is forgotten too. Values of parameters that are in
@@ -67,6 +83,17 @@ class MemberState:
             ]
             for name in {name for entry in fitting for name in entry} | bucket.members.keys():
                 bucket.member(name).adopt([entry.get(name) for entry in fitting])
+        for number in self.numbers.values():
+            number.zero_()
+        for name, value in numbers.items():
+            self.number(name).copy_(value)
+
+    def number(self, name: str) -> Tensor:
+        """Where a number is, which begins with 0 when first asked for: a graph reads it there."""
+        if name not in self.numbers:
+            device = self._buckets[0].device if self._buckets else torch.device("cpu")
+            self.numbers[name] = torch.zeros((), dtype=torch.float64, device=device)
+        return self.numbers[name]
 
     def forget(self, name: str) -> bool:
         """Let what has this name begin anew; returns whether it was there."""
@@ -91,30 +118,35 @@ class MemberState:
 def put_in(state_dict: dict[str, Any], params: Sequence[Tensor], members: MemberState) -> None:
     """Put what the members keep into a checkpoint, besides the base optimizer's state.
 
-    A base optimizer whose checkpoints are not of torch's form gets nothing: after loading one, all
-    begins anew.
+    Numbers are with the first parameter. A base optimizer whose checkpoints are not of torch's form
+    gets nothing: after loading one, all begins anew.
     """
     keys = _keys_of(state_dict)
-    if len(keys) != len(params):
+    if not keys or len(keys) != len(params):
         return
     values = members.values()
+    entries = [values.get(param, {}) for param in params]
+    entries[0] = {**entries[0], **members.numbers}
     state = state_dict["state"]
     ours = {
-        key: {**state.get(key, {}), **values[param]}
-        for key, param in zip(keys, params, strict=True)
-        if param in values
+        key: {**state.get(key, {}), **entry}
+        for key, entry in zip(keys, entries, strict=True)
+        if entry
     }
     state_dict["state"] = {**state, **ours}
 
 
-def take_out(state_dict: dict[str, Any], params: Sequence[Tensor]) -> Values:
-    """Take out of a checkpoint what ``put_in`` has put in.
+def take_out(
+    state_dict: dict[str, Any], params: Sequence[Tensor]
+) -> tuple[Values, dict[str, Tensor]]:
+    """Take out of a checkpoint what ``put_in`` has put in: that of parameters, and the numbers.
 
     Raises:
         ValueError: something does not fit its parameter.
     """
     values: Values = {}
-    names = set(MEMBER_STATES)
+    numbers: dict[str, Tensor] = {}
+    names = {*MEMBER_STATES, *MEMBER_NUMBERS}
     state = state_dict.get("state", {})
     left = {}
     for i, (key, param) in enumerate(zip(_keys_of(state_dict), params, strict=False)):
@@ -123,13 +155,14 @@ def take_out(state_dict: dict[str, Any], params: Sequence[Tensor]) -> Values:
             continue
         left[key] = {name: value for name, value in entry.items() if name not in names}
         for name in names & entry.keys():
-            _check(name, entry[name], param, i)
-            values.setdefault(param, {})[name] = entry[name]
+            shape = param.shape if name in MEMBER_STATES else torch.Size()
+            _check(name, entry[name], shape, param, i)
+            (values.setdefault(param, {}) if name in MEMBER_STATES else numbers)[name] = entry[name]
     if left:
         # An entry that holds nothing else was not the base optimizer's.
         rest = {**state, **left}
         state_dict["state"] = {k: v for k, v in rest.items() if k not in left or v}
-    return values
+    return values, numbers
 
 
 def _keys_of(state_dict: Mapping[str, Any]) -> list[Any]:
@@ -142,12 +175,12 @@ def _keys_of(state_dict: Mapping[str, Any]) -> list[Any]:
     return [key for group in groups for key in group["params"]]
 
 
-def _check(name: str, value: Any, param: Tensor, index: int) -> None:
+def _check(name: str, value: Any, shape: torch.Size, param: Tensor, index: int) -> None:
     what = f"{name!r} of parameter {index}, which has shape {tuple(param.shape)},"
     if not isinstance(value, Tensor):
         raise ValueError(f"{what} is a {type(value).__name__}, not a tensor")
     remedy = "remove it from the checkpoint, and it begins anew"
-    if value.shape != param.shape:
+    if value.shape != shape:
         raise ValueError(f"{what} has shape {tuple(value.shape)}; {remedy}")
     if value.is_complex() and not param.is_complex():
         raise ValueError(f"{what} is complex, and the parameter is real; {remedy}")

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from ...ascents import KERNELS, SUMS, Ascent, Sums
-from ...blends import BLENDS, Blending
+from ...blends import KERNELS as BLENDS
+from ...blends import Blending
 from ...memory import Bucket, Gradients
+from ...memory.bucket import Kept
 from ...rules import STEP, Rule
 from ..base import Backend, Groups
 from ..tables import READS_PARAM, Tables, blend_table, rule_bits, rule_rows, sums_table
@@ -19,7 +21,7 @@ CHUNK = 4096
 _SUMS = {sums.name: i for i, sums in enumerate(SUMS)}
 _ASCENTS = {ascent.name: i for i, ascent in enumerate(KERNELS)}
 _RULES = {rule.name: i for i, rule in enumerate(rules())}
-_BLENDS = {blend.name: i for i, blend in enumerate(BLENDS.values())}
+_BLENDS = {blend.name: i for i, blend in enumerate(BLENDS)}
 """The numbers of the values in csrc/mathematics.h."""
 
 
@@ -52,20 +54,22 @@ class NativeBackend(Backend):
         groups: Groups,
         earlier: Tensor | None = None,
         unscale: float = 1.0,
+        kept: Kept | None = None,
     ) -> Tensor:
         """As ``Backend.reduce``, in one launch."""
-        if not bucket.is_uniform or sums.average is not None:
-            return super().reduce(bucket, sums, grads, groups, earlier, unscale)
+        other = kept is not None and kept.flat.dtype != bucket.dtype
+        if other or not bucket.is_uniform or sums.average is not None:
+            return super().reduce(bucket, sums, grads, groups, earlier, unscale, kept)
         tables = _tables(bucket)
         bits = {row: READS_PARAM * sums.reads_param(groups[row]) for row in bucket.rows}
         total: Tensor = torch.ops.fused_sam.reduce.default(
             bucket.saved,
-            bucket.kept if sums.reads_kept else None,
+            None if kept is None else kept.flat,
             earlier,
             tables.ticket,
             tables.slots,
             tables.addresses(grads).table,
-            tables.flags(bits, bucket.perturbed, grads, held=bucket.held),
+            tables.flags(bits, bucket.perturbed, grads, held=() if kept is None else kept.held),
             sums_table(tables, bucket, sums, groups, unscale),
             _SUMS[sums.name],
         )
@@ -111,14 +115,14 @@ class NativeBackend(Backend):
         found_inf: Tensor | None = None,
     ) -> None:
         """As ``Backend.update_``, in one launch."""
-        if not bucket.is_uniform:
+        if not bucket.is_uniform or (blending is not None and blending.blend not in BLENDS):
             scaling = {"grad_scale": grad_scale, "found_inf": found_inf}
             return super().update_(bucket, rule, blending, grads, groups, **scaling)
         tables = _tables(bucket)
         names = {name for row in bucket.rows for name in rule.kept(groups[row])}
         fresh = bucket.fresh(names)
         states = [bucket.state(s.name).flat if s.name in names else None for s in rule.states]
-        blend = None if blending is None else blending.blend
+        blend, kept = (None, None) if blending is None else (blending.blend, blending.kept)
         bits = {row: rule_bits(rule, groups[row], blend is not None) for row in bucket.rows}
         numbers, rates = rule_rows(rule, groups, bucket.rows)
         torch.ops.fused_sam.update_.default(
@@ -128,10 +132,10 @@ class NativeBackend(Backend):
             tables.ticket,
             bucket.climb,
             bucket.saved,
-            None if blending is None else bucket.kept,
+            None if kept is None else kept.flat,
             tables.slots,
             tables.addresses(grads).table,
-            tables.flags(bits, bucket.perturbed, grads, fresh, bucket.held),
+            tables.flags(bits, bucket.perturbed, grads, fresh, () if kept is None else kept.held),
             tables.hyper(rule.name, len(groups), numbers, rates),
             None if blending is None else blending.numbers,
             None if blend is None else blend_table(tables, bucket, blend, groups),

@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 
 from ... import text as words
 from ...ascents import KERNELS, SUMS, Ascent, Sums
-from ...blends import BLENDS, Blend
+from ...blends import KERNELS as BLENDS
+from ...blends import Blend
 from ...rules import RULES, Rule
 from ...text import Text
 
@@ -329,7 +330,7 @@ def header() -> str:
         *map(_sums, SUMS),
         *map(_ascent, KERNELS),
         "struct Coefficients {\n  double a, b, c = 0, d = 0;\n};\n",
-        *map(_blend, BLENDS.values()),
+        *map(_blend, BLENDS),
         _FOOT,
         f"constexpr int kNumRules = {len(rules())};",
         f"constexpr int kNumSums = {len(SUMS)};",
@@ -339,7 +340,7 @@ def header() -> str:
         _list("FUSED_SAM_RULES", [rule.name for rule in rules()]),
         _list("FUSED_SAM_SUMS", [sums.name for sums in SUMS]),
         _list("FUSED_SAM_ASCENTS", [ascent.name for ascent in KERNELS]),
-        _list("FUSED_SAM_BLENDS", [blend.name for blend in BLENDS.values()]),
+        _list("FUSED_SAM_BLENDS", [blend.name for blend in BLENDS]),
     ]
     return "\n".join(parts)
 

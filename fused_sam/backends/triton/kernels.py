@@ -512,6 +512,7 @@ def _update_tile(
     descent,
     perturbed,
     kept,
+    direction,
     blend,
     scalars,
     RULE: tl.constexpr,
@@ -530,7 +531,11 @@ def _update_tile(
         first = _load(kept + at + offs, mask, descent.dtype)
         if AFTER:
             after = _mix(blend[2], blend[3], g, first)
-        g = _mix(blend[0], blend[1], g, first)
+        mixed = _mix(blend[0], blend[1], g, first)
+        if direction is None:
+            g = mixed
+        else:
+            _store(direction + at + offs, mixed, mask)
     g = descent * g
     state = ()
     for i in tl.static_range(len(states)):
@@ -563,6 +568,7 @@ def _update_tile(
 def update_kernel(
     saved_ptr,
     kept_ptr,
+    direction_ptr,
     states,
     step_ptr,
     ticket_ptr,
@@ -582,6 +588,7 @@ def update_kernel(
     RULE: tl.constexpr,
     COEFFICIENTS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    BLEND_NUMBERS: tl.constexpr,
     BLEND_COLUMNS: tl.constexpr,
     KEPT: tl.constexpr,
     MIXED: tl.constexpr,
@@ -604,10 +611,11 @@ def update_kernel(
     the slots that step; ``ticket`` (1,) int32 is 0 before and after; ``climb`` (1,) int64 becomes
     0; ``grad_scale`` and ``found_inf`` are () float32; None where there is none.
 
-    Where ``kept`` (size,), gradients at w, is not None, g is a blend of both gradients in the slots
-    whose flags say so: ``numbers`` (3,) float64, ``loss_scale`` () float64 (None for 1) and
-    ``blend``, the hyperparameters, give its COEFFICIENTS. AFTER: so they do for what is subtracted
-    from w after the rule.
+    Where ``kept`` (size,), gradients at w or a direction, is not None, g is a blend of both in the
+    slots whose flags say so: ``numbers`` (BLEND_NUMBERS,) float64, ``loss_scale`` () float64 (None
+    for 1; or the direction's norm) and ``blend``, the hyperparameters, give its COEFFICIENTS.
+    AFTER: so they do for what is subtracted from w after the rule. Where ``direction`` (size,) is
+    not None, the blend goes there, and g is the gradient.
     """
     dtype = hyper_ptr.dtype.element_ty
     lanes = tl.arange(0, BLOCK)
@@ -640,7 +648,8 @@ def update_kernel(
                     options = options + (
                         tl.load(blend_ptr + row * BLEND_COLUMNS + i).to(tl.float64),
                     )
-                found = COEFFICIENTS(*_numbers(numbers_ptr, tl.float64, 3), loss_scale, *options)
+                numbers = _numbers(numbers_ptr, tl.float64, BLEND_NUMBERS)
+                found = COEFFICIENTS(*numbers, loss_scale, *options)
                 blends = (flags & BLENDS) != 0
                 both = blends & ((flags & HELD) != 0)
                 blend = (
@@ -687,6 +696,7 @@ def update_kernel(
                         descent,
                         perturbed,
                         kept_ptr,
+                        direction_ptr,
                         blend,
                         scalars,
                         RULE,
@@ -717,6 +727,7 @@ def update_kernel(
                         descent,
                         perturbed,
                         kept_ptr,
+                        direction_ptr,
                         blend,
                         scalars,
                         RULE,

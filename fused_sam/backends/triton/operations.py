@@ -13,6 +13,7 @@ from ...ascents import Ascent, Sums
 from ...blends import Blending
 from ...devices import on
 from ...memory import Bucket, Gradients
+from ...memory.bucket import Kept
 from ...rules import STEP, Rule
 from ..base import Backend, Groups
 from ..tables import Tables, blend_table, rule_bits, rule_rows, sums_table
@@ -41,8 +42,8 @@ CUDA_OPTIONS = {"maxnreg": 64, "enable_reflect_ftz": False}
 """At most 64 registers, or fewer than half of a multiprocessor's threads would fit; and square
 roots of denormal numbers are not zero."""
 MANY_REGISTERS = {"maxnreg": 128}
-"""For kernels that would spill some of 64: float64, three sums in it, and what is rare in half
-precision."""
+"""For kernels that would spill some of 64: float64, three sums in it, what is rare in half
+precision, and an update that leaves a direction, once in several steps."""
 TYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -84,6 +85,7 @@ class _Launcher(Tables):
         constants: tuple[Any, ...],
         roomy: bool = False,
         wide: bool = False,
+        *others: Tensor | None,
     ) -> None:
         """Run a kernel over the bucket's chunks.
 
@@ -94,6 +96,7 @@ class _Launcher(Tables):
             constants: its compile-time arguments but the last two, BLOCK and TILES.
             roomy: whether it gets MANY_REGISTERS; follows from dtype and constants.
             wide: whether its sums are in float64; follows from the constants.
+            others: of its arguments those that may be wider than all that the bucket has.
         """
         grid = (self.programs, 1, 1)
         args = (*args, self.num_chunks, self.n_slots)
@@ -104,7 +107,8 @@ class _Launcher(Tables):
             function[grid](*args, *full)
             return
         tile = WIDE_TILE_BYTES if wide else TILE_BYTES[kernel.fn.__name__]
-        block = min(tile // self.itemsize, CHUNK)
+        itemsize = max([self.itemsize, *[o.dtype.itemsize for o in others if o is not None]])
+        block = min(tile // itemsize, CHUNK)
         full = (*constants, block, CHUNK // block)
         function = kernel[grid](*args, *full, **_options(self.device, roomy))
         # Everything that Triton specializes on is in the key: the rest is the same for a bucket, or
@@ -149,30 +153,29 @@ class TritonBackend(Backend):
         groups: Groups,
         earlier: Tensor | None = None,
         unscale: float = 1.0,
+        kept: Kept | None = None,
     ) -> Tensor:
         """As ``Backend.reduce``, in one launch."""
         if sums.average is not None:
-            return super().reduce(bucket, sums, grads, groups, earlier, unscale)
+            return super().reduce(bucket, sums, grads, groups, earlier, unscale, kept)
         launcher = _launcher(bucket)
         with on(bucket.device):
-            kept = bucket.kept if sums.reads_kept else None
+            held = () if kept is None else kept.held
             reads = kept is not None or any([sums.reads_param(groups[row]) for row in bucket.rows])
             # Not the same memory in each step: somebody may look at the last one's.
             total = torch.empty(sums.count, dtype=torch.float64, device=bucket.device)
             args = (
-                *(total, launcher.scratch(sums), launcher.ticket, kept, earlier),
-                launcher.slots,
+                *(total, launcher.scratch(sums), launcher.ticket),
+                *(None if kept is None else kept.flat, earlier, launcher.slots),
                 launcher.addresses(grads).table,
-                launcher.flags(
-                    dict.fromkeys(bucket.rows, 0), bucket.perturbed, grads, held=bucket.held
-                ),
+                launcher.flags(dict.fromkeys(bucket.rows, 0), bucket.perturbed, grads, held=held),
                 sums_table(launcher, bucket, sums, groups, unscale),
             )
             constants = (
                 *(compiled(sums.terms), sums.count, sums.how == "max"),
                 *(sums.earlier, _width(sums), reads, *launcher.types),
             )
-            launcher.launch(kernels.reduce_kernel, args, constants, sums.wide, sums.wide)
+            launcher.launch(kernels.reduce_kernel, args, constants, sums.wide, sums.wide, args[3])
         return total
 
     def ascend_(
@@ -219,21 +222,23 @@ class TritonBackend(Backend):
         """As ``Backend.update_``, in one launch."""
         launcher = _launcher(bucket)
         with on(bucket.device):
-            kept = [rule.kept(groups[row]) for row in bucket.rows]
-            names = {name for row in kept for name in row}
-            mixed = any([row != kept[0] for row in kept])
+            states = [rule.kept(groups[row]) for row in bucket.rows]
+            names = {name for row in states for name in row}
+            mixed = any([row != states[0] for row in states])
             buffers = [bucket.state(s.name).flat if s.name in names else None for s in rule.states]
-            blend = None if blending is None else blending.blend
+            blend, kept = (None, None) if blending is None else (blending.blend, blending.kept)
+            held = () if kept is None else kept.held
             bits = {row: rule_bits(rule, groups[row], blend is not None) for row in bucket.rows}
             numbers, rates = rule_rows(rule, groups, bucket.rows)
             args = (
                 bucket.saved,
-                None if blend is None else bucket.kept,
+                None if kept is None else kept.flat,
+                None if blending is None else blending.direction,
                 tuple([bucket.saved if buffer is None else buffer for buffer in buffers]),
                 bucket.state(STEP).flat if rule.counts else None,
                 *(launcher.ticket, bucket.climb, launcher.slots),
                 launcher.addresses(grads).table,
-                launcher.flags(bits, bucket.perturbed, grads, bucket.fresh(names), bucket.held),
+                launcher.flags(bits, bucket.perturbed, grads, bucket.fresh(names), held),
                 launcher.hyper(rule.name, len(groups), numbers, rates),
                 None if blending is None else blending.numbers,
                 None if blend is None else blend_table(launcher, bucket, blend, groups),
@@ -243,12 +248,13 @@ class TritonBackend(Backend):
                 *(compiled(rule.scalars), compiled(rule.update)),
                 None if blend is None else compiled(blend.coefficients),
                 1 + len(rule.column_names),
-                0 if blend is None else len(blend.column_names),
+                *((0, 0) if blend is None else (blend.count, len(blend.column_names))),
                 *(tuple([buffer is not None for buffer in buffers]), mixed, bucket.masters),
                 *(blend is not None and blend.after, *launcher.types),
             )
-            roomy = launcher.itemsize == 8 or (launcher.half and mixed)
-            launcher.launch(kernels.update_kernel, args, constants, roomy)
+            keeps = blend is not None and blend.reuse is not None
+            roomy = launcher.itemsize == 8 or (launcher.half and mixed) or keeps
+            launcher.launch(kernels.update_kernel, args, constants, roomy, False, *args[1:3])
 
     def restore_(self, bucket: Bucket) -> None:
         """As ``Backend.restore_``, in one launch."""
