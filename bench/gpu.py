@@ -370,7 +370,13 @@ def training_graphs() -> Rows:
     first = next(iter(results.values()))
     for what, times in results.items():
         relative = dataclasses.asdict(ratio(times, first))
-        yield {"model": name, "batch": batch, "peer": what, **summary(times), "times_first": relative}
+        yield {
+            "model": name,
+            "batch": batch,
+            "peer": what,
+            **summary(times),
+            "times_first": relative,
+        }
 
 
 def _loss(model: torch.nn.Module, batch: tuple[Any, Any]) -> Any:

@@ -174,7 +174,8 @@ class Descent(OnePass):
                 if max_grad_norm is not None:
                     (limit,) = followed(lambda: (self.max_grad_norm or 0.0,), sq_norm.dtype)
                     if blending is not None:
-                        sq_norm = blending.sq_norm(sq_norm, groups)
+                        others = engine.square_of_others(grads, groups)
+                        sq_norm = blending.sq_norm(sq_norm, groups, others)
                     grad_scale = clip_scale(sq_norm.sqrt(), limit, grad_scale)
             if blending is not None and blending.blend.reuses:
                 square = blending.numbers

@@ -4,6 +4,7 @@ FUSED_SAM_TEST_DEVICE=cpu runs what can run there, to find mistakes in the tests
 """
 
 import copy
+import functools
 import os
 
 import pytest
@@ -11,7 +12,11 @@ import torch
 from oracle import Textbook, same_bits
 
 from fused_sam import FusedSAM
+from fused_sam.ascents import MSAM
 from fused_sam.backends import native
+from fused_sam.blends import GSAM
+from fused_sam.graphs import capture
+from fused_sam.schedule import Every
 
 DEVICE = torch.device(os.environ.get("FUSED_SAM_TEST_DEVICE", "cuda"))
 GPU = torch.cuda.is_available() and DEVICE.type == "cuda"
@@ -315,7 +320,8 @@ def test_a_captured_step_is_the_eager_one(case, gpu_backend):
     """Guards random numbers, running statistics, and numbers that change between replays."""
     torch.backends.cudnn.deterministic = True
     batches = [(torch.randn(8, 3, 8, 8), torch.randint(10, (8,))) for _ in range(6)]
-    first = noisy_model()
+    # The compiler's dropout draws other numbers.
+    first = make_model() if case == "compiled" else noisy_model()
     results = []
     for graph in (True, False):
         model = copy.deepcopy(first)
@@ -334,12 +340,8 @@ def test_a_captured_step_is_the_eager_one(case, gpu_backend):
             opt.param_groups[0]["lr"], opt.param_groups[0]["rho"] = 0.01 / (i + 1), 0.1 * (i + 1)
             losses.append(step(batch))
         results.append([*losses, *model.state_dict().values()])
-    # The compiler's dropout draws other numbers, in another order.
-    if case == "compiled":
-        assert all(torch.isfinite(x).all() for x in results[0])
-        return
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 @no_gpu

@@ -144,6 +144,7 @@ def test_captured_steps_are_the_eager_ones(case):
 def test_half_precision_rounds_anew_in_each_replay():
     """Guards the number of the climb, which a launch takes as an argument."""
     assert_alike({"momentum": 0.9}, dtype=torch.bfloat16)
+    assert_alike({"momentum": 0.9, "master_weights": True}, dtype=torch.bfloat16)
 
 
 def test_hyperparameters_are_those_of_the_call():
