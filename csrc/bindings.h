@@ -29,7 +29,8 @@ inline Dtype dtype_of(const Tensor& tensor) {
     case ScalarType::Half:
       return Dtype::kFloat16;
     default:
-      STD_TORCH_CHECK(false, "fused_sam: weights must be float32, float64, bfloat16 or float16");
+      STD_TORCH_CHECK(false,
+                      "fused_sam: saved and states must be float32, float64, bfloat16 or float16");
   }
 }
 
@@ -86,9 +87,30 @@ constexpr unsigned kRuleAlways[] = {FUSED_SAM_RULES(FUSED_SAM_ALWAYS)};
 constexpr int kRuleStates[] = {FUSED_SAM_RULES(FUSED_SAM_STATES)};
 constexpr bool kRuleCounts[] = {FUSED_SAM_RULES(FUSED_SAM_COUNTS)};
 
-// What is kept of the gradients at w; null where nothing is.
-inline void* check_kept(const std::optional<Tensor>& kept, const Tensor& saved) {
-  if (kept) check(*kept, "kept", saved.scalar_type(), saved.numel(), saved);
+inline ScalarType scalar_type(Dtype dtype) {
+  constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16,
+                                   ScalarType::Half};
+  return kTypes[static_cast<int>(dtype)];
+}
+
+// The dtypes of a bucket; those of its states come later. weights, grads: their numbers.
+inline Types types_of(int64_t weights, int64_t grads, const Tensor& saved) {
+  Types types = {};
+  types.weights = static_cast<Dtype>(check_index(weights, kNumDtypes, "dtype of weights"));
+  types.grads = static_cast<Dtype>(check_index(grads, kNumDtypes, "dtype of gradients"));
+  types.saved = dtype_of(saved);
+  const bool half = types.weights == Dtype::kBFloat16 || types.weights == Dtype::kFloat16;
+  STD_TORCH_CHECK(types.saved == types.weights || (half && types.saved == Dtype::kFloat32),
+                  "fused_sam: saved has a wrong dtype");
+  return types;
+}
+
+// What is kept besides the gradients; null where nothing is. It has a dtype of its own.
+inline void* check_kept(const std::optional<Tensor>& kept, const Tensor& saved, Types& types) {
+  if (kept) {
+    types.kept = dtype_of(*kept);
+    check(*kept, "kept", scalar_type(types.kept), saved.numel(), saved);
+  }
   return memory(kept);
 }
 
@@ -122,19 +144,23 @@ inline const double* check_earlier(const std::optional<Tensor>& earlier, int64_t
   return earlier ? static_cast<const double*>(earlier->const_data_ptr()) : nullptr;
 }
 
-// Checks the arguments of update_ and fills `states`; returns which of them are there, as bits. (An
-// empty one is there and has no address.)
+// Checks the arguments of update_ and fills `types` and `states`; returns which of them are there,
+// as bits. (An empty one is there and has no address.)
 inline unsigned check_update(const std::optional<Tensor>& state0,
                              const std::optional<Tensor>& state1,
                              const std::optional<Tensor>& state2, const std::optional<Tensor>& step,
                              const std::optional<Tensor>& grad_scale,
                              const std::optional<Tensor>& found_inf, const Tensor& saved,
-                             int64_t num_slots, int64_t rule, void* (&states)[kMaxStates]) {
+                             int64_t num_slots, int64_t rule, Types& types,
+                             void* (&states)[kMaxStates]) {
   static_assert(kMaxStates == 3, "the operation update_ takes three states");
   const std::optional<Tensor>* given[] = {&state0, &state1, &state2};
   unsigned has = 0;
   for (int k = 0; k < kMaxStates; ++k) {
-    if (*given[k]) check(**given[k], "a state", saved.scalar_type(), saved.numel(), saved);
+    if (*given[k]) {
+      types.states[k] = dtype_of(**given[k]);
+      check(**given[k], "a state", scalar_type(types.states[k]), saved.numel(), saved);
+    }
     STD_TORCH_CHECK(*given[k] || !(kRuleAlways[rule] & 1u << k),
                     "fused_sam: a state is missing that the rule always needs");
     states[k] = memory(*given[k]);

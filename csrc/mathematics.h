@@ -733,4 +733,4 @@ constexpr int kNumBlends = 3;
 
 #define FUSED_SAM_BLENDS(_) _(Gsam) _(Wsam) _(CoupledWsam)
 
-#define FUSED_SAM_MATHEMATICS "2cd13d2926f3bb67"
+#define FUSED_SAM_MATHEMATICS "78efe774ecb4f29e"

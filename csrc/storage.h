@@ -10,6 +10,7 @@
 #include <cuda_fp16.h>
 #endif
 
+#include "tables.h"
 #include "words.h"
 
 namespace fused_sam {
@@ -18,6 +19,29 @@ inline namespace FUSED_SAM_ISA {
 // Scalars, not structs: loops that copy structs do not vectorise.
 enum class BFloat16 : uint16_t {};
 enum class Float16 : uint16_t {};
+
+template <typename S>
+struct DtypeOf;
+template <>
+struct DtypeOf<float> {
+  static constexpr Dtype kValue = Dtype::kFloat32;
+};
+template <>
+struct DtypeOf<double> {
+  static constexpr Dtype kValue = Dtype::kFloat64;
+};
+template <>
+struct DtypeOf<BFloat16> {
+  static constexpr Dtype kValue = Dtype::kBFloat16;
+};
+template <>
+struct DtypeOf<Float16> {
+  static constexpr Dtype kValue = Dtype::kFloat16;
+};
+
+FUSED_SAM_INLINE int size_of(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
 
 FUSED_SAM_INLINE uint32_t to_bits(float x) {
   uint32_t bits;
@@ -59,7 +83,7 @@ FUSED_SAM_INLINE S round_to(float x) {
 
 template <typename S>
 FUSED_SAM_INLINE S round_to(double x) {
-  return x;
+  return S(x);
 }
 
 template <>
@@ -91,6 +115,16 @@ FUSED_SAM_INLINE Float16 round_to<Float16>(float x) {
   half = magnitude > 0x7f800000u ? 0x7e00u : half;
   return Float16(uint16_t(half | sign));
 #endif
+}
+
+template <>
+FUSED_SAM_INLINE BFloat16 round_to<BFloat16>(double x) {
+  return round_to<BFloat16>(float(x));  // as torch does
+}
+
+template <>
+FUSED_SAM_INLINE Float16 round_to<Float16>(double x) {
+  return round_to<Float16>(float(x));
 }
 
 // Rounding at random, to one of the two neighbours: fused_sam/backends/rounding.py, bit for bit.

@@ -8,6 +8,16 @@ namespace fused_sam {
 enum class Dtype : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
 constexpr int kNumDtypes = 4;
 
+// The dtypes of a bucket's buffers. Where `saved` is wider than the weights it holds masters:
+// float32 besides bfloat16 or float16.
+struct Types {
+  Dtype weights;
+  Dtype grads;
+  Dtype saved;
+  Dtype kept;
+  Dtype states[3];
+};
+
 // One parameter: its place in the flat buffers, in elements, and its row of hyperparameters.
 struct Slot {
   int64_t start;

@@ -8,7 +8,9 @@
 #elif defined(_MSC_VER)
 #include <cmath>
 #define FUSED_SAM_INLINE __forceinline
+#define FUSED_SAM_NOINLINE __declspec(noinline)
 #else
+#define FUSED_SAM_NOINLINE __attribute__((noinline))
 #define FUSED_SAM_INLINE inline __attribute__((always_inline))
 #endif
 

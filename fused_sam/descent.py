@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from .memory import Gradients
 from .memory.members import AVERAGE
 from .modes import working
 from .onepass import OnePass
+from .recording import followed, recording
 from .rules import check_options
 from .scaling import clip_scale, found_nonfinite
 
@@ -142,6 +144,8 @@ class Descent(OnePass):
         found_inf = found_inf if check_finite else handed.get("found_inf")
         if not isinstance(found_inf, Tensor):
             found_inf = None  # a GradScaler that saw no gradient at all sets the number 0
+        if (graph := recording()) is not None:
+            found_inf = graph.skip if found_inf is None else found_inf + graph.skip
         pre_hooks = [h for h in _hooks(base, "pre").values() if not isinstance(h, _Guard)]
         if pre_hooks:
             self.restore()  # they expect to see w
@@ -169,19 +173,22 @@ class Descent(OnePass):
                     before = sq_norm if total is None else engine.number(total.sum())
                     found_inf = found_nonfinite(before, sq_norm, found_inf)
                 if max_grad_norm is not None:
+                    (limit,) = followed(lambda: (self.max_grad_norm or 0.0,), sq_norm.dtype)
                     if blending is not None:
-                        sq_norm = blending.sq_norm(sq_norm, groups)
-                    grad_scale = clip_scale(sq_norm.sqrt(), max_grad_norm, grad_scale)
+                        others = engine.square_of_others(grads, groups)
+                        sq_norm = blending.sq_norm(sq_norm, groups, others)
+                    grad_scale = clip_scale(sq_norm.sqrt(), limit, grad_scale)
             if blending is not None and blending.blend.reuses:
                 square = blending.numbers
             elif gram is None:
                 square = self._square_of_climbing(square, grads)
             if rule is not None:
                 args = blending, grads, groups, self.state, grad_scale, found_inf
+                update = functools.partial(engine.update, *args)
                 if ahead is not None:
-                    self._step_ahead(ahead, grads, args)
+                    self._step_ahead(ahead, grads, update)
                 else:
-                    engine.update(*args)
+                    update()
                     facts.perturbed = False
             else:
                 self._step_base(blending, grad_scale, found_inf)

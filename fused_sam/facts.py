@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -46,7 +45,7 @@ class Coming(NamedTuple):
 
     def still(self, momentum: Sequence[Gradients]) -> Tensor | None:
         """The sum, if it is this momentum's, and nobody has written to it."""
-        same = len(momentum) == len(self.momentum) and all(map(operator.is_, momentum, self.momentum))
+        same = [*map(id, momentum)] == [*map(id, self.momentum)]
         return self.total if same and self.versions == self._versions(momentum) else None
 
     @staticmethod
@@ -150,6 +149,13 @@ class Facts:
         """The second pass begins."""
         self.between = True
         self.attached.freeze()
+
+    def forget_climb(self) -> None:
+        """What was launched in a capture that failed has not run: the weights are at w."""
+        for bucket in self.engine.buckets:
+            bucket.forget_climb()
+        self.perturbed = False
+        self.arrive()
 
     def arrive(self) -> None:
         """The step is over, or given up."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .ascents import Ascent
 from .backends import Groups
@@ -16,7 +17,8 @@ from .climb import Climb
 from .facts import Coming
 from .memory import Gradients
 from .modes import working
-from .options import CLIMBS, MISSED
+from .options import MISSED
+from .recording import recording
 
 
 class OnePass(Climb):
@@ -96,22 +98,25 @@ class OnePass(Climb):
             if ids or MISSED in group:
                 group[MISSED] = [i for i, p in enumerate(group["params"]) if id(p) in ids]
 
-    def _step_ahead(self, ascent: Ascent, grads: Sequence[Gradients], args: Any) -> None:
+    def _step_ahead(
+        self, ascent: Ascent, grads: Sequence[Gradients], update: Callable[..., Tensor | None]
+    ) -> None:
         """Update, and go ahead along the new momentum, unless a forward of the model does.
 
         Args:
             ascent: which climb.
             grads: the gradients.
-            args: those of ``Engine.update``.
+            update: the engine's, which is told whether weights stay.
         """
         facts = self._facts
-        goes = facts.attached.model is None
+        graph = recording()
+        goes = facts.attached.model is None and graph is None
         try:
-            total = facts.engine.update(*args, stays=goes)
+            total = update(stays=goes)
             assert total is not None
             facts.visited = False
             self._note_missed(grads)
-            facts.coming = Coming.of(total, self._momentum())
+            facts.coming = None if graph is not None else Coming.of(total, self._momentum())
             if goes:
                 self._go_ahead(ascent)
             else:
@@ -154,13 +159,13 @@ class OnePass(Climb):
             facts.versions = facts.writes()
             return
         # Against the momentum: the weights will move so.
-        groups: Groups = [{**g, "rho": -g["rho"], "maximize": False} for g in self.param_groups]
-        number = self.param_groups[0][CLIMBS] = self.param_groups[0].get(CLIMBS, 0) + 1
+        groups: Groups = [_Against(group) for group in self.param_groups]
         facts.perturbed = facts.visited = True
         coming, facts.coming = facts.coming, None
         total = None if coming is None else coming.still(momentum)
         try:
-            total = facts.engine.climb(ascent, momentum, groups, number, total=total)
+            counter = self.param_groups[0]
+            total = facts.engine.climb(ascent, momentum, groups, counter, total=total)
             facts.climbed(ascent, groups, total)
         except BaseException:
             self.restore()
@@ -191,3 +196,21 @@ class OnePass(Climb):
                 "checkpoint. With an attached model it is needed only after optimizer.eval(), and "
                 "where another module than that one runs, or runs in evaluation mode"
             )
+
+
+class _Against(Mapping[str, Any]):
+    """A group as a climb against its momentum sees it, now and whenever a graph asks for it."""
+
+    def __init__(self, group: Mapping[str, Any]) -> None:
+        self._group = group
+
+    def __getitem__(self, name: str) -> Any:
+        if name == "maximize":
+            return False
+        return -self._group[name] if name == "rho" else self._group[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._group)
+
+    def __len__(self) -> int:
+        return len(self._group)

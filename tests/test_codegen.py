@@ -58,7 +58,9 @@ def test_an_update_ahead_of_w_reads_and_writes_no_more_than_another(kernel, acce
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize(("kernel", "size"), [("ascend", 10), ("ascend-ahead", 10), ("sgd-momentum", 20), ("adamw", 28)])
+@pytest.mark.parametrize(
+    ("kernel", "size"), [("ascend", 10), ("ascend-ahead", 10), ("sgd-momentum", 20), ("adamw", 28)]
+)
 def test_masters_cost_the_bytes_of_the_budget(kernel, size, arch, kernels):
     """bfloat16 weights and gradients, float32 masters and states; the reduction reads 2 bytes.
 

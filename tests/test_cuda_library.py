@@ -80,18 +80,19 @@ tables = slots, grads, flags, three
 start = cuda, saved
 
 def reduce(name, tables, kept=None, earlier=None):
-    args = *start, kept, earlier, ticket, *tables, _SUMS[name]
+    args = *start, kept, earlier, ticket, *tables, 0, 0, _SUMS[name]
     return ops.reduce.default.redispatch(*args)
 
 total = reduce("SamNorm", tables)
 assert total.shape == (1,) and total.dtype == torch.float64
 kept = torch.zeros(128)
-ops.ascend_.default.redispatch(*start, kept, climb, *tables, total, climb, 0, _ASCENTS["Sam"])
+sam = climb, 0, 0, 0, _ASCENTS["Sam"]
+ops.ascend_.default.redispatch(*start, kept, climb, *tables, total, *sam)
 
 def update(rule, columns, states, step, *blend):
     args = *states, step, ticket, climb, saved, kept, slots, grads, flags, torch.zeros(1, columns)
     numbers, hyper, number = blend or (None, None, -1)
-    args = *args, numbers, hyper, None, None, None, _RULES[rule], number
+    args = *args, numbers, hyper, None, None, None, 0, 0, _RULES[rule], number
     ops.update_.default.redispatch(cuda, *args)
 
 update("Sgd", 5, [None, None, None], None)
@@ -107,12 +108,13 @@ for rule, columns, states in missing:
 five = slots, grads, flags, torch.zeros(1, 5)
 largest = reduce("PNormMax", five)
 both = torch.cat([largest, reduce("PNormSum", five, None, largest)])
-ops.ascend_.default.redispatch(*start, None, climb, *five, both, None, 1, _ASCENTS["PNorm"])
+p_norm = None, 1, 0, 0, _ASCENTS["PNorm"]
+ops.ascend_.default.redispatch(*start, None, climb, *five, both, *p_norm)
 three = reduce("Gram", (slots, grads, flags, torch.zeros(1, 0)), kept)
 assert three.shape == (3,)
 update("Sgd", 5, [None, None, None], None, three, torch.zeros(1, 1), _BLENDS["Gsam"])
 update("Sgd", 5, [None, None, None], None, three, torch.zeros(1, 2), _BLENDS["Wsam"])
-ops.restore_.default.redispatch(cuda, climb, saved, slots, flags)
+ops.restore_.default.redispatch(cuda, climb, saved, slots, flags, 0)
 assert runtime.stub_device() == 0
 print(runtime.stub_launches().decode(), end="")
 """

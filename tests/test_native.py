@@ -64,10 +64,10 @@ def test_operations_do_what_their_schemas_say(pinned):
     )
     start = bucket.saved, None
     ops = torch.ops.fused_sam
-    torch.library.opcheck(ops.reduce.default, (*start, None, None, *places, *ascent, 0))
+    torch.library.opcheck(ops.reduce.default, (*start, None, None, *places, *ascent, 0, 0, 0))
     total = torch.ones(1, dtype=torch.float64)
     torch.library.opcheck(
-        ops.ascend_.default, (*start, bucket.climb, *places, *ascent, total, None, 1, 0)
+        ops.ascend_.default, (*start, bucket.climb, *places, *ascent, total, None, 1, 0, 0, 0)
     )
     adam = dict(torch.optim.AdamW(params, amsgrad=True).param_groups[0])
     numbers, _ = tables.rule_rows(ADAM, [adam], [0])
@@ -78,12 +78,12 @@ def test_operations_do_what_their_schemas_say(pinned):
         (
             *(*states, torch.zeros(2), None, bucket.climb, bucket.saved, None),
             *(*places, flags, own.hyper("adam", 1, numbers), None, None, None),
-            *(torch.tensor(2.0), torch.zeros(()), operations._RULES["Adam"], -1),
+            *(torch.tensor(2.0), torch.zeros(()), 0, 0, operations._RULES["Adam"], -1),
         ),
     )
     torch.library.opcheck(
         ops.restore_.default,
-        (bucket.climb, bucket.saved, own.slots, flags),
+        (bucket.climb, bucket.saved, own.slots, flags, 0),
     )
 
 
@@ -108,7 +108,7 @@ def test_operations_refuse_tables_that_do_not_fit():
     grads = bucket.gradients()
     addresses, flags = own.addresses(grads).table, own.flags({0: 0}, bucket.perturbed, grads)
     hyper = tables.sums_table(own, bucket, ASCENTS["sam"].sums, opt.param_groups)
-    good = [bucket.saved, *[None] * 3, own.slots, addresses, flags, hyper]
+    good = [bucket.saved, *[None] * 3, own.slots, addresses, flags, hyper, 0, 0]
     slots = own.slots.clone()
     slots[1] += bucket.size  # numel of the first slot
     overflowing = own.slots.clone()
@@ -128,6 +128,10 @@ def test_operations_refuse_tables_that_do_not_fit():
         (6, flags.long()),
         (7, hyper[:-1]),
         (7, hyper.double()),
+        (8, 1),  # weights of float64 with what is saved of float32
+        (8, 4),
+        (9, -1),
+        (9, 4),
     ):
         with pytest.raises(RuntimeError, match="fused_sam"):
             torch.ops.fused_sam.reduce.default(*good[:i], wrong, *good[i + 1 :], 0)
@@ -141,7 +145,7 @@ def test_operations_refuse_tables_that_do_not_fit():
             torch.ops.fused_sam.update_.default(
                 *(None, None, None, None, None, bucket.climb, bucket.saved),
                 *(None, own.slots, addresses, kept, own.hyper("sgd", 1, sgd), *[None] * 5),
-                *(operations._RULES["Sgd"], -1),
+                *(0, 0, operations._RULES["Sgd"], -1),
             )
     flags = own.flags({0: 0}, bucket.perturbed, grads)
     numbers = torch.zeros(3, dtype=torch.float64)
@@ -159,7 +163,7 @@ def test_operations_refuse_tables_that_do_not_fit():
             torch.ops.fused_sam.update_.default(
                 *(None, None, None, None, None, bucket.climb, bucket.saved),
                 *(kept, own.slots, addresses, flags, own.hyper("sgd", 1, sgd), three, hyper),
-                *(None, None, None, operations._RULES["Sgd"], blend),
+                *(None, None, None, 0, 0, operations._RULES["Sgd"], blend),
             )
 
 
@@ -177,7 +181,7 @@ def test_states_that_adam_always_keeps_must_be_there_and_in_the_flags():
         torch.ops.fused_sam.update_.default(
             *(*states, torch.zeros(len(SIZES)), None, bucket.climb),
             *(bucket.saved, None, own.slots, own.addresses(grads).table, flags),
-            *(own.hyper("adam", 1, numbers), *[None] * 5, operations._RULES["Adam"], -1),
+            *(own.hyper("adam", 1, numbers), *[None] * 5, 0, 0, operations._RULES["Adam"], -1),
         )
 
     for states in ((state, None, None), (None, state, state)):

@@ -430,7 +430,7 @@ def test_auto_is_not_triton_on_a_cpu():
 @pytest.mark.parametrize("masters", [None, False, True], ids=["float64", "bf16", "bf16-masters"])
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
 def test_momentum_sam_takes_two_launches(base, masters, monkeypatch):
-    """Guards an update in place ahead of w, its sum and the climb from there, against the reference.
+    """Guards an update in place ahead of w, its sum and the climb: two launches, as the reference.
 
     With a gradient that is missing, a skipped step, and a group that does not climb. The number of
     the climb rounds bfloat16, which is the same for both: they differ by a rounding, now and then.
@@ -456,7 +456,7 @@ def test_momentum_sam_takes_two_launches(base, masters, monkeypatch):
         launched.clear()
         for opt, params in runs:
             for j, p in enumerate(params):
-                p.grad = None if (i, j) == (1, 1) else torch.cos(p.detach() * (i + j + 1))
+                p.grad = None if (i, j) == (1, 1) else torch.cos(start[j] * (i + j + 1))
             opt.found_inf = torch.tensor(float(i == 3))
             opt.step()
         away = {"update_kernel": 1, "ascend_kernel": 2 if i == 2 else 1}
@@ -469,4 +469,6 @@ def test_momentum_sam_takes_two_launches(base, masters, monkeypatch):
     if masters:
         for p, q in zip(runs[0][1], runs[1][1], strict=True):
             a, b = (o.state[x]["master_weight"] for (o, _), x in zip(runs, (p, q), strict=True))
-            torch.testing.assert_close(b, a, rtol=0, atol=2e-3)
+            # The reference rounds a gradient and its decay, below 2, to bfloat16: by 2**-8. That goes
+            # 1 + 1.9 + 2.71 + 3.44 times into the weights, times lr.
+            torch.testing.assert_close(b, a, rtol=0, atol=0.1 * 9.05 * 2**-8)

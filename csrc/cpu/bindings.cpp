@@ -8,19 +8,18 @@ namespace {
 // A bucket's memory as the kernels take it, checked as far as it can be: for the addresses of
 // weights and gradients fused_sam/backends/tables.py answers.
 struct Bucket {
-  Dtype dtype;
   Problem problem = {};
 
   Bucket(const Tensor& saved, const Tensor& slots, const std::optional<Tensor>& grads,
-         const Tensor& flags, const std::optional<Tensor>& hyper, int columns)
-      : dtype(dtype_of(saved)) {
+         const Tensor& flags, const std::optional<Tensor>& hyper, const Types& types, int columns) {
     Problem& p = problem;
+    p.types = types;
     p.num_slots = flags.numel();
     p.size = saved.numel();
     check(slots, "slots", ScalarType::Long, p.num_slots * 4, saved);
     check(flags, "flags", ScalarType::Int, p.num_slots, saved);
     if (grads) check(*grads, "grads", ScalarType::Long, p.num_slots, saved);
-    if (hyper) check(*hyper, "hyper", compute_type(dtype), -1, saved);
+    if (hyper) check(*hyper, "hyper", compute_type(types.weights), -1, saved);
     STD_TORCH_CHECK(saved.is_contiguous(), "fused_sam: saved must be contiguous");
     const int64_t numbers = hyper ? hyper->numel() : 0;
     STD_TORCH_CHECK(columns == 0 || numbers % columns == 0, "fused_sam: tables of wrong size");
@@ -66,22 +65,23 @@ double all_of(const void* values, int64_t n, bool max) {
 
 Tensor reduce(Tensor saved, std::optional<Tensor> kept, std::optional<Tensor> earlier,
               std::optional<Tensor> /*ticket*/, Tensor slots, Tensor grads, Tensor flags,
-              Tensor hyper, int64_t sums) {
+              Tensor hyper, int64_t weight_dtype, int64_t grad_dtype, int64_t sums) {
   check_index(sums, kNumSums, "sums");
-  Bucket bucket(saved, slots, grads, flags, hyper, kSumsColumns[sums]);
+  const Types types = types_of(weight_dtype, grad_dtype, saved);
+  Bucket bucket(saved, slots, grads, flags, hyper, types, kSumsColumns[sums]);
   Problem& p = bucket.problem;
   p.earlier = check_earlier(earlier, sums, saved);
   const int count = kSumsCount[sums];
   Tensor total = torch::stable::new_zeros(saved, {count}, ScalarType::Double);
   STD_TORCH_CHECK(!kSumsReadsKept[sums] || kept, "fused_sam: the sum needs kept");
-  p.kept = check_kept(kept, saved);
+  p.kept = check_kept(kept, saved, p.types);
   const int64_t spans = num_spans(p.size);
   std::vector<double> partials(spans * count);  // of float or double
-  const auto kernel = kernels().reduce[sums][static_cast<int>(bucket.dtype)];
+  const auto kernel = kernels().reduce[sums][compute_of(types)];
   parallel_spans(p.size,
                  [&](int64_t begin, int64_t end) { kernel(p, partials.data(), begin, end); });
   double* totals = static_cast<double*>(total.mutable_data_ptr());
-  const bool wide = kSumsWide[sums] || bucket.dtype == Dtype::kFloat64, max = kSumsMax[sums];
+  const bool wide = kSumsWide[sums] || types.weights == Dtype::kFloat64, max = kSumsMax[sums];
   for (int i = 0; i < count; ++i) {
     const void* all = partials.data();
     totals[i] = wide ? all_of<double>(static_cast<const double*>(all) + i * spans, spans, max)
@@ -92,15 +92,18 @@ Tensor reduce(Tensor saved, std::optional<Tensor> kept, std::optional<Tensor> ea
 
 void ascend_(Tensor saved, std::optional<Tensor> kept, Tensor climb, Tensor slots, Tensor grads,
              Tensor flags, Tensor hyper, Tensor total, std::optional<Tensor> number_at,
-             int64_t number, int64_t ascent) {
+             int64_t number, int64_t weight_dtype, int64_t grad_dtype, int64_t ascent) {
   check_index(ascent, kNumAscents, "ascent");
-  Bucket bucket(saved, slots, grads, flags, hyper, kAscentColumns[ascent]);
+  const Types types = types_of(weight_dtype, grad_dtype, saved);
+  Bucket bucket(saved, slots, grads, flags, hyper, types, kAscentColumns[ascent]);
   check(total, "total", ScalarType::Double, kAscentNumbers[ascent], saved);
   const double* numbers = static_cast<const double*>(total.const_data_ptr());
-  bucket.problem.kept = check_kept(kept, saved);
+  bucket.problem.kept = check_kept(kept, saved, bucket.problem.types);
+  STD_TORCH_CHECK(!kept || bucket.problem.types.kept == types.grads,
+                  "fused_sam: kept has a wrong dtype: it gets the gradients");
   if (const int64_t* at = check_number(number_at, saved)) number = *at;
   set_climb(climb, saved, number);
-  const auto kernel = kernels().ascend_[ascent][static_cast<int>(bucket.dtype)];
+  const auto kernel = kernels().ascend_[ascent][compute_of(types)];
   const Problem& p = bucket.problem;
   parallel_spans(p.size,
                  [&](int64_t begin, int64_t end) { kernel(p, numbers, number, begin, end); });
@@ -112,16 +115,18 @@ void update_(std::optional<Tensor> state0, std::optional<Tensor> state1,
              std::optional<Tensor> kept, Tensor slots, Tensor grads, Tensor flags, Tensor hyper,
              std::optional<Tensor> numbers, std::optional<Tensor> blend_hyper,
              std::optional<Tensor> loss_scale, std::optional<Tensor> grad_scale,
-             std::optional<Tensor> found_inf, int64_t rule, int64_t blend) {
+             std::optional<Tensor> found_inf, int64_t weight_dtype, int64_t grad_dtype,
+             int64_t rule, int64_t blend) {
   check_index(rule, kNumRules, "rule");
-  Bucket bucket(saved, slots, grads, flags, hyper, kRuleColumns[rule]);
+  const Types types = types_of(weight_dtype, grad_dtype, saved);
+  Bucket bucket(saved, slots, grads, flags, hyper, types, kRuleColumns[rule]);
   Problem& p = bucket.problem;
   const unsigned has = check_update(state0, state1, state2, step, grad_scale, found_inf, saved,
-                                    p.num_slots, rule, p.states);
+                                    p.num_slots, rule, p.types, p.states);
   p.step = memory<float>(step);
   check_blend(kept, numbers, blend_hyper, loss_scale, saved, hyper.numel() / kRuleColumns[rule],
               blend);
-  p.kept = check_kept(kept, saved);
+  p.kept = check_kept(kept, saved, p.types);
   p.numbers = memory<double>(numbers);
   p.blend_hyper = memory(blend_hyper);
   p.loss_scale = memory<double>(loss_scale);
@@ -129,8 +134,8 @@ void update_(std::optional<Tensor> state0, std::optional<Tensor> state1,
   const bool skip = found_inf && *memory<float>(found_inf) != 0.0f;
   double scale = 1;
   if (grad_scale) {
-    scale = bucket.dtype == Dtype::kFloat64 ? *memory<double>(grad_scale)
-                                            : static_cast<double>(*memory<float>(grad_scale));
+    scale = types.weights == Dtype::kFloat64 ? *memory<double>(grad_scale)
+                                             : static_cast<double>(*memory<float>(grad_scale));
   }
   for (int64_t i = 0; i < p.num_slots; ++i) {
     if (p.flags[i] & kMissing) continue;
@@ -145,14 +150,15 @@ void update_(std::optional<Tensor> state0, std::optional<Tensor> state1,
       if (!(p.flags[i] & kMissing)) p.step[i] += 1.0f;
     }
   }
-  const auto kernel = kernels().update_[rule][static_cast<int>(bucket.dtype)];
+  const auto kernel = kernels().update_[rule][compute_of(types)];
   parallel_spans(p.size, [&](int64_t begin, int64_t end) { kernel(p, scale, skip, begin, end); });
   set_climb(climb, saved, 0);
 }
 
-void restore_(Tensor climb, Tensor saved, Tensor slots, Tensor flags) {
-  const Bucket bucket(saved, slots, std::nullopt, flags, std::nullopt, 0);
-  const auto kernel = kernels().restore_[static_cast<int>(bucket.dtype)];
+void restore_(Tensor climb, Tensor saved, Tensor slots, Tensor flags, int64_t weight_dtype) {
+  const Types types = types_of(weight_dtype, 0, saved);  // no gradient is read
+  const Bucket bucket(saved, slots, std::nullopt, flags, std::nullopt, types, 0);
+  const auto kernel = kernels().restore_;
   const Problem& p = bucket.problem;
   parallel_spans(p.size, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   set_climb(climb, saved, 0);
@@ -165,22 +171,27 @@ std::string mathematics() { return FUSED_SAM_MATHEMATICS; }
 }  // namespace
 }  // namespace fused_sam
 
-// The weights are where `slots` says, and written there. grads: addresses. The tables are described
-// in tables.h, the rows of `hyper` in mathematics.h (Columns), the operations in
-// fused_sam/backends/base.py.
+// The weights are where `slots` says, and written there. grads: addresses. weight_dtype,
+// grad_dtype: what is there, by its number in Dtype. The tables are described in tables.h, the rows
+// of `hyper` in mathematics.h (Columns), the operations in fused_sam/backends/base.py.
 STABLE_TORCH_LIBRARY(fused_sam, m) {
   m.def(
       "reduce(Tensor saved, Tensor? kept, Tensor? earlier, Tensor(a!)? ticket, Tensor slots, "
-      "Tensor grads, Tensor flags, Tensor hyper, int sums) -> Tensor");
+      "Tensor grads, Tensor flags, Tensor hyper, int weight_dtype, int grad_dtype, int sums) "
+      "-> Tensor");
   m.def(
       "ascend_(Tensor(a!) saved, Tensor(b!)? kept, Tensor(c!) climb, Tensor slots, Tensor grads, "
-      "Tensor flags, Tensor hyper, Tensor total, Tensor? number_at, int number, int ascent) -> ()");
+      "Tensor flags, Tensor hyper, Tensor total, Tensor? number_at, int number, int weight_dtype, "
+      "int grad_dtype, int ascent) -> ()");
   m.def(
       "update_(Tensor(a!)? state0, Tensor(b!)? state1, Tensor(c!)? state2, Tensor(d!)? step, "
-      "Tensor(e!)? ticket, Tensor(f!) climb, Tensor saved, Tensor? kept, Tensor slots, "
+      "Tensor(e!)? ticket, Tensor(f!) climb, Tensor(g!) saved, Tensor? kept, Tensor slots, "
       "Tensor grads, Tensor flags, Tensor hyper, Tensor? numbers, Tensor? blend_hyper, "
-      "Tensor? loss_scale, Tensor? grad_scale, Tensor? found_inf, int rule, int blend) -> ()");
-  m.def("restore_(Tensor(a!) climb, Tensor saved, Tensor slots, Tensor flags) -> ()");
+      "Tensor? loss_scale, Tensor? grad_scale, Tensor? found_inf, int weight_dtype, "
+      "int grad_dtype, int rule, int blend) -> ()");
+  m.def(
+      "restore_(Tensor(a!) climb, Tensor saved, Tensor slots, Tensor flags, int weight_dtype) "
+      "-> ()");
   m.def("cpu_kernels() -> str");
   m.def("mathematics() -> str");
 }

@@ -14,14 +14,15 @@ namespace fused_sam {
 // 64 KiB of float32: several buffers of it fit a core's L2, and a span takes some 10 us.
 constexpr int64_t kSpan = 16384;
 
-// A bucket's memory and tables; T is the compute type, S the storage type of the dtype.
+// A bucket's memory and tables; T is the compute type. Weights, gradients, masters and states each
+// have a dtype of their own.
 struct Problem {
-  void* saved;               // S (size,)
-  void* kept;                // S (size,), gradients at w, or null
-  void* states[3];           // S (size,) or null
+  void* saved;               // (size,), the weights w, or the masters
+  void* kept;                // (size,), gradients at w, or null
+  void* states[3];           // (size,) or null
   float* step;               // (num_slots,) or null
   const Slot* slots;         // (num_slots,), by rising start; they tell where the weights are
-  const int64_t* grads;      // (num_slots,): addresses of S (numel,); null for restore_
+  const int64_t* grads;      // (num_slots,): addresses of gradients (numel,); null for restore_
   const int32_t* flags;      // (num_slots,)
   const void* hyper;         // Columns<T> (rows,) of what is computed
   const double* earlier;     // the numbers that a sum needs, or null
@@ -29,6 +30,7 @@ struct Problem {
   const void* blend_hyper;   // the blend's Columns<T> (rows,), or null
   const double* loss_scale;  // of both gradients; null for 1
   int blend;                 // its number in FUSED_SAM_BLENDS; negative: none
+  Types types;
   int64_t num_slots;
   int64_t size;
   bool stream;  // buffers too large for the caches: store past them what is not read again soon
@@ -46,12 +48,17 @@ using Ascend = void (*)(const Problem&, const double* numbers, int64_t number, i
 using Update = void (*)(const Problem&, double grad_scale, bool skip, int64_t begin, int64_t end);
 using Restore = void (*)(const Problem&, int64_t begin, int64_t end);
 
+// The compute types: float32, and float64 for weights of that.
+constexpr int kNumComputes = 2;
+
+inline int compute_of(const Types& types) { return types.weights == Dtype::kFloat64; }
+
 struct Kernels {
   const char* name;
-  Reduce reduce[kNumSums][kNumDtypes];
-  Ascend ascend_[kNumAscents][kNumDtypes];
-  Update update_[kNumRules][kNumDtypes];
-  Restore restore_[kNumDtypes];
+  Reduce reduce[kNumSums][kNumComputes];
+  Ascend ascend_[kNumAscents][kNumComputes];
+  Update update_[kNumRules][kNumComputes];
+  Restore restore_;
 };
 
 // The best set that this machine can run; FUSED_SAM_CPU names another one.

@@ -8,6 +8,7 @@
 #include "../mathematics.h"
 #include "../storage.h"
 
+#include <cstring>
 #include <type_traits>
 
 #if defined(__SSE2__)
@@ -26,7 +27,8 @@ namespace fused_sam {
 inline namespace FUSED_SAM_ISA {
 namespace {
 
-// Elements that are computed at a time where the result is streamed: they wait in L1.
+// Elements that are computed at a time: those that have another dtype than the compute type, or are
+// streamed, wait in L1.
 constexpr int64_t kTile = 512;
 
 // Lanes of the partial sums: a multiple of every vector length, so that all give the same bits.
@@ -35,22 +37,44 @@ constexpr int kLanes = 64;
 // Additions in the compute type before a lane goes into its float64 sum: bounds the rounding.
 constexpr int kRun = 16;
 
-template <typename S>
-using ComputeOf = typename Compute<S>::Type;
+// Memory of a dtype that is known at run time only; offsets count elements.
+struct Memory {
+  char* at;
+  Dtype dtype;
 
-template <typename S>
+  FUSED_SAM_INLINE Memory(const void* memory, Dtype of)
+      : at(static_cast<char*>(const_cast<void*>(memory))), dtype(of) {}
+
+  FUSED_SAM_INLINE Memory operator+(int64_t elements) const {
+    return {at + bytes(elements), dtype};
+  }
+
+  FUSED_SAM_INLINE int64_t bytes(int64_t elements) const { return elements * size_of(dtype); }
+
+  template <typename S>
+  FUSED_SAM_INLINE bool is() const {
+    return dtype == DtypeOf<S>::kValue;
+  }
+
+  template <typename S>
+  FUSED_SAM_INLINE S* as() const {
+    return reinterpret_cast<S*>(at);
+  }
+};
+
+// The part of a slot that a span has.
 struct Piece {
   const Slot* slot;
   int64_t index;  // of the slot
   int32_t flags;
-  int64_t offset;  // within the slot
+  int64_t at;  // of the first element in the flat buffers
   int64_t numel;
-  S* weights;
-  const S* grad;  // or null
+  Memory weights;
+  Memory grad;  // at null where there is none
 };
 
 // Calls f(piece) for each part of a slot that lies in the elements [begin, end).
-template <typename S, typename F>
+template <typename F>
 FUSED_SAM_INLINE void for_each_piece(const Problem& p, int64_t begin, int64_t end, const F& f) {
   // The last slot that starts at or before `begin`. Of several (empty ones) any will do: the
   // elements are those of the last.
@@ -64,12 +88,24 @@ FUSED_SAM_INLINE void for_each_piece(const Problem& p, int64_t begin, int64_t en
     const int64_t first = begin > slot.start ? begin - slot.start : 0;
     const int64_t stop = end - slot.start < slot.numel ? end - slot.start : slot.numel;
     if (first >= stop) continue;
-    S* weights = reinterpret_cast<S*>(slot.weights);
-    const bool missing = !p.grads || p.flags[i] & kMissing;
-    const S* grad = missing ? nullptr : reinterpret_cast<const S*>(p.grads[i]) + first;
-    f(Piece<S>{&slot, i, p.flags[i], first, stop - first, weights + first, grad});
+    const Memory weights(reinterpret_cast<const void*>(slot.weights), p.types.weights);
+    Memory grad(nullptr, p.types.grads);
+    if (p.grads && !(p.flags[i] & kMissing)) {
+      grad = Memory(reinterpret_cast<const void*>(p.grads[i]), p.types.grads) + first;
+    }
+    f(Piece{&slot, i, p.flags[i], slot.start + first, stop - first, weights + first, grad});
   }
 }
+
+FUSED_SAM_INLINE Memory saved_of(const Problem& p, const Piece& piece) {
+  return Memory(p.saved, p.types.saved) + piece.at;
+}
+
+FUSED_SAM_INLINE Memory kept_of(const Problem& p, const Piece& piece) {
+  return Memory(p.kept, p.types.kept) + piece.at;
+}
+
+FUSED_SAM_INLINE bool has_masters(const Problem& p) { return p.types.saved != p.types.weights; }
 
 // The hyperparameters of a group. A copy: no store can change it, which the compiler does not know
 // of a reference.
@@ -85,40 +121,51 @@ FUSED_SAM_INLINE auto columns_of(const Problem& p, const Slot& slot) {
 
 // -------------------------------------------------------------------------------------------- copy
 
-constexpr uintptr_t kLine = 64;
+constexpr int64_t kLine = 64;
 
-template <typename S>
-FUSED_SAM_INLINE void copy(S* to, const S* from, int64_t n) {
-  FUSED_SAM_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
-}
-
-// A copy that does not read the target into the caches first.
-template <typename S>
-FUSED_SAM_INLINE void stream(S* to, const S* from, int64_t n) {
-  int64_t i = 0;
 #if defined(__SSE2__)
-  if (reinterpret_cast<uintptr_t>(to) % kLine == 0) {
-    const char* source = reinterpret_cast<const char*>(from);
-    char* target = reinterpret_cast<char*>(to);
-    const int64_t lines = n * int64_t(sizeof(S)) / int64_t(kLine);
-    for (int64_t line = 0; line < lines; ++line, source += kLine, target += kLine) {
+// kStreams: without reading the target into the caches first; it is aligned then.
+template <bool kStreams>
+FUSED_SAM_INLINE void copy_line(char* to, const char* from) {
 #if defined(__AVX512F__)
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(target), _mm512_loadu_si512(source));
+  const __m512i line = _mm512_loadu_si512(from);
+  kStreams ? _mm512_stream_si512(reinterpret_cast<__m512i*>(to), line)
+           : _mm512_storeu_si512(to, line);
 #elif defined(__AVX__)
-      for (int k = 0; k < 64; k += 32)
-        _mm256_stream_si256(reinterpret_cast<__m256i*>(target + k),
-                            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + k)));
+  for (int k = 0; k < 64; k += 32) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + k));
+    __m256i* target = reinterpret_cast<__m256i*>(to + k);
+    kStreams ? _mm256_stream_si256(target, half) : _mm256_storeu_si256(target, half);
+  }
 #else
-      for (int k = 0; k < 64; k += 16)
-        _mm_stream_si128(reinterpret_cast<__m128i*>(target + k),
-                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + k)));
-#endif
-    }
-    i = lines * int64_t(kLine / sizeof(S));
+  for (int k = 0; k < 64; k += 16) {
+    const __m128i quarter = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + k));
+    __m128i* target = reinterpret_cast<__m128i*>(to + k);
+    kStreams ? _mm_stream_si128(target, quarter) : _mm_storeu_si128(target, quarter);
   }
 #endif
-  copy(to + i, from + i, n - i);
+}
+#endif
+
+// By lines: the start of memcpy costs a fourth of the time that a tile takes.
+template <bool kStreams>
+FUSED_SAM_INLINE void copy_bytes(char* to, const char* from, int64_t bytes) {
+  int64_t done = 0;
+#if defined(__SSE2__)
+  if (!kStreams || reinterpret_cast<uintptr_t>(to) % kLine == 0) {
+    for (; done + kLine <= bytes; done += kLine) copy_line<kStreams>(to + done, from + done);
+  }
+#endif
+  memcpy(to + done, from + done, bytes - done);
+}
+
+// Of one dtype.
+FUSED_SAM_NOINLINE void copy(Memory to, Memory from, int64_t n, bool streams) {
+  if (streams) {
+    copy_bytes<true>(to.at, from.at, to.bytes(n));
+  } else {
+    copy_bytes<false>(to.at, from.at, to.bytes(n));
+  }
 }
 
 // Asks for memory that a pass will read soon. The hardware's own prefetching stops at a page's end,
@@ -127,7 +174,7 @@ constexpr int64_t kAhead = 8192;
 
 FUSED_SAM_INLINE void prefetch(const void* memory, int64_t bytes) {
 #if defined(__GNUC__)
-  for (int64_t i = 0; i < bytes; i += int64_t(kLine)) {
+  for (int64_t i = 0; i < bytes; i += kLine) {
     __builtin_prefetch(static_cast<const char*>(memory) + i);
   }
 #else
@@ -142,130 +189,263 @@ FUSED_SAM_INLINE void end_streaming() {
 #endif
 }
 
+// ---------------------------------------------------------------------------- loaders and stores
+//
+// Kernels compute on tiles of the compute type T: on the memory itself where that holds T, else on
+// a tile that is filled here and written back here.
+
+template <typename T, typename S>
+void widen(const S* from, T* tile, int64_t n) {
+  FUSED_SAM_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) tile[i] = T(load(from[i]));
+}
+
+template <typename T, typename S>
+void narrow(S* to, const T* tile, int64_t n) {
+  FUSED_SAM_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) to[i] = round_to<S>(tile[i]);
+}
+
+// Calls f(S()) with the storage type of a dtype.
+template <typename F>
+FUSED_SAM_INLINE void with_storage(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return f(float());
+    case Dtype::kFloat64:
+      return f(double());
+    case Dtype::kBFloat16:
+      return f(BFloat16());
+    case Dtype::kFloat16:
+      return f(Float16());
+  }
+}
+
+// Fills a tile. Once for all kernels, as all of this: it costs a call for each tile.
+template <typename T>
+FUSED_SAM_NOINLINE void fill_tile(Memory from, T* tile, int64_t n) {
+  with_storage(from.dtype, [&](auto s) { widen<T, decltype(s)>(from.as<decltype(s)>(), tile, n); });
+}
+
+// Writes a tile back.
+template <typename T>
+FUSED_SAM_NOINLINE void empty_tile(Memory to, const T* tile, int64_t n, bool streams) {
+  with_storage(to.dtype, [&](auto s) {
+    using S = decltype(s);
+    if (!streams) return narrow<T, S>(to.as<S>(), tile, n);
+    alignas(64) S rounded[kTile];
+    narrow<T, S>(rounded, tile, n);
+    copy_bytes<true>(to.at, reinterpret_cast<const char*>(rounded), to.bytes(n));
+  });
+}
+
+// n elements as T: where they are, or in `tile`.
+template <typename T>
+FUSED_SAM_INLINE T* load_tile(Memory from, T* tile, int64_t n) {
+  if (from.is<T>()) return from.as<T>();
+  fill_tile<T>(from, tile, n);
+  return tile;
+}
+
+// Where n elements are to be computed that go to `to`: there, or in `tile`.
+template <typename T>
+FUSED_SAM_INLINE T* place_of(Memory to, T* tile, bool streams) {
+  return to.is<T>() && !streams ? to.as<T>() : tile;
+}
+
+// Stores what was computed, unless it was computed there.
+template <typename T>
+FUSED_SAM_INLINE void store_tile(Memory to, const T* tile, int64_t n, bool streams) {
+  if (to.as<T>() != tile) empty_tile<T>(to, tile, n, streams);
+}
+
+template <typename S>
+void narrow_at_random(S* to, const float* tile, int64_t n, int64_t at, uint32_t seed) {
+  FUSED_SAM_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) {
+    to[i] = round_stochastically<S>(tile[i], noise_of(at + i, seed));
+  }
+}
+
+// Rounds at random where `to` is half precision. at: the offset of the first element in the flat
+// buffers.
+template <typename T>
+FUSED_SAM_NOINLINE void store_at_random(Memory to, const T* tile, int64_t n, int64_t at,
+                                        uint32_t seed) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (to.is<BFloat16>()) return narrow_at_random(to.as<BFloat16>(), tile, n, at, seed);
+    if (to.is<Float16>()) return narrow_at_random(to.as<Float16>(), tile, n, at, seed);
+  }
+  store_tile<T>(to, tile, n, false);
+}
+
+template <typename S>
+bool current(const S* weights, const float* masters, float* tile, int64_t n) {
+  uint32_t changed = 0;
+  FUSED_SAM_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) {
+    const float master = masters[i];
+    const uint32_t differs = uint32_t(round_to<S>(master)) ^ uint32_t(weights[i]);
+    changed |= differs;
+    tile[i] = differs ? load(weights[i]) : master;
+  }
+  return changed != 0;
+}
+
+// The weights at w in full precision: the masters, but for weights that are not their master,
+// rounded, bit for bit: those were changed from outside. Returns whether there are any.
+template <typename T>
+FUSED_SAM_NOINLINE bool load_masters(Memory weights, Memory masters, T* tile, int64_t n) {
+  if constexpr (std::is_same_v<T, float>) {
+    const float* from = masters.as<float>();
+    return weights.is<BFloat16>() ? current(weights.as<BFloat16>(), from, tile, n)
+                                  : current(weights.as<Float16>(), from, tile, n);
+  } else {
+    return false;  // float64 has no masters
+  }
+}
+
 // ------------------------------------------------------------------------------------------ reduce
 
-template <typename Sums, typename S>
-using TermOf = std::conditional_t<Sums::kWide, double, ComputeOf<S>>;
+template <typename Sums, typename T>
+using TermOf = std::conditional_t<Sums::kWide, double, T>;
 
-// other: the weights, or what is kept of the gradients at w.
-template <typename Sums, bool kReads, typename S>
-FUSED_SAM_INLINE void add_terms(double (&sums)[Sums::kCount][kLanes], const S* other, const S* grad,
-                                int64_t n,
-                                const typename Sums::template Columns<TermOf<Sums, S>>& group,
-                                const typename Sums::template Earlier<TermOf<Sums, S>>& earlier) {
-  using T = TermOf<Sums, S>;
+// Elements that are added up in the compute type.
+constexpr int64_t kRunTile = kRun * kLanes;
+
+// other: the weights, or what is kept of the gradients at w. n <= kRunTile. next: memory that is
+// read soon, of `step` bytes for each kLanes elements; or null.
+template <typename Sums, bool kReads, typename T>
+FUSED_SAM_INLINE void add_terms(double (&sums)[Sums::kCount][kLanes], const T* other, const T* grad,
+                                int64_t n, const char* next, int64_t step,
+                                const typename Sums::template Columns<TermOf<Sums, T>>& group,
+                                const typename Sums::template Earlier<TermOf<Sums, T>>& earlier) {
+  using Term = TermOf<Sums, T>;
   using words::add;
   constexpr int kCount = Sums::kCount;
+  alignas(64) Term run[kCount][kLanes] = {};
   int64_t i = 0;
-  while (i < n) {
-    alignas(64) T run[kCount][kLanes] = {};
-    for (int k = 0; k < kRun && i + kLanes <= n; ++k, i += kLanes) {
-      constexpr int64_t kStep = kLanes * sizeof(S), kNext = kAhead / sizeof(S);
-      if (i + kNext + kLanes <= n) prefetch(grad + i + kNext, kStep);
-      FUSED_SAM_VECTORIZE
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const T x = kReads ? T(load(other[i + lane])) : T(0);
-        T terms[kCount];
-        Sums::template terms<kReads>(x, T(load(grad[i + lane])), group, earlier, terms);
-        for (int c = 0; c < kCount; ++c) run[c][lane] = add<Sums::kMax>(run[c][lane], terms[c]);
-      }
+  for (; i + kLanes <= n; i += kLanes) {
+    if (next) prefetch(next + i / kLanes * step, step);
+    FUSED_SAM_VECTORIZE
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const Term x = kReads ? Term(other[i + lane]) : Term(0);
+      Term terms[kCount];
+      Sums::template terms<kReads>(x, Term(grad[i + lane]), group, earlier, terms);
+      for (int c = 0; c < kCount; ++c) run[c][lane] = add<Sums::kMax>(run[c][lane], terms[c]);
     }
-    if (n - i < kLanes) {
-      for (int lane = 0; i < n; ++lane, ++i) {
-        const T x = kReads ? T(load(other[i])) : T(0);
-        T terms[kCount];
-        Sums::template terms<kReads>(x, T(load(grad[i])), group, earlier, terms);
-        for (int c = 0; c < kCount; ++c) run[c][lane] = add<Sums::kMax>(run[c][lane], terms[c]);
-      }
-    }
-    for (int c = 0; c < kCount; ++c) {
-      FUSED_SAM_VECTORIZE
-      for (int lane = 0; lane < kLanes; ++lane) {
-        sums[c][lane] = add<Sums::kMax>(sums[c][lane], double(run[c][lane]));
-      }
+  }
+  for (int lane = 0; i < n; ++lane, ++i) {
+    const Term x = kReads ? Term(other[i]) : Term(0);
+    Term terms[kCount];
+    Sums::template terms<kReads>(x, Term(grad[i]), group, earlier, terms);
+    for (int c = 0; c < kCount; ++c) run[c][lane] = add<Sums::kMax>(run[c][lane], terms[c]);
+  }
+  for (int c = 0; c < kCount; ++c) {
+    FUSED_SAM_VECTORIZE
+    for (int lane = 0; lane < kLanes; ++lane) {
+      sums[c][lane] = add<Sums::kMax>(sums[c][lane], double(run[c][lane]));
     }
   }
 }
 
-template <typename Sums, typename S>
+template <typename Sums, bool kReads, typename T>
+FUSED_SAM_INLINE void add_piece(double (&sums)[Sums::kCount][kLanes], Memory other, Memory grad,
+                                int64_t numel,
+                                const typename Sums::template Columns<TermOf<Sums, T>>& group,
+                                const typename Sums::template Earlier<TermOf<Sums, T>>& earlier) {
+  alignas(64) T others[kReads ? kRunTile : 1], grads[kRunTile];
+  for (int64_t i = 0; i < numel; i += kRunTile) {
+    const int64_t n = numel - i < kRunTile ? numel - i : kRunTile;
+    const char* next = (grad + i).at + kAhead;
+    const bool there = next + grad.bytes(n) <= grad.at + grad.bytes(numel);
+    const T* x = kReads ? load_tile<T>(other + i, others, n) : nullptr;
+    const T* g = load_tile<T>(grad + i, grads, n);
+    add_terms<Sums, kReads, T>(sums, x, g, n, there ? next : nullptr, grad.bytes(kLanes), group,
+                               earlier);
+  }
+}
+
+template <typename Sums, typename T>
 void reduce(const Problem& p, void* partials, int64_t begin, int64_t end) {
-  using T = TermOf<Sums, S>;
+  using Term = TermOf<Sums, T>;
   static_assert(!Sums::kWide || Sums::kColumns == 0, "hyperparameters are in the compute type");
-  const auto earlier = Sums::template earlier<T>(p.earlier);
+  const auto earlier = Sums::template earlier<Term>(p.earlier);
   for (int64_t span = begin; span < end; ++span) {
     alignas(64) double sums[Sums::kCount][kLanes] = {};
-    for_each_piece<S>(p, span * kSpan, (span + 1) * kSpan, [&](const Piece<S>& piece) {
-      if (!piece.grad) return;
-      const auto group = columns_of<Sums, T>(p, *piece.slot);
-      const S* other = Sums::kReadsKept
-                           ? static_cast<const S*>(p.kept) + piece.slot->start + piece.offset
-                           : piece.weights;
+    for_each_piece(p, span * kSpan, (span + 1) * kSpan, [&](const Piece& piece) {
+      if (!piece.grad.at) return;
+      const auto group = columns_of<Sums, Term>(p, *piece.slot);
+      const Memory other = Sums::kReadsKept ? kept_of(p, piece) : piece.weights;
       if (piece.flags & (Sums::kReadsKept ? kHeld : kReadsParam)) {
-        add_terms<Sums, true>(sums, other, piece.grad, piece.numel, group, earlier);
+        add_piece<Sums, true, T>(sums, other, piece.grad, piece.numel, group, earlier);
       } else {
-        add_terms<Sums, false>(sums, other, piece.grad, piece.numel, group, earlier);
+        add_piece<Sums, false, T>(sums, other, piece.grad, piece.numel, group, earlier);
       }
     });
     for (int c = 0; c < Sums::kCount; ++c) {
       double sum = 0;
       for (int lane = 0; lane < kLanes; ++lane) sum = words::add<Sums::kMax>(sum, sums[c][lane]);
-      static_cast<T*>(partials)[c * num_spans(p.size) + span] = T(sum);
+      static_cast<Term*>(partials)[c * num_spans(p.size) + span] = Term(sum);
     }
   }
 }
 
 // ----------------------------------------------------------------------------------------- ascend_
 
-// at: the offset of the first element in the flat buffers.
-template <typename Ascent, typename S>
-FUSED_SAM_INLINE void climb(S* weights, const S* grad, int64_t n,
-                            const typename Ascent::template Scalars<ComputeOf<S>>& scalars_,
-                            int64_t at, uint32_t seed) {
+template <typename Ascent, typename T>
+FUSED_SAM_INLINE void climb(T* moved, const T* weights, const T* grad, int64_t n,
+                            const typename Ascent::template Scalars<T>& scalars_) {
   const auto scalars = scalars_;
   FUSED_SAM_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) {
-    const ComputeOf<S> moved = Ascent::move(load(weights[i]), load(grad[i]), scalars);
-    weights[i] = round_stochastically<S>(moved, noise_of(at + i, seed));
-  }
+  for (int64_t i = 0; i < n; ++i) moved[i] = Ascent::move(weights[i], grad[i], scalars);
 }
 
-template <typename Ascent, typename S>
+template <typename Ascent, typename T>
 void ascend_(const Problem& p, const double* numbers, int64_t number, int64_t begin, int64_t end) {
-  using T = ComputeOf<S>;
   const uint32_t seed = hash(uint32_t(number));
+  const bool masters = has_masters(p);
   // Forwards: walking back over what reduce left in the caches upsets the hardware's prefetching
   // and loses more than it finds.
-  for (int64_t span = begin; span < end; ++span) {
-    for_each_piece<S>(p, span * kSpan, (span + 1) * kSpan, [&](const Piece<S>& piece) {
-      if (!piece.grad) return;
-      const auto scalars = Ascent::scalars(columns_of<Ascent, T>(p, *piece.slot), numbers);
-      const int64_t at = piece.slot->start + piece.offset;
-      S* saved = static_cast<S*>(p.saved) + at;
-      S* kept = p.kept ? static_cast<S*>(p.kept) + at : nullptr;
-      for (int64_t i = 0; i < piece.numel; i += kTile) {
-        const int64_t n = piece.numel - i < kTile ? piece.numel - i : kTile;
-        S* weights = piece.weights + i;
-        (p.stream ? stream<S> : copy<S>)(saved + i, weights, n);
-        if (kept) (p.stream ? stream<S> : copy<S>)(kept + i, piece.grad + i, n);
-        // 0 * inf is NaN, and a scale of 0 must move nothing.
-        if (scalars.scale != T(0)) climb<Ascent>(weights, piece.grad + i, n, scalars, at + i, seed);
+  for_each_piece(p, begin * kSpan, end * kSpan, [&](const Piece& piece) {
+    if (!piece.grad.at) return;
+    const auto scalars = Ascent::scalars(columns_of<Ascent, T>(p, *piece.slot), numbers);
+    alignas(64) T at_w[kTile], moved[kTile], grads[kTile];
+    for (int64_t i = 0; i < piece.numel; i += kTile) {
+      const int64_t n = piece.numel - i < kTile ? piece.numel - i : kTile;
+      const Memory weights = piece.weights + i, saved = saved_of(p, piece) + i;
+      const Memory grad = piece.grad + i;
+      const T* w = at_w;
+      if (!masters) {
+        copy(saved, weights, n, p.stream);
+        w = load_tile<T>(weights, at_w, n);
+      } else if (load_masters<T>(weights, saved, at_w, n)) {
+        copy(saved, Memory(at_w, saved.dtype), n, false);
       }
-    });
-  }
+      if (p.kept) copy(kept_of(p, piece) + i, grad, n, p.stream);
+      // 0 * inf is NaN, and a scale of 0 must move nothing.
+      if (scalars.scale == T(0)) continue;
+      T* to = place_of<T>(weights, moved, false);
+      climb<Ascent, T>(to, w, load_tile<T>(grad, grads, n), n, scalars);
+      store_at_random<T>(weights, to, n, piece.at + i, seed);
+    }
+  });
   if (p.stream) end_streaming();
 }
 
 // ---------------------------------------------------------------------------------------- restore_
 
-template <typename S>
-FUSED_SAM_INLINE void restore(const Problem& p, const Piece<S>& piece) {
-  const S* saved = static_cast<const S*>(p.saved) + piece.slot->start + piece.offset;
-  (p.stream ? stream<S> : copy<S>)(piece.weights, saved, piece.numel);
+FUSED_SAM_NOINLINE void restore(const Problem& p, const Piece& piece) {
+  const Memory saved = saved_of(p, piece);
+  if (!has_masters(p)) return copy(piece.weights, saved, piece.numel, p.stream);
+  for (int64_t i = 0; i < piece.numel; i += kTile) {
+    const int64_t n = piece.numel - i < kTile ? piece.numel - i : kTile;
+    store_tile<float>(piece.weights + i, (saved + i).as<float>(), n, p.stream);
+  }
 }
 
-template <typename S>
 void restore_(const Problem& p, int64_t begin, int64_t end) {
-  for_each_piece<S>(p, begin * kSpan, end * kSpan, [&](const Piece<S>& piece) {
+  for_each_piece(p, begin * kSpan, end * kSpan, [&](const Piece& piece) {
     if (piece.flags & kPerturbed) restore(p, piece);
   });
   if (p.stream) end_streaming();
@@ -293,58 +473,48 @@ FUSED_SAM_INLINE Coefficients coefficients_of(const Problem& p, const Slot& slot
 }
 
 // x * grad + y * kept; what has the factor 0 may be anything.
-template <typename T, typename S>
-FUSED_SAM_INLINE void mix(T* mixed, const S* grad, const S* kept, int64_t n, T x, T y) {
+template <typename T>
+FUSED_SAM_NOINLINE void mix(T* mixed, const T* grad, Memory kept, int64_t n, T x, T y) {
   const bool reads = x != T(0);
   FUSED_SAM_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) mixed[i] = reads ? x * load(grad[i]) : T(0);
+  for (int64_t i = 0; i < n; ++i) mixed[i] = reads ? x * grad[i] : T(0);
   if (y == T(0)) return;
+  alignas(64) T tile[kTile];
+  const T* first = load_tile<T>(kept, tile, n);
   FUSED_SAM_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) mixed[i] += y * load(kept[i]);
+  for (int64_t i = 0; i < n; ++i) mixed[i] += y * first[i];
 }
 
-// What a blend subtracts after the rule's step. weights and from may be the same memory.
-template <typename T, typename S>
-FUSED_SAM_INLINE void subtract(S* weights, const S* from, const T* stepped, const T* after,
-                               int64_t n, bool frozen) {
+// What a blend takes away after the rule's step.
+template <typename T>
+FUSED_SAM_NOINLINE void subtract(T* weights, const T* after, int64_t n) {
   FUSED_SAM_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) {
-    const S old = from[i];
-    const S updated = round_to<S>(stepped[i] - after[i]);
-    weights[i] = frozen ? old : updated;
-  }
+  for (int64_t i = 0; i < n; ++i) weights[i] -= after[i];
 }
 
-// weights and from may be the same memory. G: the gradients' type, or T for what was blended. W:
-// that of the weights, or T where they are not done with.
-template <typename Rule, unsigned kKept, typename S, typename G, typename W>
-FUSED_SAM_INLINE void step(W* weights, const S* from, const G* grad, S* const (&states)[kMaxStates],
-                           int64_t n, ComputeOf<S> descent, bool frozen,
-                           const typename Rule::template Scalars<ComputeOf<S>>& scalars_) {
-  using T = ComputeOf<S>;
+// weights and from may be the same memory.
+template <typename Rule, unsigned kKept, typename T>
+FUSED_SAM_INLINE void step(T* weights, const T* from, const T* grad, T* const (&states)[kMaxStates],
+                           int64_t n, T descent, bool frozen,
+                           const typename Rule::template Scalars<T>& scalars_) {
   // Copies: the stores below cannot change them, which the compiler does not know of references.
   const auto scalars = scalars_;
-  S* const state0 = states[0];
-  S* const state1 = states[1];
-  S* const state2 = states[2];
+  T* const state0 = states[0];
+  T* const state1 = states[1];
+  T* const state2 = states[2];
   FUSED_SAM_VECTORIZE
   for (int64_t i = 0; i < n; ++i) {
     T state[kMaxStates] = {};
-    if (kKept & 1u) state[0] = load(state0[i]);
-    if (kKept & 2u) state[1] = load(state1[i]);
-    if (kKept & 4u) state[2] = load(state2[i]);
-    const S old = from[i];
-    const W updated = round_to<W>(
-        Rule::template update<kKept>(load(old), descent * load(grad[i]), state, scalars));
-    if (kKept & 1u) state0[i] = round_to<S>(state[0]);
-    if (kKept & 2u) state1[i] = round_to<S>(state[1]);
-    if (kKept & 4u) state2[i] = round_to<S>(state[2]);
+    if (kKept & 1u) state[0] = state0[i];
+    if (kKept & 2u) state[1] = state1[i];
+    if (kKept & 4u) state[2] = state2[i];
+    const T old = from[i];
+    const T updated = Rule::template update<kKept>(old, descent * grad[i], state, scalars);
+    if (kKept & 1u) state0[i] = state[0];
+    if (kKept & 2u) state1[i] = state[1];
+    if (kKept & 4u) state2[i] = state[2];
     // 0 * inf is NaN and -0.0 - -0.0 is 0.0: with lr 0 only a copy gives the bits back.
-    if constexpr (std::is_same_v<W, S>) {
-      weights[i] = frozen ? old : updated;
-    } else {
-      weights[i] = updated;
-    }
+    weights[i] = frozen ? old : updated;
   }
 }
 
@@ -357,53 +527,69 @@ FUSED_SAM_INLINE void with_kept(unsigned kept, const F& f) {
   if constexpr (kMask + 1 < 1u << Rule::kStates) with_kept<Rule, kMask + 1>(kept, f);
 }
 
-template <typename Rule, typename S>
+template <typename Rule, typename T>
 void update_(const Problem& p, double grad_scale, bool skip, int64_t begin, int64_t end) {
-  using T = ComputeOf<S>;
-  for_each_piece<S>(p, begin * kSpan, end * kSpan, [&](const Piece<S>& piece) {
-    if (!piece.grad || skip) {
-      if (piece.flags & kPerturbed) restore(p, piece);
+  const bool masters = has_masters(p);
+  for_each_piece(p, begin * kSpan, end * kSpan, [&](const Piece& piece) {
+    const bool away = (piece.flags & kPerturbed) != 0;
+    if (!piece.grad.at || skip) {
+      if (away) restore(p, piece);
       return;
     }
     const auto group = columns_of<Rule, T>(p, *piece.slot);
     const T descent = (piece.flags & kMaximize ? T(-1) : T(1)) / T(grad_scale);
     const auto scalars =
         Rule::scalars(group, p.step ? T(p.step[piece.index]) : T(1), (piece.flags & kFresh) != 0);
-    const int64_t at = piece.slot->start + piece.offset;
-    const S* from = piece.flags & kPerturbed ? static_cast<const S*>(p.saved) + at : piece.weights;
     const Coefficients coefficients = coefficients_of<T>(p, *piece.slot, piece.flags);
+    const bool after = coefficients.c != 0 || coefficients.d != 0;
+    const double rate = piece.flags & kMaximize ? -double(group.lr) : double(group.lr);
+    const bool frozen = group.lr == T(0);
     // Streamed where the old weights were not read from there.
-    const bool streams = p.stream && from != piece.weights;
+    const bool streams = p.stream && away;
     with_kept<Rule>(unsigned(piece.flags) >> kKeptShift, [&](auto kept) {
-      alignas(64) S tile[kTile];
+      alignas(64) T at_w[kTile], grads[kTile], mixed[kTile], updated[kTile];
+      alignas(64) T tiles[kMaxStates][kTile];
       for (int64_t i = 0; i < piece.numel; i += kTile) {
         const int64_t n = piece.numel - i < kTile ? piece.numel - i : kTile;
-        S* states[kMaxStates] = {};
-        for (int k = 0; k < kMaxStates; ++k) {
-          if (kept.value & 1u << k) states[k] = static_cast<S*>(p.states[k]) + at + i;
-        }
-        S* weights = streams ? tile : piece.weights + i;
-        const auto go = [&](auto* to, const auto* grad) {
-          step<Rule, kept.value>(to, from + i, grad, states, n, descent, group.lr == T(0), scalars);
-        };
-        if (piece.flags & kBlends) {
-          const S* first = static_cast<const S*>(p.kept) + at + i;
-          alignas(64) T blended[kTile];
-          mix(blended, piece.grad + i, first, n, T(coefficients.a), T(coefficients.b));
-          if (coefficients.c == 0 && coefficients.d == 0) {
-            go(weights, static_cast<const T*>(blended));
-          } else {
-            alignas(64) T stepped[kTile];
-            go(stepped, static_cast<const T*>(blended));
-            const double rate = piece.flags & kMaximize ? -double(group.lr) : double(group.lr);
-            mix(blended, piece.grad + i, first, n, T(rate * coefficients.c),
-                T(rate * coefficients.d));
-            subtract(weights, from + i, stepped, blended, n, group.lr == T(0));
-          }
+        const Memory weights = piece.weights + i, saved = saved_of(p, piece) + i;
+        // Away from w only the masters are right; at w the weights are looked at, too.
+        const T* w = at_w;
+        if (masters && !away) {
+          load_masters<T>(weights, saved, at_w, n);
         } else {
-          go(weights, piece.grad + i);
+          w = load_tile<T>(away ? saved : weights, at_w, n);
         }
-        if (streams) stream(piece.weights + i, tile, n);
+        const T* const own = load_tile<T>(piece.grad + i, grads, n);
+        const T* grad = own;
+        if (piece.flags & kBlends) {
+          mix<T>(mixed, own, kept_of(p, piece) + i, n, T(coefficients.a), T(coefficients.b));
+          grad = mixed;
+        }
+        T* states[kMaxStates] = {};
+        for (int k = 0; k < kMaxStates; ++k) {
+          if (!(kept.value & 1u << k)) continue;
+          const Memory state = Memory(p.states[k], p.types.states[k]) + (piece.at + i);
+          states[k] = load_tile<T>(state, tiles[k], n);
+        }
+        const Memory home = masters ? saved : weights;
+        T* to = place_of<T>(home, updated, streams && !masters);
+        // A comparison of numbers, which vectorises where a bool in memory does not.
+        step<Rule, kept.value, T>(to, w, grad, states, n, descent, group.lr == T(0), scalars);
+        if (after && !frozen) {
+          mix<T>(mixed, own, kept_of(p, piece) + i, n, T(rate * coefficients.c),
+                 T(rate * coefficients.d));
+          subtract(to, mixed, n);
+        }
+        for (int k = 0; k < kMaxStates; ++k) {
+          if (!(kept.value & 1u << k)) continue;
+          store_tile<T>(Memory(p.states[k], p.types.states[k]) + (piece.at + i), states[k], n,
+                        false);
+        }
+        if (!frozen || masters || home.is<T>()) {
+          store_tile<T>(weights, to, n, streams);
+        } else if (away) {
+          copy(weights, saved, n, streams);  // NaN keeps its bits
+        }
       }
     });
   });
@@ -415,11 +601,10 @@ void update_(const Problem& p, double grad_scale, bool skip, int64_t begin, int6
 #define FUSED_SAM_STRING_(x) #x
 #define FUSED_SAM_STRING(x) FUSED_SAM_STRING_(x)
 
-#define FUSED_SAM_ALL_DTYPES(kernel, what) \
-  {kernel<what, float>, kernel<what, double>, kernel<what, BFloat16>, kernel<what, Float16>},
-#define FUSED_SAM_REDUCE(sums) FUSED_SAM_ALL_DTYPES(reduce, sums)
-#define FUSED_SAM_ASCEND(ascent) FUSED_SAM_ALL_DTYPES(ascend_, ascent)
-#define FUSED_SAM_UPDATE(rule) FUSED_SAM_ALL_DTYPES(update_, rule)
+#define FUSED_SAM_COMPUTES(kernel, what) {kernel<what, float>, kernel<what, double>},
+#define FUSED_SAM_REDUCE(sums) FUSED_SAM_COMPUTES(reduce, sums)
+#define FUSED_SAM_ASCEND(ascent) FUSED_SAM_COMPUTES(ascend_, ascent)
+#define FUSED_SAM_UPDATE(rule) FUSED_SAM_COMPUTES(update_, rule)
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
@@ -427,7 +612,7 @@ const Kernels kKernels = {
     {FUSED_SAM_SUMS(FUSED_SAM_REDUCE)},
     {FUSED_SAM_ASCENTS(FUSED_SAM_ASCEND)},
     {FUSED_SAM_RULES(FUSED_SAM_UPDATE)},
-    {restore_<float>, restore_<double>, restore_<BFloat16>, restore_<Float16>},
+    restore_,
 };
 
 }  // namespace FUSED_SAM_ISA

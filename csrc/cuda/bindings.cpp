@@ -20,8 +20,10 @@ struct Bucket {
   void* stream = nullptr;
 
   Bucket(const Tensor& saved, const Tensor& slots, const std::optional<Tensor>& grads,
-         const Tensor& flags, const std::optional<Tensor>& hyper, int columns)
-      : dtype(dtype_of(saved)), device(saved.get_device_index()), guard(device) {
+         const Tensor& flags, const std::optional<Tensor>& hyper, const Types& types, int columns)
+      : dtype(types.weights), device(saved.get_device_index()), guard(device) {
+    STD_TORCH_CHECK(types.grads == dtype && types.saved == dtype,
+                    "fused_sam: on CUDA all buffers must have the weights' dtype");
     DeviceProblem& p = problem;
     const int64_t num_slots = flags.numel();
     const int64_t num_chunks = (slots.numel() - 4 * num_slots) / 2;
@@ -43,6 +45,12 @@ struct Bucket {
     p.num_chunks = static_cast<int>(num_chunks);
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   }
+
+  void* kept(const std::optional<Tensor>& kept, const Tensor& saved, Types types) const {
+    void* memory = check_kept(kept, saved, types);
+    STD_TORCH_CHECK(!kept || types.kept == dtype, "fused_sam: kept has a wrong dtype");
+    return memory;
+  }
 };
 
 void check_launch(const char* error) {
@@ -62,12 +70,13 @@ int64_t* climb_of(const Tensor& climb, const Tensor& saved) {
 
 Tensor reduce(Tensor saved, std::optional<Tensor> kept, std::optional<Tensor> earlier,
               std::optional<Tensor> ticket, Tensor slots, Tensor grads, Tensor flags, Tensor hyper,
-              int64_t sums) {
+              int64_t weight_dtype, int64_t grad_dtype, int64_t sums) {
   check_index(sums, kNumSums, "sums");
-  Bucket bucket(saved, slots, grads, flags, hyper, kSumsColumns[sums]);
+  const Types types = types_of(weight_dtype, grad_dtype, saved);
+  Bucket bucket(saved, slots, grads, flags, hyper, types, kSumsColumns[sums]);
   bucket.problem.earlier = check_earlier(earlier, sums, saved);
   STD_TORCH_CHECK(!kSumsReadsKept[sums] || kept, "fused_sam: the sum needs kept");
-  bucket.problem.kept = check_kept(kept, saved);
+  bucket.problem.kept = bucket.kept(kept, saved, types);
   const int count = kSumsCount[sums];
   Tensor partials = torch::stable::new_empty(saved, {count * kPartials}, ScalarType::Double);
   Tensor total = torch::stable::new_empty(saved, {count}, ScalarType::Double);
@@ -80,10 +89,11 @@ Tensor reduce(Tensor saved, std::optional<Tensor> kept, std::optional<Tensor> ea
 
 void ascend_(Tensor saved, std::optional<Tensor> kept, Tensor climb, Tensor slots, Tensor grads,
              Tensor flags, Tensor hyper, Tensor total, std::optional<Tensor> number_at,
-             int64_t number, int64_t ascent) {
+             int64_t number, int64_t weight_dtype, int64_t grad_dtype, int64_t ascent) {
   check_index(ascent, kNumAscents, "ascent");
-  Bucket bucket(saved, slots, grads, flags, hyper, kAscentColumns[ascent]);
-  bucket.problem.kept = check_kept(kept, saved);
+  const Types types = types_of(weight_dtype, grad_dtype, saved);
+  Bucket bucket(saved, slots, grads, flags, hyper, types, kAscentColumns[ascent]);
+  bucket.problem.kept = bucket.kept(kept, saved, types);
   check(total, "total", ScalarType::Double, kAscentNumbers[ascent], saved);
   check_launch(launch_ascend_(bucket.dtype, ascent, bucket.problem,
                               static_cast<const double*>(total.const_data_ptr()),
@@ -96,17 +106,22 @@ void update_(std::optional<Tensor> state0, std::optional<Tensor> state1,
              Tensor climb, Tensor saved, std::optional<Tensor> kept, Tensor slots, Tensor grads,
              Tensor flags, Tensor hyper, std::optional<Tensor> numbers,
              std::optional<Tensor> blend_hyper, std::optional<Tensor> loss_scale,
-             std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, int64_t rule,
-             int64_t blend) {
+             std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+             int64_t weight_dtype, int64_t grad_dtype, int64_t rule, int64_t blend) {
   check_index(rule, kNumRules, "rule");
-  Bucket bucket(saved, slots, grads, flags, hyper, kRuleColumns[rule]);
+  Types types = types_of(weight_dtype, grad_dtype, saved);
+  Bucket bucket(saved, slots, grads, flags, hyper, types, kRuleColumns[rule]);
   DeviceProblem& p = bucket.problem;
-  check_update(state0, state1, state2, step, grad_scale, found_inf, saved, p.num_slots, rule,
+  check_update(state0, state1, state2, step, grad_scale, found_inf, saved, p.num_slots, rule, types,
                p.states);
+  for (int k = 0; k < kMaxStates; ++k) {
+    STD_TORCH_CHECK(!p.states[k] || types.states[k] == types.weights,
+                    "fused_sam: a state has a wrong dtype");
+  }
   p.step = memory<float>(step);
   check_blend(kept, numbers, blend_hyper, loss_scale, saved, hyper.numel() / kRuleColumns[rule],
               blend);
-  p.kept = check_kept(kept, saved);
+  p.kept = bucket.kept(kept, saved, types);
   p.numbers = memory<double>(numbers);
   p.blend_hyper = memory(blend_hyper);
   p.loss_scale = memory<double>(loss_scale);
@@ -117,8 +132,9 @@ void update_(std::optional<Tensor> state0, std::optional<Tensor> state1,
                               bucket.stream));
 }
 
-void restore_(Tensor climb, Tensor saved, Tensor slots, Tensor flags) {
-  const Bucket bucket(saved, slots, std::nullopt, flags, std::nullopt, 0);
+void restore_(Tensor climb, Tensor saved, Tensor slots, Tensor flags, int64_t weight_dtype) {
+  const Types types = types_of(weight_dtype, weight_dtype, saved);
+  const Bucket bucket(saved, slots, std::nullopt, flags, std::nullopt, types, 0);
   check_launch(launch_restore_(bucket.dtype, bucket.problem, climb_of(climb, saved), bucket.device,
                                bucket.stream));
 }

@@ -8,7 +8,8 @@ import warnings
 import torch
 
 from . import capture, native
-from .base import Backend, Groups
+from .ahead import Groups
+from .base import Backend
 from .combine import combine
 
 __all__ = ["NAMES", "Backend", "Groups", "capture", "combine", "missing", "resolve"]

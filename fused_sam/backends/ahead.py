@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..memory import Bucket, Gradients
 from ..memory.window import as_real
+from ..recording import followed, recording
+from ..rules import Group
 
-Groups = Sequence[dict[str, Any]]
+Groups = Sequence[Group]
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,10 @@ class Ahead:
         momentum: the name of the rule's state.
         stays: for each slot, whether the new w goes to ``saved`` and the weights stay where they
             are, until the climb. Those slots are perturbed, climb, and have a gradient.
-        decay: of each group the coupled weight decay.
     """
 
     momentum: str
     stays: tuple[bool, ...]
-    decay: tuple[float, ...]
 
     @classmethod
     def of(
@@ -46,10 +45,20 @@ class Ahead:
                 )
             ]
         )
-        return cls(momentum, slots, tuple(map(coupled, groups)))
+        return cls(momentum, slots)
 
 
-def coupled(group: Any) -> float:
+def decays(group: Group) -> bool:
+    """Whether a group's gradients get a weight decay.
+
+    A graph may find another one whenever it runs: only where none is coupled it leaves it out.
+    """
+    if group.get("decoupled_weight_decay"):
+        return False
+    return recording() is not None or coupled(group) != 0
+
+
+def coupled(group: Group) -> float:
     """The weight decay that goes into the gradient."""
     return 0.0 if group.get("decoupled_weight_decay") else float(group["weight_decay"])
 
@@ -75,7 +84,7 @@ def climbing(bucket: Bucket, grads: Gradients, groups: Groups) -> list[bool]:
 
 
 def decay_ahead(
-    bucket: Bucket, grads: Gradients, groups: Groups, ahead: Ahead, grad_scale: Tensor | None
+    bucket: Bucket, grads: Gradients, groups: Groups, grad_scale: Tensor | None
 ) -> Gradients:
     """Gradients with which the rule's coupled weight decay is that of the weights ahead of w.
 
@@ -83,17 +92,18 @@ def decay_ahead(
     of the way from w, and no more: a gradient of half precision would round a whole decay away, or
     overflow by it. Decoupled decay (AdamW) is the rule's.
     """
-    if not any(ahead.decay):
+    if not any([decays(groups[row]) for row in bucket.rows]):
         return grads
+    factors = followed(lambda: list(map(coupled, groups)), torch.float64)
     tensors = list(grads.tensors)
     for row in bucket.rows:
         mine = [
             i
             for i, slot in enumerate(bucket.slots)
-            if slot.row == row and ahead.decay[row] and grads.present[i] and bucket.perturbed[i]
+            if slot.row == row and decays(groups[row]) and grads.present[i] and bucket.perturbed[i]
         ]
         if mine:
-            decay = _decay(bucket, mine, ahead.decay[row], grad_scale)
+            decay = _decay(bucket, mine, factors[row], grad_scale)
             if groups[row].get("maximize"):
                 torch._foreach_neg_(decay)
             raw = [grad for i in mine if (grad := tensors[i]) is not None]
@@ -103,7 +113,10 @@ def decay_ahead(
 
 
 def _decay(
-    bucket: Bucket, indices: Sequence[int], weight_decay: float, grad_scale: Tensor | None
+    bucket: Bucket,
+    indices: Sequence[int],
+    weight_decay: float | Tensor,
+    grad_scale: Tensor | None,
 ) -> list[Tensor]:
     """weight_decay * (weight - w) for these slots, as large as the gradients' scale makes it.
 
@@ -112,6 +125,8 @@ def _decay(
     slots, dtype = [bucket.slots[i] for i in indices], bucket.compute_dtype
     weights = [as_real(slot.param.detach()).to(dtype) for slot in slots]
     decay = torch._foreach_sub(weights, [slot.real(slot.of(bucket.saved)) for slot in slots])
+    if isinstance(weight_decay, Tensor):
+        weight_decay = weight_decay.to(dtype)
     torch._foreach_mul_(decay, weight_decay)
     if grad_scale is not None:
         torch._foreach_mul_(decay, grad_scale.to(bucket.device, dtype))

@@ -9,14 +9,13 @@ of rules and ascents run on the flat buffers, rounding once on the way back.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from ..ascents import SQUARES, Ascent, Sums
-from ..blends import Blending
+from ..blends import Blend, Blending
 from ..memory import Bucket, Gradients
 from ..memory.bucket import Kept
 from ..memory.members import AVERAGE
@@ -37,6 +36,10 @@ class Backend:
     name = "reference"
     stays = True
     """Whether an update can leave the weights where they are, and a climb start from ``saved``."""
+
+    def bakes_in(self, bucket: Bucket, ascent: Ascent, blend: Blend | None) -> str | None:
+        """Why a CUDA graph of a step would keep numbers of the host's; None if it would not."""
+        return "operations of torch's compute a step"
 
     def reduce(
         self,
@@ -197,7 +200,7 @@ class Backend:
         """
         stays = (False,) * len(bucket.slots)
         if ahead is not None:
-            grads, stays = decay_ahead(bucket, grads, groups, ahead, grad_scale), ahead.stays
+            grads, stays = decay_ahead(bucket, grads, groups, grad_scale), ahead.stays
         # torch's kernels take a float32 grad_scale, and skip only if found_inf is exactly 1.
         kernel = rule.kernel if _has_fused(bucket) else None
         # They unscale in place, which is once too often where two parameters have one gradient.

@@ -223,6 +223,10 @@ class Bucket:
         assert self._coming is not None
         (self._number, self.perturbed), self._coming = self._coming, None
 
+    def forget_climb(self) -> None:
+        """All slots are at w: what was begun has not happened."""
+        self.perturbed, self._coming, self._number = self._at_w, None, 0
+
     def settle(self) -> bool:
         """After an exception: which slots does ``saved`` hold? Waits for the device, then only.
 

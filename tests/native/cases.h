@@ -10,6 +10,7 @@
 #include <limits>
 #include <memory>
 #include <random>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -193,6 +194,21 @@ inline double textbook(double w, double g, double (&s)[3], const Options& o, boo
   std::abort();
 }
 
+// The dtypes of a bucket: weights, gradients, what is saved (the weights, or masters), states.
+template <typename W_, typename G_ = W_, typename M_ = W_, typename S_ = M_>
+struct Kinds {
+  using W = W_;
+  using G = G_;
+  using M = M_;
+  using S = S_;
+  using T = typename Compute<W>::Type;
+  static constexpr bool kMasters = !std::is_same_v<W, M>;
+
+  static constexpr Types types() {
+    return {kDtype<W>, kDtype<G>, kDtype<M>, kDtype<G>, {kDtype<S>, kDtype<S>, kDtype<S>}};
+  }
+};
+
 constexpr int kPinned = 3;
 
 // The address of a missing gradient: whoever reads there ends the program.
@@ -201,12 +217,18 @@ constexpr int64_t kNowhere = 64;
 // A bucket: parameters of odd sizes, some without a gradient, some gradients off 16 bytes. The last
 // kPinned parameters are pinned: the first of them at an aligned address, the others one element
 // off. Of these, one has an aligned gradient, so that nothing but its own address forbids 128-bit
-// accesses to it, and one has none, so that it is only returned.
-template <typename S>
+// accesses to it, and one has none, so that it is only returned. Of masters at w every fifth one is
+// not that of its weight, which somebody has changed.
+template <typename K>
 struct Bucket {
+  using W = typename K::W;
+  using G = typename K::G;
+  using M = typename K::M;
+  using S = typename K::S;
+
   struct Grad {
-    std::unique_ptr<S[]> memory;
-    S* data = nullptr;
+    std::unique_ptr<G[]> memory;
+    G* data = nullptr;
   };
 
   std::vector<Slot> slots;
@@ -214,9 +236,12 @@ struct Bucket {
   std::vector<int64_t> addresses;
   std::vector<int32_t> flags;
   std::vector<float> step;
-  std::unique_ptr<S[]> pinned_memory[kPinned];
+  std::unique_ptr<W[]> pinned_memory[kPinned];
   std::vector<void*> pinned;
-  S *weights, *saved, *kept, *states[3];
+  W* weights;
+  M* saved;
+  G* kept;
+  S* states[3];
   int64_t moved = 0, size = 0;
 
   explicit Bucket(const std::vector<int64_t>& sizes, unsigned seed) : random_(seed) {
@@ -228,7 +253,7 @@ struct Bucket {
       if (i % 4 != 3) {
         // Off by one element for every third one: no 128-bit access is aligned then.
         const int64_t off = i % 3 == 2;
-        grad.memory.reset(new (std::align_val_t(64)) S[sizes[i] + off]);
+        grad.memory.reset(new (std::align_val_t(64)) G[sizes[i] + off]);
         grad.data = grad.memory.get() + off;
         fill(grad.data, sizes[i], -1, 1);
       }
@@ -238,14 +263,14 @@ struct Bucket {
                       (i % 3 != 1 ? kHeld : 0));
       step.push_back(2.0f);
     }
-    weights = flat(moved);
-    saved = flat(size);
-    kept = flat(size);
-    for (S*& state : states) state = flat(size);
+    weights = flat<W>(moved);
+    saved = flat<M>(size);
+    kept = flat<G>(size);
+    for (S*& state : states) state = flat<S>(size);
     for (int k = 0; k < kPinned; ++k) {
       const Slot& slot = slots[num_moved() + k];
       const int64_t off = k > 0;
-      pinned_memory[k].reset(new (std::align_val_t(64)) S[slot.numel + off]);
+      pinned_memory[k].reset(new (std::align_val_t(64)) W[slot.numel + off]);
       pinned.push_back(pinned_memory[k].get() + off);
     }
     for (size_t i = 0; i < slots.size(); ++i) {
@@ -255,6 +280,11 @@ struct Bucket {
       flags[i] |= (has_grad(i) ? 0 : kMissing) | (aligned ? kAligned : 0);
       fill(weights_of(i), slot.numel, -2, 2);
       fill(saved + slot.start, slot.numel, -2, 2);
+      if constexpr (K::kMasters) {
+        for (int64_t k = 0; !(flags[i] & kPerturbed) && k < slot.numel; ++k) {
+          if (k % 5) weights_of(i)[k] = round_to<W>(saved[slot.start + k]);
+        }
+      }
       fill(kept + slot.start, slot.numel, -1, 1);
       fill(states[0] + slot.start, slot.numel, 0.5, 1);
       fill(states[1] + slot.start, slot.numel, 0.5, 1);
@@ -265,16 +295,20 @@ struct Bucket {
   Bucket(const Bucket&) = delete;
 
   ~Bucket() {
-    for (S* buffer : {weights, saved, kept, states[0], states[1], states[2]}) std::free(buffer);
+    for (void* buffer :
+         {static_cast<void*>(weights), static_cast<void*>(saved), static_cast<void*>(kept)}) {
+      std::free(buffer);
+    }
+    for (S* state : states) std::free(state);
     for (auto& memory : pinned_memory) release(memory);
     for (Grad& grad : grads) release(grad.memory);
   }
 
   int num_moved() const { return static_cast<int>(slots.size()) - kPinned; }
 
-  S* weights_of(size_t i) {
+  W* weights_of(size_t i) {
     return static_cast<int>(i) < num_moved() ? weights + slots[i].start
-                                             : static_cast<S*>(pinned[i - num_moved()]);
+                                             : static_cast<W*>(pinned[i - num_moved()]);
   }
 
   bool has_grad(size_t i) const { return grads[i].data != nullptr; }
@@ -299,9 +333,21 @@ struct Bucket {
 
   // All weights, saved weights and states, to compare with later.
   struct Copy {
-    std::vector<std::vector<S>> weights;
-    std::vector<S> saved, kept, states[3];
+    std::vector<std::vector<W>> weights;
+    std::vector<M> saved;
+    std::vector<G> kept;
+    std::vector<S> states[3];
     std::vector<float> step;
+
+    // The weight at w, as precisely as the bucket knows it.
+    M at_w(size_t slot, int64_t k, int64_t at, bool away) const {
+      if constexpr (K::kMasters) {
+        const W w = weights[slot][k];
+        return away || same_bits(round_to<W>(saved[at]), w) ? saved[at] : M(load(w));
+      } else {
+        return away ? saved[at] : weights[slot][k];
+      }
+    }
   };
 
   Copy copy() {
@@ -322,31 +368,32 @@ struct Bucket {
       const int64_t end = slots[i].start + slots[i].numel;
       const int64_t next = i + 1 < slots.size() ? slots[i + 1].start : size;
       for (int64_t at = end; at < next; ++at) {
-        EXPECT(same_bits(saved[at], S()), "padding of saved at %ld", long(at));
-        EXPECT(same_bits(kept[at], S()), "padding of kept at %ld", long(at));
+        EXPECT(same_bits(saved[at], M()), "padding of saved at %ld", long(at));
+        EXPECT(same_bits(kept[at], G()), "padding of kept at %ld", long(at));
         for (S* state : states) EXPECT(same_bits(state[at], S()), "padding of a state");
-        if (at < moved) EXPECT(same_bits(weights[at], S()), "padding of the weights");
+        if (at < moved) EXPECT(same_bits(weights[at], W()), "padding of the weights");
       }
     }
   }
 
-  void fill(S* to, int64_t n, double low, double high) {
+  template <typename X>
+  void fill(X* to, int64_t n, double low, double high) {
     std::uniform_real_distribution<double> distribution(low, high);
     for (int64_t i = 0; i < n; ++i) {
-      to[i] = round_to<S>(ComputeType(distribution(random_)));
+      to[i] = round_to<X>(typename Compute<X>::Type(distribution(random_)));
     }
   }
 
  private:
-  using ComputeType = typename Compute<S>::Type;
-
-  static S* flat(int64_t n) {
-    S* buffer = static_cast<S*>(std::aligned_alloc(64, (n * sizeof(S) + 63) / 64 * 64 + !n * 64));
-    std::memset(static_cast<void*>(buffer), 0, n * sizeof(S));
+  template <typename X>
+  static X* flat(int64_t n) {
+    X* buffer = static_cast<X*>(std::aligned_alloc(64, (n * sizeof(X) + 63) / 64 * 64 + !n * 64));
+    std::memset(static_cast<void*>(buffer), 0, n * sizeof(X));
     return buffer;
   }
 
-  static void release(std::unique_ptr<S[]>& memory) {
+  template <typename X>
+  static void release(std::unique_ptr<X[]>& memory) {
     ::operator delete[](memory.release(), std::align_val_t(64));
   }
 
@@ -356,8 +403,8 @@ struct Bucket {
 // ------------------------------------------------------------------------------------------ checks
 
 // plain: without the weights, whatever the groups say.
-template <typename S>
-double sq_norm_of(Bucket<S>& bucket, const Options& options, bool plain) {
+template <typename K>
+double sq_norm_of(Bucket<K>& bucket, const Options& options, bool plain) {
   long double sum = 0;  // its own rounding must not count for float64
   for (size_t i = 0; i < bucket.slots.size(); ++i) {
     if (!bucket.has_grad(i)) continue;
@@ -371,9 +418,8 @@ double sq_norm_of(Bucket<S>& bucket, const Options& options, bool plain) {
   return static_cast<double>(sum);
 }
 
-template <typename S>
+template <typename T>
 void expect_sq_norm(double got, double want) {
-  using T = typename Compute<S>::Type;
   // Each term has 4 roundings and takes part in at most 16 additions in the compute type.
   EXPECT(std::fabs(got - want) <= 20 * 2 * kRound<T> * want, "squared norm %.9g, expected %.9g",
          got, want);
@@ -415,8 +461,8 @@ struct Sums {
   long double shares = 0, gram[3] = {};  // their own rounding must not count for float64
 };
 
-template <typename S>
-Sums sums_of(Bucket<S>& bucket, const Options& options) {
+template <typename K>
+Sums sums_of(Bucket<K>& bucket, const Options& options) {
   Sums sums;
   const auto scaled = [&](size_t i, int64_t k) {
     const Options o = group_of(options, bucket.slots[i].row);
@@ -445,29 +491,31 @@ Sums sums_of(Bucket<S>& bucket, const Options& options) {
 }
 
 // sq_norm: what the kernel was given. 0 or not finite: w is saved and nothing moves.
-template <typename S>
-void expect_perturbed(Bucket<S>& bucket, const typename Bucket<S>::Copy& before,
+template <typename K>
+void expect_perturbed(Bucket<K>& bucket, const typename Bucket<K>::Copy& before,
                       const Options& options, double sq_norm) {
-  using T = typename Compute<S>::Type;
+  using W = typename K::W;
+  using T = typename K::T;
   const double norm = std::sqrt(sq_norm);
   const bool moves = std::isfinite(norm) && norm > 0;
   for (size_t i = 0; i < bucket.slots.size(); ++i) {
     const Slot& slot = bucket.slots[i];
     const Options o = group_of(options, slot.row);
     for (int64_t k = 0; k < slot.numel; ++k) {
-      const S w = before.weights[i][k], now = bucket.weights_of(i)[k];
-      const S saved = bucket.saved[slot.start + k];
+      const W old = before.weights[i][k], now = bucket.weights_of(i)[k];
+      const auto saved = bucket.saved[slot.start + k];
       if (!bucket.has_grad(i)) {
         EXPECT(same_bits(saved, before.saved[slot.start + k]), "saved without a gradient");
-        EXPECT(same_bits(now, w), "moved without a gradient");
+        EXPECT(same_bits(now, old), "moved without a gradient");
         continue;
       }
+      const auto w = before.at_w(i, k, slot.start + k, false);
       EXPECT(same_bits(saved, w), "slot %zu, element %ld was not saved", i, long(k));
-      const S kept = o.blends() ? bucket.grads[i].data[k] : before.kept[slot.start + k];
+      const auto kept = o.blends() ? bucket.grads[i].data[k] : before.kept[slot.start + k];
       EXPECT(same_bits(bucket.kept[slot.start + k], kept), "slot %zu, element %ld: kept", i,
              long(k));
       if (!moves) {
-        EXPECT(same_bits(now, w), "moved with norm %g", norm);
+        EXPECT(same_bits(now, old), "moved with norm %g", norm);
         continue;
       }
       const double t = o.adaptive ? std::fabs(value(w)) + o.eta : 1;
@@ -476,12 +524,12 @@ void expect_perturbed(Bucket<S>& bucket, const typename Bucket<S>::Copy& before,
       // rho / norm, t, t * t, * g, * scale: 8 roundings of the climb, one of the sum, one stored.
       const double want = value(w) + climb;
       const double bound = kRound<T> * (8 * std::fabs(climb) + 2 * std::fabs(want));
-      if constexpr (sizeof(S) == 2) {
+      if constexpr (sizeof(W) == 2) {
         EXPECT(is_chosen(now, want, bound, slot.start + k),
                "slot %zu, element %ld: %.9g is not the neighbour of %.9g to be chosen", i, long(k),
                value(now), want);
       } else {
-        EXPECT(std::fabs(value(now) - want) <= (kRound<S> * std::fabs(want) + bound) * 1.001,
+        EXPECT(std::fabs(value(now) - want) <= (kRound<W> * std::fabs(want) + bound) * 1.001,
                "slot %zu, element %ld: %.9g, expected %.9g", i, long(k), value(now), want);
       }
     }
@@ -489,10 +537,23 @@ void expect_perturbed(Bucket<S>& bucket, const typename Bucket<S>::Copy& before,
   bucket.expect_padding();
 }
 
-template <typename S>
-void expect_updated(Bucket<S>& bucket, const typename Bucket<S>::Copy& before,
+// What is where the weights at w are in full: the masters, or the weights.
+template <typename K>
+auto home_of(Bucket<K>& bucket, size_t slot, int64_t k) {
+  if constexpr (K::kMasters) {
+    return bucket.saved[bucket.slots[slot].start + k];
+  } else {
+    return bucket.weights_of(slot)[k];
+  }
+}
+
+template <typename K>
+void expect_updated(Bucket<K>& bucket, const typename Bucket<K>::Copy& before,
                     const Options& options, bool skip) {
-  using T = typename Compute<S>::Type;
+  using W = typename K::W;
+  using M = typename K::M;
+  using S = typename K::S;
+  using T = typename K::T;
   for (size_t i = 0; i < bucket.slots.size(); ++i) {
     const Slot& slot = bucket.slots[i];
     const Options o = group_of(options, slot.row);
@@ -502,9 +563,17 @@ void expect_updated(Bucket<S>& bucket, const typename Bucket<S>::Copy& before,
     }
     for (int64_t k = 0; k < slot.numel; ++k) {
       const int64_t at = slot.start + k;
-      const S w = perturbed ? before.saved[at] : before.weights[i][k];
-      const S now = bucket.weights_of(i)[k];
-      EXPECT(same_bits(bucket.saved[at], before.saved[at]), "update_ wrote to saved");
+      const bool touched = perturbed || steps;
+      const M w = before.at_w(i, k, at, perturbed || (K::kMasters && !steps));
+      const M now = home_of(bucket, i, k);
+      if constexpr (K::kMasters) {
+        const W weight = bucket.weights_of(i)[k];
+        EXPECT(same_bits(weight, touched ? round_to<W>(now) : before.weights[i][k]),
+               "slot %zu, element %ld is not its master", i, long(k));
+      }
+      if (!K::kMasters || !steps) {
+        EXPECT(same_bits(bucket.saved[at], before.saved[at]), "update_ wrote to saved");
+      }
       double s[3];
       for (int m = 0; m < 3; ++m) s[m] = value(before.states[m][at]);
       const double old[3] = {s[0], s[1], s[2]};
@@ -537,7 +606,7 @@ void expect_updated(Bucket<S>& bucket, const typename Bucket<S>::Copy& before,
       }
       // At most 24 roundings, on terms no larger than |w| + 4 * lr / sqrt(0.2).
       const double bound =
-          kRound<S> * std::fabs(want) + 24 * kRound<T> * (std::fabs(want) + 9 * o.lr);
+          kRound<M> * std::fabs(want) + 24 * kRound<T> * (std::fabs(want) + 9 * o.lr);
       EXPECT(std::fabs(value(now) - want) <= bound * 1.001,
              "rule %d/%d, slot %zu, element %ld: %.9g, expected %.9g", int(o.rule), o.variant, i,
              long(k), value(now), want);
@@ -577,9 +646,10 @@ inline std::vector<Options> all_options() {
   return all;
 }
 
-template <typename S, typename R>
-void run_sums(R& runner, Bucket<S>& bucket, const Options& options) {
-  using T = typename Compute<S>::Type;
+template <typename K, typename R>
+void run_sums(R& runner, Bucket<K>& bucket, const Options& options) {
+  using G = typename K::G;
+  using T = typename K::T;
   const Sums want = sums_of(bucket, options);
   const auto check = [&](double got, double exact, double terms, double round) {
     EXPECT(std::fabs(got - exact) <= 40 * 2 * round * terms, "%.17g, expected %.17g", got, exact);
@@ -595,63 +665,63 @@ void run_sums(R& runner, Bucket<S>& bucket, const Options& options) {
   // A maximum keeps NaN, wherever it is.
   for (size_t i = 0; i < bucket.slots.size(); ++i) {
     if (!bucket.has_grad(i) || !bucket.slots[i].numel) continue;
-    S& last = bucket.grads[i].data[bucket.slots[i].numel - 1];
-    const S old = last;
-    last = round_to<S>(T(std::nan("")));
+    G& last = bucket.grads[i].data[bucket.slots[i].numel - 1];
+    const G old = last;
+    last = round_to<G>(T(std::nan("")));
     EXPECT(std::isnan(runner.reduce(bucket, options, SumsId::kPNormMax)[0]), "NaN of slot %zu", i);
     last = old;
   }
 }
 
-// Runner<S>: reduce(bucket, options, SumsId, earlier) -> vector of double, ascend_(bucket, options,
+// Runner<K>: reduce(bucket, options, SumsId, earlier) -> vector of double, ascend_(bucket, options,
 // total), update_(bucket, options, skip), restore_(bucket, options).
-template <typename S, template <typename> class Runner>
+template <typename K, template <typename> class Runner>
 void run_all(const std::vector<int64_t>& sizes) {
   constexpr double kInf = std::numeric_limits<double>::infinity();
-  Runner<S> runner;
+  using T = typename K::T;
+  Runner<K> runner;
   const std::vector<Options> all = all_options();
   for (const Options& options : all) {
     {
-      Bucket<S> bucket(sizes, 1);
+      Bucket<K> bucket(sizes, 1);
       const auto before = bucket.copy();
       const double plain = sq_norm_of(bucket, options, true);
-      expect_sq_norm<S>(runner.reduce(bucket, options, SumsId::kSquares)[0], plain);
-      expect_sq_norm<S>(runner.reduce(bucket, options, SumsId::kSamNorm)[0],
+      expect_sq_norm<T>(runner.reduce(bucket, options, SumsId::kSquares)[0], plain);
+      expect_sq_norm<T>(runner.reduce(bucket, options, SumsId::kSamNorm)[0],
                         sq_norm_of(bucket, options, false));
       if (&options == &all[0] || options.adaptive) run_sums(runner, bucket, options);
       // The bit of a slot decides whether its weights are read, not the columns of its group.
       Options hidden = options;
       hidden.hides_param = true;
-      expect_sq_norm<S>(runner.reduce(bucket, hidden, SumsId::kSamNorm)[0], plain);
+      expect_sq_norm<T>(runner.reduce(bucket, hidden, SumsId::kSamNorm)[0], plain);
       runner.ascend_(bucket, options, 9.0);
       expect_perturbed(bucket, before, options, 9.0);
     }
     for (bool skip : {false, true}) {
-      Bucket<S> bucket(sizes, 3);
+      Bucket<K> bucket(sizes, 3);
       const auto before = bucket.copy();
       runner.update_(bucket, options, skip);
       expect_updated(bucket, before, options, skip);
     }
     {
-      Bucket<S> bucket(sizes, 6);
+      Bucket<K> bucket(sizes, 6);
       const auto before = bucket.copy();
       runner.restore_(bucket, options);
       expect_updated(bucket, before, options, true);
     }
     for (double bad : {0.0, kInf, std::nan("")}) {
-      Bucket<S> bucket(sizes, 4);
+      Bucket<K> bucket(sizes, 4);
       const auto before = bucket.copy();
       runner.ascend_(bucket, options, bad);
       expect_perturbed(bucket, before, options, bad);
     }
     {
       // With lr 0 the saved bits come back, whatever the gradients.
-      Bucket<S> bucket(sizes, 5);
+      Bucket<K> bucket(sizes, 5);
       for (size_t i = 0; i < sizes.size(); ++i) {
         if (!bucket.has_grad(i)) continue;
         for (int64_t k = 0; k < sizes[i]; k += 3) {
-          bucket.grads[i].data[k] =
-              round_to<S>(typename Compute<S>::Type(k % 2 ? kInf : std::nan("")));
+          bucket.grads[i].data[k] = round_to<typename K::G>(T(k % 2 ? kInf : std::nan("")));
         }
       }
       const auto before = bucket.copy();
@@ -661,8 +731,9 @@ void run_all(const std::vector<int64_t>& sizes) {
       for (size_t i = 0; i < sizes.size(); ++i) {
         const bool perturbed = bucket.flags[i] & kPerturbed;
         for (int64_t k = 0; k < sizes[i]; ++k) {
-          const S w = perturbed ? before.saved[bucket.slots[i].start + k] : before.weights[i][k];
-          EXPECT(same_bits(bucket.weights_of(i)[k], w), "lr = 0 moved slot %zu", i);
+          const auto w = before.at_w(i, k, bucket.slots[i].start + k, perturbed);
+          const auto now = perturbed || bucket.has_grad(i) ? home_of(bucket, i, k) : w;
+          EXPECT(same_bits(now, w), "lr = 0 moved slot %zu", i);
         }
       }
     }
@@ -671,11 +742,17 @@ void run_all(const std::vector<int64_t>& sizes) {
 
 template <template <typename> class Runner>
 int run_dtypes(const std::vector<int64_t>& sizes) {
-  run_all<float, Runner>(sizes);
+  run_all<Kinds<float>, Runner>(sizes);
 #if !defined(FLOAT_ONLY)
-  run_all<double, Runner>(sizes);
-  run_all<BFloat16, Runner>(sizes);
-  run_all<Float16, Runner>(sizes);
+  run_all<Kinds<double>, Runner>(sizes);
+  run_all<Kinds<BFloat16>, Runner>(sizes);
+  run_all<Kinds<Float16>, Runner>(sizes);
+#if defined(MIXED)
+  run_all<Kinds<BFloat16, BFloat16, float>, Runner>(sizes);  // masters
+  run_all<Kinds<Float16, float, float>, Runner>(sizes);      // and wide gradients
+  run_all<Kinds<BFloat16, float, BFloat16, float>, Runner>(sizes);
+  run_all<Kinds<float, Float16>, Runner>(sizes);
+#endif
 #endif
   std::printf("%d failures\n", failures);
   return failures != 0;

@@ -5,6 +5,7 @@
 #include <thread>
 
 #include "../../csrc/cpu/kernels.h"
+#define MIXED  // the dtypes of a bucket
 #include "cases.h"
 
 namespace {
@@ -25,12 +26,12 @@ void parallel(int64_t spans, int threads, const F& f) {
   for (std::thread& other : others) other.join();
 }
 
-template <typename S>
+template <typename K>
 class Runner {
  public:
-  using T = typename Compute<S>::Type;
+  using T = typename K::T;
 
-  std::vector<double> reduce(cases::Bucket<S>& bucket, const Options& o, SumsId id,
+  std::vector<double> reduce(cases::Bucket<K>& bucket, const Options& o, SumsId id,
                              const double* earlier = nullptr) {
     if (id == SumsId::kGram) return reduce<Gram, double>(bucket, o, id, earlier);
     if (id == SumsId::kPNormMax) return reduce<PNormMax, T>(bucket, o, id, earlier);
@@ -39,7 +40,7 @@ class Runner {
 
   // Like: sums that have the count, and the maximum or not, of those.
   template <typename Like, typename Term>
-  std::vector<double> reduce(cases::Bucket<S>& bucket, const Options& o, SumsId id,
+  std::vector<double> reduce(cases::Bucket<K>& bucket, const Options& o, SumsId id,
                              const double* earlier) {
     Problem p = problem(bucket, o, true);
     p.earlier = earlier;
@@ -47,7 +48,7 @@ class Runner {
     if (id == SumsId::kPNormMax || id == SumsId::kPNormSum) p.hyper = hyper_->p_norm;
     const int64_t spans = num_spans(p.size);
     std::vector<Term> partials(Like::kCount * spans, Term(NAN)), again = partials;
-    const auto kernel = kernels().reduce[static_cast<int>(id)][dtype()];
+    const auto kernel = kernels().reduce[static_cast<int>(id)][compute_of(K::types())];
     parallel(spans, kMaxThreads,
              [&](int64_t begin, int64_t end) { kernel(p, partials.data(), begin, end); });
     kernel(p, again.data(), 0, spans);
@@ -61,39 +62,38 @@ class Runner {
     return totals;
   }
 
-  void ascend_(cases::Bucket<S>& bucket, const Options& o, double total) {
+  void ascend_(cases::Bucket<K>& bucket, const Options& o, double total) {
     const Problem p = problem(bucket, o, true);
-    const auto kernel = kernels().ascend_[0][dtype()];
+    const auto kernel = kernels().ascend_[0][compute_of(K::types())];
     parallel(num_spans(p.size), kMaxThreads,
              [&](int64_t begin, int64_t end) { kernel(p, &total, kNumber, begin, end); });
   }
 
-  void update_(cases::Bucket<S>& bucket, const Options& o, bool skip) {
+  void update_(cases::Bucket<K>& bucket, const Options& o, bool skip) {
     const Problem p = problem(bucket, o, false);
     for (size_t i = 0; p.step && !skip && i < bucket.step.size(); ++i) {
       if (bucket.has_grad(i)) bucket.step[i] += 1;
     }
-    const auto kernel = kernels().update_[static_cast<int>(o.rule)][dtype()];
+    const auto kernel = kernels().update_[static_cast<int>(o.rule)][compute_of(K::types())];
     parallel(num_spans(p.size), kMaxThreads,
              [&](int64_t begin, int64_t end) { kernel(p, o.grad_scale, skip, begin, end); });
   }
 
-  void restore_(cases::Bucket<S>& bucket, const Options& o) {
+  void restore_(cases::Bucket<K>& bucket, const Options& o) {
     Problem p = problem(bucket, o, false);
     p.grads = nullptr;
-    const auto kernel = kernels().restore_[dtype()];
+    const auto kernel = kernels().restore_;
     parallel(num_spans(p.size), kMaxThreads,
              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   }
 
  private:
-  static int dtype() { return static_cast<int>(kDtype<S>); }
-
   // ascent: whether it is for that; else for the rule.
-  Problem problem(cases::Bucket<S>& bucket, const Options& o, bool ascent) {
+  Problem problem(cases::Bucket<K>& bucket, const Options& o, bool ascent) {
     hyper_.emplace(o);
     flags_ = bucket.bits(o);
     Problem p = {};
+    p.types = K::types();
     p.saved = bucket.saved;
     p.kept = o.blends() ? bucket.kept : nullptr;
     p.numbers = kNumbers;

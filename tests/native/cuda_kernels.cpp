@@ -16,12 +16,13 @@ namespace {
 using namespace cases;
 using emulation::Order;
 
-template <typename S>
+template <typename K>
 class Runner {
  public:
-  using T = typename Compute<S>::Type;
+  using S = typename K::W;  // of all
+  using T = typename K::T;
 
-  std::vector<double> reduce(cases::Bucket<S>& bucket, const Options& o, SumsId id,
+  std::vector<double> reduce(cases::Bucket<K>& bucket, const Options& o, SumsId id,
                              const double* earlier = nullptr) {
     std::vector<double> totals(3, NAN);
     in_every_order(
@@ -51,7 +52,7 @@ class Runner {
     return totals;
   }
 
-  void ascend_(cases::Bucket<S>& bucket, const Options& o, double total) {
+  void ascend_(cases::Bucket<K>& bucket, const Options& o, double total) {
     in_every_order(bucket, {3}, [&](unsigned blocks, Order order) {
       int64_t climbed = 0;
       const DeviceProblem p = problem(bucket, o, true);
@@ -64,7 +65,7 @@ class Runner {
     });
   }
 
-  void update_(cases::Bucket<S>& bucket, const Options& o, bool skip) {
+  void update_(cases::Bucket<K>& bucket, const Options& o, bool skip) {
     in_every_order(bucket, {3}, [&](unsigned blocks, Order order) {
       DeviceProblem p = problem(bucket, o, false);
       const T scale = T(o.grad_scale);
@@ -89,7 +90,7 @@ class Runner {
     });
   }
 
-  void restore_(cases::Bucket<S>& bucket, const Options& o) {
+  void restore_(cases::Bucket<K>& bucket, const Options& o) {
     in_every_order(bucket, {3}, [&](unsigned blocks, Order order) {
       DeviceProblem p = problem(bucket, o, false);
       p.grads = nullptr;
@@ -115,7 +116,7 @@ class Runner {
   // Whatever the grid and the order of threads and blocks, the bits are the same. The grids, which
   // follow one of 2 blocks, are never larger than the work, as in launch.cu.
   template <typename F>
-  double in_every_order(cases::Bucket<S>& bucket, std::initializer_list<unsigned> grids,
+  double in_every_order(cases::Bucket<K>& bucket, std::initializer_list<unsigned> grids,
                         const F& run, bool wide = false) {
     make_chunks(bucket);
     const auto before = bucket.copy();
@@ -134,7 +135,7 @@ class Runner {
     return result;
   }
 
-  static void put_back(cases::Bucket<S>& bucket, const typename cases::Bucket<S>::Copy& copy) {
+  static void put_back(cases::Bucket<K>& bucket, const typename cases::Bucket<K>::Copy& copy) {
     for (size_t i = 0; i < copy.weights.size(); ++i) {
       std::copy(copy.weights[i].begin(), copy.weights[i].end(), bucket.weights_of(i));
     }
@@ -146,8 +147,8 @@ class Runner {
     bucket.step = copy.step;
   }
 
-  static void expect_same(const typename cases::Bucket<S>::Copy& a,
-                          const typename cases::Bucket<S>::Copy& b) {
+  static void expect_same(const typename cases::Bucket<K>::Copy& a,
+                          const typename cases::Bucket<K>::Copy& b) {
     const auto same = [](const std::vector<S>& x, const std::vector<S>& y) {
       return std::memcmp(x.data(), y.data(), x.size() * sizeof(S)) == 0;
     };
@@ -160,7 +161,7 @@ class Runner {
     EXPECT(a.step == b.step, "step differs");
   }
 
-  void make_chunks(const cases::Bucket<S>& bucket) {
+  void make_chunks(const cases::Bucket<K>& bucket) {
     chunks_.clear();
     for (size_t i = 0; i < bucket.slots.size(); ++i) {
       for (int64_t offset = 0; offset < bucket.slots[i].numel; offset += kChunk) {
@@ -170,7 +171,7 @@ class Runner {
   }
 
   // ascent: whether it is for that; else for the rule.
-  DeviceProblem problem(cases::Bucket<S>& bucket, const Options& o, bool ascent) {
+  DeviceProblem problem(cases::Bucket<K>& bucket, const Options& o, bool ascent) {
     hyper_.emplace(o);
     flags_ = bucket.bits(o);
     DeviceProblem p = {};
@@ -205,9 +206,9 @@ class Runner {
 // With "misaligned" every slot claims to be aligned: the sanitizer must end the program.
 int main(int argc, char**) {
   if (argc > 1) {
-    cases::Bucket<float> bucket({1030, 77, 77, 77, 77, 77}, 1);
+    cases::Bucket<Kinds<float>> bucket({1030, 77, 77, 77, 77, 77}, 1);
     for (int32_t& flags : bucket.flags) flags |= kAligned;
-    Runner<float>().ascend_(bucket, all_options()[0], 9.0);
+    Runner<Kinds<float>>().ascend_(bucket, all_options()[0], 9.0);
     return 0;
   }
   // Around the width of an access, of a block's stride, and of a chunk.

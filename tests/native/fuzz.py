@@ -28,12 +28,16 @@ class Arguments:
         size = sum([-(-numel // 64) * 64 for numel in sizes])
         wide = functools.partial(torch.randn, size, dtype=torch.float64)
         self.weights, self.grads = [[wide() for _ in sizes] for _ in range(2)]
+        grad_dtype = random.choice((self.dtype, random.choice(DTYPES)))
+        masters = self.dtype.itemsize == 2 and random.random() < 0.5
         table, start = [], 0
         for numel, weights in zip(sizes, self.weights, strict=True):
             table += [start, numel, random.randrange(2), weights.data_ptr()]
             start += -(-numel // 64) * 64
         self.values = {
-            "saved": self.buffer(start),
+            "saved": self.buffer(start, torch.float32 if masters else None),
+            "weight_dtype": DTYPES.index(self.dtype),
+            "grad_dtype": DTYPES.index(grad_dtype),
             "climb": torch.zeros(1, dtype=torch.int64),
             "slots": torch.tensor(table),
             "grads": torch.tensor([grad.data_ptr() for grad in self.grads]),
@@ -45,7 +49,8 @@ class Arguments:
             "found_inf": random.choice((None, torch.zeros(()))),
             "number": random.randrange(8),
         }
-        self.values["kept"] = random.choice((None, self.buffer(start)))
+        kept_dtype = random.choice((grad_dtype, random.choice(DTYPES)))
+        self.values["kept"] = random.choice((None, self.buffer(start, kept_dtype)))
         self.values["earlier"] = random.choice((None, self.numbers()))
         self.values["numbers"] = random.choice((None, self.numbers()))
         self.values["blend_hyper"] = random.choice(
@@ -53,10 +58,12 @@ class Arguments:
         )
         self.values["loss_scale"] = random.choice((None, torch.ones((), dtype=torch.float64)))
         self.values["blend"] = random.choice((-1, -1, -1, 0, 1, 2, 3))
-        self.values |= {f"state{k}": self.buffer(start) for k in range(STATES)}
+        self.values |= {
+            f"state{k}": self.buffer(start, random.choice((None, *DTYPES))) for k in range(STATES)
+        }
 
-    def buffer(self, numel):
-        return torch.randn(numel).to(self.dtype)
+    def buffer(self, numel, dtype=None):
+        return torch.randn(numel).to(dtype or self.dtype)
 
     def numbers(self):
         return torch.rand(random.choice((1, 2, 3)), dtype=torch.float64)
@@ -76,31 +83,31 @@ class Arguments:
                 (value[:-1] if value.dim() else value, value.double(), value.int(), value.t())
             )
         else:
-            self.values[name] = (
-                random.choice((-1, 7, 2**40)) if name in ("number", "blend") else None
-            )
+            numbers = ("number", "blend", "weight_dtype", "grad_dtype")
+            self.values[name] = random.choice((-1, 1, 7, 2**40)) if name in numbers else None
 
     def call(self, operation):
         """Call an operation; returns whether it took the arguments."""
         v = self.values
         hyper = torch.rand(random.choice((2 * 2520, 2 * 2520, 13)), dtype=self.compute)
         tables = (v["slots"], v["grads"], v["flags"])
+        dtypes = v["weight_dtype"], v["grad_dtype"]
         arguments = {
             "reduce": (
                 *(v["saved"], v["kept"], v["earlier"], None, *tables),
-                *(hyper, v["number"]),
+                *(hyper, *dtypes, v["number"]),
             ),
             "ascend_": (
                 *(v["saved"], v["kept"], v["climb"], *tables, hyper),
-                *(v["total"], 1, v["number"]),
+                *(v["total"], None, 1, *dtypes, v["number"]),
             ),
             "update_": (
                 *(*[v[f"state{k}"] for k in range(STATES)], v["step"], None),
                 *(v["climb"], v["saved"], v["kept"], *tables, hyper, v["numbers"]),
                 *(v["blend_hyper"], v["loss_scale"], v["grad_scale"], v["found_inf"]),
-                *(v["number"], v["blend"]),
+                *(*dtypes, v["number"], v["blend"]),
             ),
-            "restore_": (v["climb"], v["saved"], v["slots"], v["flags"]),
+            "restore_": (v["climb"], v["saved"], v["slots"], v["flags"], v["weight_dtype"]),
         }[operation]
         try:
             getattr(torch.ops.fused_sam, operation).default(*arguments)

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from ...ascents import KERNELS, SQUARES, SUMS, Ascent, Sums
 from ...blends import KERNELS as BLENDS
-from ...blends import Blending
+from ...blends import Blend, Blending
 from ...memory import Bucket, Gradients
 from ...memory.bucket import Kept
 from ...rules import STEP, Rule
-from ..ahead import Ahead, climbing, decay_ahead, momentum_of
-from ..base import Backend, Groups
+from ..ahead import Ahead, Groups, climbing, decay_ahead, momentum_of
+from ..base import Backend
 from ..tables import READS_PARAM, Tables, blend_table, rule_bits, rule_rows, sums_table
 from .translate import MAX_STATES, rules
 
@@ -24,6 +24,9 @@ _ASCENTS = {ascent.name: i for i, ascent in enumerate(KERNELS)}
 _RULES = {rule.name: i for i, rule in enumerate(rules())}
 _BLENDS = {blend.name: i for i, blend in enumerate(BLENDS)}
 """The numbers of the values in csrc/mathematics.h."""
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+"""The numbers of dtypes: ``Dtype`` in csrc/tables.h."""
 
 
 class _Native(Tables):
@@ -42,11 +45,24 @@ def _tables(bucket: Bucket) -> _Native:
     return tables
 
 
+def _serves(bucket: Bucket, kept: Kept | None = None) -> bool:
+    """Whether there are kernels for these dtypes; torch does the others: right, and slower."""
+    if bucket.device.type == "cpu":
+        return True
+    return bucket.is_uniform and (kept is None or kept.flat.dtype == bucket.dtype)
+
+
 class NativeBackend(Backend):
     """See ``Backend`` for what the operations do."""
 
     name = "native"
     stays = False
+
+    def bakes_in(self, bucket: Bucket, ascent: Ascent, blend: Blend | None) -> str | None:
+        """As ``Backend.bakes_in``."""
+        if _serves(bucket) and ascent.average is None and (blend is None or blend in BLENDS):
+            return None
+        return super().bakes_in(bucket, ascent, blend)
 
     def reduce(
         self,
@@ -59,8 +75,7 @@ class NativeBackend(Backend):
         kept: Kept | None = None,
     ) -> Tensor:
         """As ``Backend.reduce``, in one launch."""
-        other = kept is not None and kept.flat.dtype != bucket.dtype
-        if other or not bucket.is_uniform or sums.average is not None:
+        if not _serves(bucket, kept) or sums.average is not None:
             return super().reduce(bucket, sums, grads, groups, earlier, unscale, kept)
         tables = _tables(bucket)
         bits = {row: READS_PARAM * sums.reads_param(groups[row]) for row in bucket.rows}
@@ -73,6 +88,8 @@ class NativeBackend(Backend):
             tables.addresses(grads).table,
             tables.flags(bits, bucket.perturbed, grads, held=() if kept is None else kept.held),
             sums_table(tables, bucket, sums, groups, unscale),
+            _DTYPES[bucket.dtype],
+            _DTYPES[bucket.grad_dtype],
             _SUMS[sums.name],
         )
         return total
@@ -89,7 +106,7 @@ class NativeBackend(Backend):
         unscale: float = 1.0,
     ) -> None:
         """As ``Backend.ascend_``, in one launch."""
-        if not bucket.is_uniform or ascent.average is not None:
+        if not _serves(bucket) or ascent.average is not None:
             return super().ascend_(bucket, ascent, grads, groups, total, number, kept, unscale)
         tables = _tables(bucket)
         torch.ops.fused_sam.ascend_.default(
@@ -102,6 +119,8 @@ class NativeBackend(Backend):
             sums_table(tables, bucket, ascent.sums, groups, unscale),
             total,
             *((number, 0) if isinstance(number, Tensor) else (None, number)),
+            _DTYPES[bucket.dtype],
+            _DTYPES[bucket.grad_dtype],
             _ASCENTS[ascent.name],
         )
 
@@ -118,7 +137,7 @@ class NativeBackend(Backend):
         ahead: Ahead | None = None,
     ) -> Tensor | None:
         """As ``Backend.update_``, in one launch; the sum in another one."""
-        if not bucket.is_uniform or (blending is not None and blending.blend not in BLENDS):
+        if not _serves(bucket) or (blending is not None and blending.blend not in BLENDS):
             return super().update_(
                 *(bucket, rule, blending, grads, groups),
                 grad_scale=grad_scale,
@@ -126,7 +145,7 @@ class NativeBackend(Backend):
                 ahead=ahead,
             )
         if ahead is not None:
-            grads = decay_ahead(bucket, grads, groups, ahead, grad_scale)
+            grads = decay_ahead(bucket, grads, groups, grad_scale)
         tables = _tables(bucket)
         names = {name for row in bucket.rows for name in rule.kept(groups[row])}
         fresh = bucket.fresh(names)
@@ -151,6 +170,8 @@ class NativeBackend(Backend):
             None if blending is None else blending.scale,
             grad_scale,
             found_inf,
+            _DTYPES[bucket.dtype],
+            _DTYPES[bucket.grad_dtype],
             _RULES[rule.name],
             -1 if blend is None else _BLENDS[blend.name],
         )
@@ -161,7 +182,7 @@ class NativeBackend(Backend):
 
     def restore_(self, bucket: Bucket) -> None:
         """As ``Backend.restore_``, in one launch."""
-        if bucket.masters:
+        if not _serves(bucket):
             return super().restore_(bucket)
         tables = _tables(bucket)
         torch.ops.fused_sam.restore_.default(
@@ -169,4 +190,5 @@ class NativeBackend(Backend):
             bucket.saved,
             tables.slots,
             tables.flags(dict.fromkeys(bucket.rows, 0), bucket.perturbed),
+            _DTYPES[bucket.dtype],
         )

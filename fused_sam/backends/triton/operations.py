@@ -10,13 +10,13 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from ...ascents import SQUARES, Ascent, Sums
-from ...blends import Blending
+from ...blends import Blend, Blending
 from ...devices import on
 from ...memory import Bucket, Gradients
 from ...memory.bucket import Kept
 from ...rules import STEP, Rule
-from ..ahead import Ahead
-from ..base import Backend, Groups
+from ..ahead import Ahead, Groups, coupled, decays
+from ..base import Backend
 from ..tables import STAYS, SUMMED, Tables, blend_table, rule_bits, rule_rows, sums_table
 from . import kernels
 from .words import compiled
@@ -146,6 +146,10 @@ class TritonBackend(Backend):
 
     name = "triton"
 
+    def bakes_in(self, bucket: Bucket, ascent: Ascent, blend: Blend | None) -> str | None:
+        """As ``Backend.bakes_in``."""
+        return None if ascent.average is None else super().bakes_in(bucket, ascent, blend)
+
     def reduce(
         self,
         bucket: Bucket,
@@ -252,9 +256,11 @@ class TritonBackend(Backend):
                 climbs = SUMMED | STAYS * any(ahead.stays)
                 for row in bucket.rows:
                     bits[row] |= climbs * (groups[row]["ascent"] is not None)
-                if any([ahead.decay[row] for row in bucket.rows]):
-                    decays = {row: (ahead.decay[row],) for row in bucket.rows}
-                    decay = launcher.hyper("decay", len(groups), lambda: decays)
+                if any([decays(groups[row]) for row in bucket.rows]):
+                    rows = bucket.rows
+                    decay = launcher.hyper(
+                        "decay", len(groups), lambda: {row: (coupled(groups[row]),) for row in rows}
+                    )
             args = (
                 *(total, None if total is None else launcher.scratch(SQUARES), decay),
                 bucket.saved,
