@@ -103,11 +103,12 @@ void ascend_(Tensor saved, std::optional<Tensor> kept, Tensor climb, Tensor slot
 
 void update_(std::optional<Tensor> state0, std::optional<Tensor> state1,
              std::optional<Tensor> state2, std::optional<Tensor> step, std::optional<Tensor> ticket,
-             Tensor climb, Tensor saved, std::optional<Tensor> kept, Tensor slots, Tensor grads,
-             Tensor flags, Tensor hyper, std::optional<Tensor> numbers,
-             std::optional<Tensor> blend_hyper, std::optional<Tensor> loss_scale,
-             std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
-             int64_t weight_dtype, int64_t grad_dtype, int64_t rule, int64_t blend) {
+             Tensor climb, Tensor saved, std::optional<Tensor> kept,
+             std::optional<Tensor> direction, Tensor slots, Tensor grads, Tensor flags,
+             Tensor hyper, std::optional<Tensor> numbers, std::optional<Tensor> blend_hyper,
+             std::optional<Tensor> loss_scale, std::optional<Tensor> grad_scale,
+             std::optional<Tensor> found_inf, int64_t weight_dtype, int64_t grad_dtype,
+             int64_t rule, int64_t blend) {
   check_index(rule, kNumRules, "rule");
   Types types = types_of(weight_dtype, grad_dtype, saved);
   Bucket bucket(saved, slots, grads, flags, hyper, types, kRuleColumns[rule]);
@@ -119,14 +120,17 @@ void update_(std::optional<Tensor> state0, std::optional<Tensor> state1,
                     "fused_sam: a state has a wrong dtype");
   }
   p.step = memory<float>(step);
-  check_blend(kept, numbers, blend_hyper, loss_scale, saved, hyper.numel() / kRuleColumns[rule],
-              blend);
+  check_blend(kept, direction, numbers, blend_hyper, loss_scale, saved,
+              hyper.numel() / kRuleColumns[rule], blend);
+  STD_TORCH_CHECK(!direction || dtype_of(*direction) == bucket.dtype,
+                  "fused_sam: a direction has a wrong dtype");
+  p.direction = memory(direction);
   p.kept = bucket.kept(kept, saved, types);
   p.numbers = memory<double>(numbers);
   p.blend_hyper = memory(blend_hyper);
   p.loss_scale = memory<double>(loss_scale);
   p.blend = static_cast<int>(blend);
-  p.after = blend >= 0 && kBlendAfter[blend];
+  p.after = blend >= 0 && (kBlendAfter[blend] || kBlendDirects[blend]);
   check_launch(launch_update_(bucket.dtype, rule, p, memory(grad_scale), memory<float>(found_inf),
                               ticket_of(ticket, saved), climb_of(climb, saved), bucket.device,
                               bucket.stream));

@@ -44,11 +44,15 @@ def _tables(bucket: Bucket) -> _Native:
     return tables
 
 
-def _serves(bucket: Bucket, kept: Kept | None = None) -> bool:
-    """Whether there are kernels for these dtypes; torch does the others: right, and slower."""
+def _serves(bucket: Bucket, *others: Tensor | None) -> bool:
+    """Whether there are kernels for these dtypes; torch does the others: right, and slower.
+
+    ``others``: buffers besides those that belong to the weights.
+    """
     if bucket.device.type == "cpu":
         return True
-    return bucket.is_uniform and (kept is None or kept.flat.dtype == bucket.dtype)
+    dtypes = {bucket.dtype, *[other.dtype for other in others if other is not None]}
+    return bucket.is_uniform and len(dtypes) == 1
 
 
 class NativeBackend(Backend):
@@ -67,7 +71,7 @@ class NativeBackend(Backend):
         kept: Kept | None = None,
     ) -> Tensor:
         """As ``Backend.reduce``, in one launch."""
-        if not _serves(bucket, kept) or sums.average is not None:
+        if not _serves(bucket, None if kept is None else kept.flat) or sums.average is not None:
             return super().reduce(bucket, sums, grads, groups, earlier, unscale, kept)
         tables = _tables(bucket)
         bits = {row: READS_PARAM * sums.reads_param(groups[row]) for row in bucket.rows}
@@ -128,14 +132,16 @@ class NativeBackend(Backend):
         found_inf: Tensor | None = None,
     ) -> None:
         """As ``Backend.update_``, in one launch."""
-        if not _serves(bucket) or (blending is not None and blending.blend not in BLENDS):
+        blend, kept = (None, None) if blending is None else (blending.blend, blending.kept)
+        other = None if kept is None else kept.flat
+        direction = None if blending is None else blending.direction
+        if not _serves(bucket, other, direction):
             scaling = {"grad_scale": grad_scale, "found_inf": found_inf}
             return super().update_(bucket, rule, blending, grads, groups, **scaling)
         tables = _tables(bucket)
         names = {name for row in bucket.rows for name in rule.kept(groups[row])}
         fresh = bucket.fresh(names)
         states = [bucket.state(s.name).flat if s.name in names else None for s in rule.states]
-        blend, kept = (None, None) if blending is None else (blending.blend, blending.kept)
         bits = {row: rule_bits(rule, groups[row], blend is not None) for row in bucket.rows}
         numbers, rates = rule_rows(rule, groups, bucket.rows)
         torch.ops.fused_sam.update_.default(
@@ -145,7 +151,8 @@ class NativeBackend(Backend):
             tables.ticket,
             bucket.climb,
             bucket.saved,
-            None if kept is None else kept.flat,
+            other,
+            direction,
             tables.slots,
             tables.addresses(grads).table,
             tables.flags(bits, bucket.perturbed, grads, fresh, () if kept is None else kept.held),
