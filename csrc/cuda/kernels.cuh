@@ -335,13 +335,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
 // ----------------------------------------------------------------------------------------- update_
 
-// v = a * grad + b * kept, and c * grad + d * kept is subtracted after the rule's step; or it goes
-// to `direction`, if that is not null. What has the factor 0 may be anything; kept is null where
-// all of its are.
+// v = a * grad + b * kept, and c * grad + d * kept is subtracted after the rule's step. What has
+// the factor 0 may be anything; kept is null where all of its are.
 template <typename S>
 struct Blended {
   const S* kept;
-  ComputeOf<S>* direction;
   ComputeOf<S> a, b, c, d;
 };
 
@@ -355,7 +353,7 @@ template <typename S>
 __device__ __forceinline__ Blended<S> blended_of(const DeviceProblem& p, const Piece<S>& piece,
                                                  ComputeOf<S> lr) {
   using T = ComputeOf<S>;
-  if (!piece.has(kBlends)) return {nullptr, nullptr, T(1), T(0), T(0), T(0)};
+  if (!piece.has(kBlends)) return {nullptr, T(1), T(0), T(0), T(0)};
   const double scale = p.loss_scale ? *p.loss_scale : 1;
   Coefficients found = {1, 0};
   int number = 0;
@@ -366,20 +364,10 @@ __device__ __forceinline__ Blended<S> blended_of(const DeviceProblem& p, const P
   }
   FUSED_SAM_BLENDS(FUSED_SAM_COEFFICIENTS)
 #undef FUSED_SAM_COEFFICIENTS
-  double rate = piece.has(kMaximize) ? -double(lr) : double(lr);
-  T* direction = nullptr;
-  if (p.direction) {
-    direction = static_cast<T*>(p.direction) + piece.at;
-    found = {1, 0, found.a, found.b};  // the rule sees the gradient
-    rate = 1;
-  }
   const bool looks = piece.has(kHeld) && (found.b != 0 || found.d != 0);
-  return {looks ? static_cast<const S*>(p.kept) + piece.at : nullptr,
-          direction,
-          T(found.a),
-          T(found.b),
-          T(rate * found.c),
-          T(rate * found.d)};
+  const double rate = piece.has(kMaximize) ? -double(lr) : double(lr);
+  return {looks ? static_cast<const S*>(p.kept) + piece.at : nullptr, T(found.a), T(found.b),
+          T(rate * found.c), T(rate * found.d)};
 }
 
 // weights and from may be the same memory.
@@ -400,8 +388,6 @@ __device__ __forceinline__ void update_piece(
     constexpr int kWidth = decltype(width)::value, kUnroll = decltype(unroll)::value;
     constexpr int kStride = kThreads * kWidth;
     Pack<S, kWidth> weights[kUnroll], grad[kUnroll], kept[kUnroll], state[kMaxStates][kUnroll];
-    // Where the direction has the weights' dtype: the launcher refuses the others.
-    constexpr bool kDirects = kAfter && std::is_same_v<S, T>;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       weights[u] = read<kWidth>(from + i + u * kStride);
@@ -432,12 +418,6 @@ __device__ __forceinline__ void update_piece(
           if (kAfter) after += scaled(blended.d, first);
         }
         T stepped = Rule::template update<kKept>(load(old), descent * gradient, buffers, scalars);
-        if constexpr (kDirects) {
-          if (blended.direction) {
-            grad[u].at[k] = after;
-            after = T(0);
-          }
-        }
         if (kAfter) stepped -= after;
         const S updated = round_to<S>(stepped);
 #pragma unroll
@@ -448,9 +428,6 @@ __device__ __forceinline__ void update_piece(
         weights[u].at[k] = frozen ? old : updated;
       }
       write(piece.weights + i + u * kStride, weights[u]);
-      if constexpr (kDirects) {
-        if (blended.direction) write(blended.direction + i + u * kStride, grad[u]);
-      }
 #pragma unroll
       for (int s = 0; s < kMaxStates; ++s) {
         if (kKept & 1u << s) write(states[s] + i + u * kStride, state[s][u]);

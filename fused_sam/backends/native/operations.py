@@ -44,15 +44,14 @@ def _tables(bucket: Bucket) -> _Native:
     return tables
 
 
-def _serves(bucket: Bucket, *others: Tensor | None) -> bool:
+def _serves(bucket: Bucket, kept: Kept | None = None, directs: bool = False) -> bool:
     """Whether there are kernels for these dtypes; torch does the others: right, and slower.
 
-    ``others``: buffers besides those that belong to the weights.
+    ``directs``: whether an update is to leave a direction.
     """
     if bucket.device.type == "cpu":
         return True
-    dtypes = {bucket.dtype, *[other.dtype for other in others if other is not None]}
-    return bucket.is_uniform and len(dtypes) == 1
+    return not directs and bucket.is_uniform and (kept is None or kept.flat.dtype == bucket.dtype)
 
 
 class NativeBackend(Backend):
@@ -71,7 +70,7 @@ class NativeBackend(Backend):
         kept: Kept | None = None,
     ) -> Tensor:
         """As ``Backend.reduce``, in one launch."""
-        if not _serves(bucket, None if kept is None else kept.flat) or sums.average is not None:
+        if not _serves(bucket, kept) or sums.average is not None:
             return super().reduce(bucket, sums, grads, groups, earlier, unscale, kept)
         tables = _tables(bucket)
         bits = {row: READS_PARAM * sums.reads_param(groups[row]) for row in bucket.rows}
@@ -133,9 +132,8 @@ class NativeBackend(Backend):
     ) -> None:
         """As ``Backend.update_``, in one launch."""
         blend, kept = (None, None) if blending is None else (blending.blend, blending.kept)
-        other = None if kept is None else kept.flat
         direction = None if blending is None else blending.direction
-        if not _serves(bucket, other, direction):
+        if not _serves(bucket, kept, direction is not None):
             scaling = {"grad_scale": grad_scale, "found_inf": found_inf}
             return super().update_(bucket, rule, blending, grads, groups, **scaling)
         tables = _tables(bucket)
@@ -151,7 +149,7 @@ class NativeBackend(Backend):
             tables.ticket,
             bucket.climb,
             bucket.saved,
-            other,
+            None if kept is None else kept.flat,
             direction,
             tables.slots,
             tables.addresses(grads).table,
