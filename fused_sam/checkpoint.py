@@ -68,7 +68,8 @@ class Checkpointing(Following):
         before = {"state": base.state, "param_groups": base.param_groups}
         try:
             base.load_state_dict(state_dict)
-            self._keep_wide(state_dict)
+            if rule is not None:  # else the base optimizer knows what it loads
+                self._keep_wide(state_dict)
             for group, options in zip(base.param_groups, kept, strict=False):
                 for name, value in options.items():
                     group.setdefault(name, value)
@@ -101,8 +102,6 @@ class Checkpointing(Following):
         Args:
             state_dict: the checkpoint, which has been loaded.
         """
-        if self._facts.engine.layout.rule is None:
-            return  # the base optimizer knows what it loads
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         for key, param in zip(keys, self._all_params(), strict=True):
             for name, value in state_dict["state"].get(key, {}).items():

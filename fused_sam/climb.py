@@ -102,6 +102,7 @@ class Climb(Passes):
 
     def _scale_matters(self) -> bool:
         """Whether the climb depends on the size of the gradients."""
+        self._fill_groups()  # of a group that was added to the base optimizer
         return self.when.needs_norm or ascents.chosen(self.param_groups).scale_matters
 
     def _is_scaled(self) -> bool:

@@ -170,7 +170,8 @@ class Descent(OnePass):
                     found_inf = found_nonfinite(before, sq_norm, found_inf)
                 if max_grad_norm is not None:
                     if blending is not None:
-                        sq_norm = blending.sq_norm(sq_norm, groups)
+                        others = engine.square_of_others(grads, groups)
+                        sq_norm = blending.sq_norm(sq_norm, groups, others)
                     grad_scale = clip_scale(sq_norm.sqrt(), max_grad_norm, grad_scale)
             if blending is not None and blending.blend.reuses:
                 square = blending.numbers

@@ -121,7 +121,17 @@ class Engine:
 
     def climbing(self, grads: Sequence[Gradients], groups: Groups) -> list[Gradients]:
         """The gradients of the groups that climb; the others count as missing."""
-        return [_climbing(b, g, groups) for b, g in zip(self.buckets, grads, strict=True)]
+        return [_of(b, g, groups, True) for b, g in zip(self.buckets, grads, strict=True)]
+
+    def square_of_others(self, grads: Sequence[Gradients], groups: Groups) -> Tensor | None:
+        """The squared norm, (), of the gradients of groups that do not climb; None without any.
+
+        The difference of two norms would be as coarse as the larger one.
+        """
+        if all([group["ascent"] is not None for group in groups]):
+            return None
+        others = [_of(b, g, groups, False) for b, g in zip(self.buckets, grads, strict=True)]
+        return self.reduce(SQUARES, others, groups).squeeze()
 
     def gram(self, grads: Sequence[Gradients], groups: Groups) -> Tensor:
         """``GRAM`` of these gradients at w + epsilon and those that are kept: (3,) float64."""
@@ -264,13 +274,14 @@ class Engine:
         return list(zip(self.backends, self.buckets, grads, strict=True))
 
 
-def _climbing(bucket: Bucket, grads: Gradients, groups: Groups) -> Gradients:
-    """The gradients of the groups that climb; the others count as missing."""
-    if all([groups[row]["ascent"] is not None for row in bucket.rows]):
+def _of(bucket: Bucket, grads: Gradients, groups: Groups, climbing: bool) -> Gradients:
+    """The gradients of the groups that climb, or of the others; all else counts as missing."""
+    wanted = {row: (groups[row]["ascent"] is not None) == climbing for row in bucket.rows}
+    if all(wanted.values()):
         return grads
     return Gradients.of(
         [
-            None if groups[slot.row]["ascent"] is None else grad
+            grad if wanted[slot.row] else None
             for slot, grad in zip(bucket.slots, grads.tensors, strict=True)
         ]
     )
