@@ -279,7 +279,9 @@ def across(groups, first, second):
     norm = math.sqrt(sum(real(d.value).square().sum().item() for d in found.values()))
     if not math.isfinite(norm):
         return {p: Expected(torch.zeros_like(d.value), 0.0) for p, d in found.items()}, 0.0
-    return found, norm
+    # Of two that are parallel only rounding is left.
+    whole = sum(h.square().sum().item() for _, h in both.values())
+    return found, norm if norm**2 > 1e-13 * whole else 0.0
 
 
 def reuse(groups, direction, norm, grads):
