@@ -40,6 +40,20 @@ def refuse_to_prepare(device: torch.device, what: str) -> None:
         raise RuntimeError(f"a CUDA graph is being captured, and {what}; {_WARM_UP}")
 
 
+def check_version() -> None:
+    """Raise unless this torch can capture a step.
+
+    Raises:
+        RuntimeError: it is older than 2.11.
+    """
+    if torch.__version__ < "2.11":
+        raise RuntimeError(
+            f"a CUDA graph is being captured with torch {torch.__version__}, where a capture "
+            f"has no pool of pinned memory for the tables that FusedSAM uploads; install "
+            f"torch 2.11 or later, or step without a graph"
+        )
+
+
 class Captures:
     """What the CUDA graphs of an optimizer have seen, and whether they still fit it."""
 
@@ -65,12 +79,7 @@ class Captures:
             RuntimeError: this torch cannot do it; or state was replaced since the last step, or a
                 parameter with a gradient lacks some: every replay would bring it in anew.
         """
-        if torch.__version__ < "2.11":
-            raise RuntimeError(
-                f"a CUDA graph is being captured with torch {torch.__version__}, where a capture "
-                f"has no pool of pinned memory for the tables that FusedSAM uploads; install "
-                f"torch 2.11 or later, or step without a graph"
-            )
+        check_version()
         rule = layout.rule
         if rule and not layout.states.is_current(state):
             raise RuntimeError(
@@ -92,6 +101,10 @@ class Captures:
             pinned = [b.memory(slot) for b in layout.buckets for slot in b.slots if slot.pinned]
             self._seen.append((layout, pinned, [bucket.cache for bucket in layout.buckets]))
         self._rates += [group["lr"] for group in groups if isinstance(group.get("lr"), Tensor)]
+        self._misfit = None
+
+    def renew(self) -> None:
+        """A new capture is about to be made: nobody need be told to make one."""
         self._misfit = None
 
     def outdate(self, why: str) -> None:

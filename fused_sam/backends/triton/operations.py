@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from ...ascents import Ascent, Sums
-from ...blends import Blending
+from ...blends import Blend, Blending
 from ...devices import on
 from ...memory import Bucket, Gradients
 from ...memory.bucket import Kept
@@ -144,6 +144,10 @@ class TritonBackend(Backend):
     """See ``Backend`` for what the operations do."""
 
     name = "triton"
+
+    def bakes_in(self, bucket: Bucket, ascent: Ascent, blend: Blend | None) -> str | None:
+        """As ``Backend.bakes_in``."""
+        return None if ascent.average is None else super().bakes_in(bucket, ascent, blend)
 
     def reduce(
         self,
