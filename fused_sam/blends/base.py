@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..choice import Choice as AnyChoice
 from ..memory.bucket import Kept
+from ..recording import followed
 from ..rules.base import Group
 from ..text import Text
 
@@ -99,7 +100,8 @@ class Blending:
     def coefficients(self, group: Group) -> tuple[Tensor, ...]:
         """The factors of a group, each () float64."""
         scale = 1.0 if self.scale is None else self.scale
-        found = self.blend.coefficients(*self.numbers.unbind(), scale, *self.blend.numbers(group))
+        columns = followed(lambda: self.blend.numbers(group), torch.float64)
+        found = self.blend.coefficients(*self.numbers.unbind(), scale, *columns)
         return tuple([x if isinstance(x, Tensor) else self.numbers.new_full((), x) for x in found])
 
     @property

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...ascents import KERNELS, SUMS, Ascent, Sums
 from ...blends import KERNELS as BLENDS
-from ...blends import Blending
+from ...blends import Blend, Blending
 from ...memory import Bucket, Gradients
 from ...memory.bucket import Kept
 from ...rules import STEP, Rule
@@ -58,6 +58,12 @@ class NativeBackend(Backend):
     """See ``Backend`` for what the operations do."""
 
     name = "native"
+
+    def bakes_in(self, bucket: Bucket, ascent: Ascent, blend: Blend | None) -> str | None:
+        """As ``Backend.bakes_in``."""
+        if _serves(bucket) and ascent.average is None and (blend is None or blend in BLENDS):
+            return None
+        return super().bakes_in(bucket, ascent, blend)
 
     def reduce(
         self,
