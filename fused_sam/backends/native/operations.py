@@ -61,7 +61,8 @@ class NativeBackend(Backend):
 
     def bakes_in(self, bucket: Bucket, ascent: Ascent, blend: Blend | None) -> str | None:
         """As ``Backend.bakes_in``."""
-        if _serves(bucket) and ascent.average is None and (blend is None or blend in BLENDS):
+        directs = blend is not None and blend.reuse is not None
+        if _serves(bucket, directs=directs) and ascent.average is None:
             return None
         return super().bakes_in(bucket, ascent, blend)
 
