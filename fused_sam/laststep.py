@@ -29,7 +29,7 @@ class Losses:
         if isinstance(value, Tensor):
             if value.numel() == 1:
                 values.append(value.detach())
-        elif isinstance(value, (int, float)):
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
             values.append(value)
         return value
 

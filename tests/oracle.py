@@ -42,7 +42,8 @@ ASCENT = tuple(OPTIONS)
 
 
 def _computed_in(p):
-    return torch.float64 if p.dtype.to_real() == torch.float64 else torch.float32
+    dtype = torch.float64 if p.dtype.to_real() == torch.float64 else torch.float32
+    return dtype.to_complex() if p.is_complex() else dtype
 
 
 def params_of(opt):
@@ -279,7 +280,9 @@ def across(groups, first, second):
     norm = math.sqrt(sum(real(d.value).square().sum().item() for d in found.values()))
     if not math.isfinite(norm):
         return {p: Expected(torch.zeros_like(d.value), 0.0) for p, d in found.items()}, 0.0
-    return found, norm
+    # Of two that are parallel only rounding is left.
+    whole = sum(h.square().sum().item() for _, h in both.values())
+    return found, norm if norm**2 > 1e-13 * whole else 0.0
 
 
 def reuse(groups, direction, norm, grads):

@@ -11,7 +11,7 @@ import torch
 from oracle import Textbook, inject
 
 from fused_sam import FusedSAM, backends
-from fused_sam.ascents import MSAM
+from fused_sam.ascents import MSAM, FriendlySAM, VaSSO
 from fused_sam.backends import capture, tables
 
 triton = pytest.importorskip("fused_sam.backends.triton")
@@ -141,6 +141,15 @@ def test_what_a_step_has_reduced_stays():
         assert step.cosine == -1
         for norm, exact in ((step.grad_norm, size), (step.second_grad_norm, 3 * size)):
             torch.testing.assert_close(norm.item(), exact * 65**0.5, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("ascent", [FriendlySAM(), VaSSO()], ids=lambda ascent: ascent.key)
+def test_an_average_costs_no_launch(ascent, launches):
+    params, opt = make([5, 6], lr=0.1, ascent=ascent)
+    inject(random_grads(params, 0))
+    opt.first_step()
+    opt.second_step()
+    assert launches == THREE
 
 
 def test_clipping_or_measuring_costs_one_launch_more(launches):
@@ -469,6 +478,6 @@ def test_momentum_sam_takes_two_launches(base, masters, monkeypatch):
     if masters:
         for p, q in zip(runs[0][1], runs[1][1], strict=True):
             a, b = (o.state[x]["master_weight"] for (o, _), x in zip(runs, (p, q), strict=True))
-            # The reference rounds a gradient and its decay, below 2, to bfloat16: by 2**-8. That goes
-            # 1 + 1.9 + 2.71 + 3.44 times into the weights, times lr.
+            # The reference rounds a gradient and its decay, below 2, to bfloat16: by 2**-8. That
+            # goes 1 + 1.9 + 2.71 + 3.44 times into the weights, times lr.
             torch.testing.assert_close(b, a, rtol=0, atol=0.1 * 9.05 * 2**-8)
