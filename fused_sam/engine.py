@@ -291,8 +291,8 @@ class Engine:
             try:
                 bucket.settle()
                 if any(bucket.perturbed):
+                    bucket.begin_return()
                     if bucket.is_in_place():
-                        bucket.begin_return()
                         backend.restore_(bucket)
                         bucket.bump_versions()
                     else:
