@@ -97,8 +97,8 @@ class CapturedStep:
         self._graphs: dict[bool, _Graph] = {}
         with on(self._device), torch.inference_mode(False), torch.enable_grad(), self._undone():
             for climbs in self._kinds_of_step():
-                pool = next((graph.device.pool for graph in self._graphs.values()), None)
-                self._graphs[climbs] = self._capture(climbs, pool)
+                other = next((graph.device for graph in self._graphs.values()), None)
+                self._graphs[climbs] = self._capture(climbs, other)
         for graph in self._graphs.values():
             graph.recording.skip.zero_()
         self._baked = Baked(model, self._optimizer, self._scaler)
@@ -111,8 +111,8 @@ class CapturedStep:
 
     # ------------------------------------------------------------------------------------- capture
 
-    def _capture(self, climbs: bool, pool: Any) -> _Graph:
-        graph, opt = _Graph(self._device, climbs, pool), self._optimizer
+    def _capture(self, climbs: bool, other: DeviceGraph | None) -> _Graph:
+        graph, opt = _Graph(self._device, climbs, other), self._optimizer
         missed = [group.get(MISSED) for group in opt.param_groups]
         began = bool(opt.state)
 
@@ -281,9 +281,9 @@ class _Graph:
     last: LastStep
     params: list[Tensor]
 
-    def __init__(self, device: torch.device, climbs: bool, pool: Any) -> None:
+    def __init__(self, device: torch.device, climbs: bool, other: DeviceGraph | None) -> None:
         self.recording = Recording(device, climbs)
-        self.device = DeviceGraph(device, pool)
+        self.device = DeviceGraph(device, other)
 
     def keep(self, optimizer: FusedSAM) -> None:
         """The step was captured."""
