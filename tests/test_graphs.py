@@ -5,6 +5,7 @@ The graph is emulated: see graph_emulator.py. test_gpu.py replays real ones.
 
 import copy
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -235,6 +236,15 @@ def test_a_scaler_scales_skips_and_grows_inside():
         results.append(seen + everything(model, opt)[:1])
     assert all(map(same_bits, *results))
     assert list(map(float, results[0][0:-1:2])) == [256, 512, 512, 256, 256, 512]
+
+
+def test_gradients_do_not_outlive_their_step():
+    """Guards a table of theirs, which kept them: a copy of the weights in the second pass."""
+    model, opt = make()
+    loss_fn(model, BATCHES[0]).backward()
+    grad = weakref.ref(model[0].weight.grad)
+    opt.first_step(zero_grad=True)
+    assert grad() is None
 
 
 def test_nothing_is_sent_where_nothing_changed():
