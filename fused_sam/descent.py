@@ -192,7 +192,7 @@ class Descent(OnePass):
                     facts.perturbed = False
             else:
                 self._step_base(blending, grad_scale, found_inf)
-        facts.arrive()
+        facts.arrive(ahead=facts.perturbed)
         facts.last = LastStep.of(
             climbed=away,
             first=first,

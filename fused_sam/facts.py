@@ -154,12 +154,11 @@ class Facts:
         """What was launched in a capture that failed has not run: the weights are at w."""
         for bucket in self.engine.buckets:
             bucket.forget_climb()
-        self.perturbed = False
         self.arrive()
 
-    def arrive(self) -> None:
-        """The step is over, or given up."""
-        self.between = False
+    def arrive(self, ahead: bool = False) -> None:
+        """The step is over, or given up: the weights are at w, or ahead of it."""
+        self.between, self.perturbed = False, ahead
         self.aside = []
         self.first, self.losses = None, Losses()
         self.attached.thaw()

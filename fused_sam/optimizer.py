@@ -378,7 +378,6 @@ class FusedSAM(Descent):
             return
         with working():
             lost = facts.engine.restore()
-        facts.perturbed = False
         facts.arrive()
         forget_copies()
         if lost:
