@@ -42,7 +42,8 @@ ASCENT = tuple(OPTIONS)
 
 
 def _computed_in(p):
-    return torch.float64 if p.dtype.to_real() == torch.float64 else torch.float32
+    dtype = torch.float64 if p.dtype.to_real() == torch.float64 else torch.float32
+    return dtype.to_complex() if p.is_complex() else dtype
 
 
 def params_of(opt):

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..ascents import chosen
 from ..devices import on
+from ..memory.members import AVERAGE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -77,7 +79,8 @@ class Captures:
 
         Raises:
             RuntimeError: this torch cannot do it; or state was replaced since the last step, or a
-                parameter with a gradient lacks some: every replay would bring it in anew.
+                parameter with a gradient lacks some: every replay would bring it in anew. Or the
+                climb's average of the gradients is not there, which would begin at every replay.
         """
         check_version()
         rule = layout.rule
@@ -96,6 +99,15 @@ class Captures:
                             f"{tuple(slot.shape)} has no {name!r} yet: every replay would be a "
                             f"first step; {_WARM_UP}"
                         )
+        if chosen(groups).average is not None:
+            for bucket in layout.buckets:
+                climb = any([groups[row]["ascent"] is not None for row in bucket.rows])
+                if climb and AVERAGE not in bucket.members:
+                    raise RuntimeError(
+                        f"a CUDA graph is being captured, and the average of the gradients that "
+                        f"ascent={chosen(groups).key!r} climbs by is not there yet: it would begin "
+                        f"anew at every replay; {_WARM_UP}"
+                    )
         if not self.have_seen(layout):
             # Pinned parameters are the user's, who may put other memory in their place.
             pinned = [b.memory(slot) for b in layout.buckets for slot in b.slots if slot.pinned]

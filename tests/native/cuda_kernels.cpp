@@ -21,6 +21,7 @@ class Runner {
  public:
   using S = typename K::W;  // of all
   using T = typename K::T;
+  static constexpr bool kDirects = false;
 
   std::vector<double> reduce(cases::Bucket<K>& bucket, const Options& o, SumsId id,
                              const double* earlier = nullptr) {

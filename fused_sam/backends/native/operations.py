@@ -44,11 +44,14 @@ def _tables(bucket: Bucket) -> _Native:
     return tables
 
 
-def _serves(bucket: Bucket, kept: Kept | None = None) -> bool:
-    """Whether there are kernels for these dtypes; torch does the others: right, and slower."""
+def _serves(bucket: Bucket, kept: Kept | None = None, directs: bool = False) -> bool:
+    """Whether there are kernels for these dtypes; torch does the others: right, and slower.
+
+    ``directs``: whether an update is to leave a direction.
+    """
     if bucket.device.type == "cpu":
         return True
-    return bucket.is_uniform and (kept is None or kept.flat.dtype == bucket.dtype)
+    return not directs and bucket.is_uniform and (kept is None or kept.flat.dtype == bucket.dtype)
 
 
 class NativeBackend(Backend):
@@ -58,7 +61,8 @@ class NativeBackend(Backend):
 
     def bakes_in(self, bucket: Bucket, ascent: Ascent, blend: Blend | None) -> str | None:
         """As ``Backend.bakes_in``."""
-        if _serves(bucket) and ascent.average is None and (blend is None or blend in BLENDS):
+        directs = blend is not None and blend.reuse is not None
+        if _serves(bucket, directs=directs) and ascent.average is None:
             return None
         return super().bakes_in(bucket, ascent, blend)
 
@@ -134,14 +138,15 @@ class NativeBackend(Backend):
         found_inf: Tensor | None = None,
     ) -> None:
         """As ``Backend.update_``, in one launch."""
-        if not _serves(bucket) or (blending is not None and blending.blend not in BLENDS):
+        blend, kept = (None, None) if blending is None else (blending.blend, blending.kept)
+        direction = None if blending is None else blending.direction
+        if not _serves(bucket, kept, direction is not None):
             scaling = {"grad_scale": grad_scale, "found_inf": found_inf}
             return super().update_(bucket, rule, blending, grads, groups, **scaling)
         tables = _tables(bucket)
         names = {name for row in bucket.rows for name in rule.kept(groups[row])}
         fresh = bucket.fresh(names)
         states = [bucket.state(s.name).flat if s.name in names else None for s in rule.states]
-        blend, kept = (None, None) if blending is None else (blending.blend, blending.kept)
         bits = {row: rule_bits(rule, groups[row], blend is not None) for row in bucket.rows}
         numbers, rates = rule_rows(rule, groups, bucket.rows)
         torch.ops.fused_sam.update_.default(
@@ -152,6 +157,7 @@ class NativeBackend(Backend):
             bucket.climb,
             bucket.saved,
             None if kept is None else kept.flat,
+            direction,
             tables.slots,
             tables.addresses(grads).table,
             tables.flags(bits, bucket.perturbed, grads, fresh, () if kept is None else kept.held),
