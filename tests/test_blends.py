@@ -272,3 +272,15 @@ def test_a_large_gradient_that_is_not_seen_does_not_blur_the_norm_that_clips(bas
     share = torch.full((65,), 1e-3 / 130**0.5)
     got = -stays.detach() if base is SGD else seen["g"]
     torch.testing.assert_close(got, share, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("blend", [WSAM(), CoupledWSAM(), GSAM(0.3)], ids=str)
+def test_with_an_infinite_gradient_at_w_the_step_is_sams(blend, backend):
+    """Guards the weights: what is kept then is not looked at."""
+    p = torch.nn.Parameter(torch.zeros(65))
+    opt = FusedSAM([p], SGD, lr=0.1, backend=backend, blend=blend)
+    inject({p: torch.full((65,), torch.inf)})
+    opt.first_step()
+    inject({p: torch.full((65,), 2.0)})
+    opt.second_step()
+    torch.testing.assert_close(p.detach(), torch.full((65,), -0.2))

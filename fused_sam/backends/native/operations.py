@@ -10,6 +10,7 @@ from ...blends import KERNELS as BLENDS
 from ...blends import Blend, Blending
 from ...memory import Bucket, Gradients
 from ...memory.bucket import Kept
+from ...memory.members import AVERAGE
 from ...rules import STEP, Rule
 from ..ahead import Ahead, Groups, climbing, decay_ahead, momentum_of
 from ..base import Backend
@@ -45,14 +46,14 @@ def _tables(bucket: Bucket) -> _Native:
     return tables
 
 
-def _serves(bucket: Bucket, kept: Kept | None = None, directs: bool = False) -> bool:
+def _serves(bucket: Bucket, kept: Kept | None = None, rare: bool = False) -> bool:
     """Whether there are kernels for these dtypes; torch does the others: right, and slower.
 
-    ``directs``: whether an update is to leave a direction.
+    ``rare``: whether a climb is along an average, or an update is to leave a direction.
     """
     if bucket.device.type == "cpu":
         return True
-    return not directs and bucket.is_uniform and (kept is None or kept.flat.dtype == bucket.dtype)
+    return not rare and bucket.is_uniform and (kept is None or kept.flat.dtype == bucket.dtype)
 
 
 class NativeBackend(Backend):
@@ -64,7 +65,7 @@ class NativeBackend(Backend):
     def bakes_in(self, bucket: Bucket, ascent: Ascent, blend: Blend | None) -> str | None:
         """As ``Backend.bakes_in``."""
         directs = blend is not None and blend.reuse is not None
-        if _serves(bucket, directs=directs) and ascent.average is None:
+        if _serves(bucket, rare=directs or ascent.average is not None):
             return None
         return super().bakes_in(bucket, ascent, blend)
 
@@ -79,13 +80,14 @@ class NativeBackend(Backend):
         kept: Kept | None = None,
     ) -> Tensor:
         """As ``Backend.reduce``, in one launch."""
-        if not _serves(bucket, kept) or sums.average is not None:
+        if not _serves(bucket, kept, sums.average is not None):
             return super().reduce(bucket, sums, grads, groups, earlier, unscale, kept)
         tables = _tables(bucket)
         bits = {row: READS_PARAM * sums.reads_param(groups[row]) for row in bucket.rows}
         total: Tensor = torch.ops.fused_sam.reduce.default(
             bucket.saved,
             None if kept is None else kept.flat,
+            None if sums.average is None else bucket.member(AVERAGE).flat,
             earlier,
             tables.ticket,
             tables.slots,
@@ -110,12 +112,13 @@ class NativeBackend(Backend):
         unscale: float = 1.0,
     ) -> None:
         """As ``Backend.ascend_``, in one launch."""
-        if not _serves(bucket) or ascent.average is not None:
+        if not _serves(bucket, None, ascent.average is not None):
             return super().ascend_(bucket, ascent, grads, groups, total, number, kept, unscale)
         tables = _tables(bucket)
         torch.ops.fused_sam.ascend_.default(
             bucket.saved,
             kept,
+            None if ascent.average is None else bucket.member(AVERAGE).flat,
             bucket.climb,
             tables.slots,
             tables.addresses(grads).table,
