@@ -16,7 +16,7 @@ from oracle import same_bits
 from torch import nn
 
 from fused_sam import FusedSAM, graphs, schedule
-from fused_sam.ascents import MSAM, USAM, PNorm, VaSSO
+from fused_sam.ascents import MSAM, USAM, FriendlySAM, PNorm, VaSSO
 from fused_sam.backends import capture as captures
 from fused_sam.backends import native
 from fused_sam.blends import GSAM, WSAM, CoupledWSAM, LookSAM
@@ -133,6 +133,8 @@ CASES = {
     "looksam-clipped": {"blend": LookSAM(3), "max_grad_norm": 0.2, "base": ADAMW},
     "p-norm": {"ascent": PNorm(4.0)},
     "usam": {"ascent": USAM()},
+    "vasso": {"ascent": VaSSO(), "momentum": 0.9},
+    "friendly": {"ascent": FriendlySAM(0.7), "adaptive": True},
     "msam": {"ascent": MSAM(), "momentum": 0.9, "weight_decay": 0.1},
     "msam-adamw": {"ascent": MSAM(), "base": ADAMW, "max_grad_norm": 0.5},
     "every": {"when": schedule.Every(2), "momentum": 0.9},
@@ -347,7 +349,6 @@ def test_another_batch_is_an_error(batch, error):
         ({"backend": "reference"}, "backend='reference'"),
         ({"base": torch.optim.NAdam}, "NAdam steps by itself"),
         ({"when": schedule.AESAM(10)}, "reads the gradient's norm"),
-        ({"ascent": VaSSO()}, "operations of torch's"),
     ],
 )
 def test_what_cannot_be_captured_is_refused(options, words):
@@ -495,14 +496,12 @@ def test_buffers_that_a_step_replaces_are_refused_and_as_before():
     graphs.capture(model, loss_fn, opt, BATCHES[0])
 
 
-def test_averages_are_put_back(monkeypatch):
-    """Each warm-up moves one in its climb; the capture itself fails here, where torch computes."""
-    monkeypatch.setattr(native.NativeBackend, "bakes_in", lambda *args: None)
+def test_averages_are_put_back():
+    """Each warm-up moves one in its climb."""
     model, opt = make(ascent=VaSSO())
     for there in (False, True):
         before = copy.deepcopy(opt.state_dict()["state"])
-        with pytest.raises(RuntimeError, match="could not be captured"):
-            graphs.capture(model, loss_fn, opt, BATCHES[0])
+        graphs.capture(model, loss_fn, opt, BATCHES[0])
         average = opt.state_dict()["state"][0]["sam_average"]
         assert same_bits(average, before[0]["sam_average"] if there else average * torch.nan)
         eager(model, opt, BATCHES[0])

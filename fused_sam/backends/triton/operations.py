@@ -149,7 +149,7 @@ class TritonBackend(Backend):
 
     def bakes_in(self, bucket: Bucket, ascent: Ascent, blend: Blend | None) -> str | None:
         """As ``Backend.bakes_in``."""
-        return None if ascent.average is None else super().bakes_in(bucket, ascent, blend)
+        return None
 
     def reduce(
         self,
