@@ -34,8 +34,9 @@ class Backend:
     """
 
     name = "reference"
-    stays = True
-    """Whether an update can leave the weights where they are, and a climb start from ``saved``."""
+    stays = False
+    """Whether an update can leave the weights where they are, and a climb start from ``saved``. One
+    of several operations could not: a half of them would lose w."""
 
     def bakes_in(self, bucket: Bucket, ascent: Ascent, blend: Blend | None) -> str | None:
         """Why a CUDA graph of a step would keep numbers of the host's; None if it would not."""
@@ -110,7 +111,7 @@ class Backend:
     ) -> None:
         """Save w, write the climb's number, then climb.
 
-        Perturbed slots climb from the w that is in ``saved``.
+        Where a backend ``stays``, perturbed slots climb from the w that is in ``saved``.
 
         If ``total`` allows no climb nothing moves; w is saved all the same. A group with
         ``maximize`` moves against its gradient. Weights of half precision are rounded at random:
@@ -130,16 +131,13 @@ class Backend:
             unscale: as for ``reduce``.
         """
         dtype, number = bucket.compute_dtype, int(number)
-        plan = runs(bucket, present(grads, bucket.perturbed))
+        plan = runs(bucket, present(grads))
         reduced = total.to(dtype).unbind()
         for run in plan:
-            if not run.kind[1]:
-                _save(bucket, run)
+            _save(bucket, run)
         bucket.climb.fill_(number)
         for run in plan:
             group = groups[run.row]
-            if run.kind[1]:
-                run.weights.copy_(run.of(bucket.saved))
             if kept is not None:
                 copies = run.split(bucket, "kept", kept)
                 torch._foreach_copy_(copies, run.pick(grads.tensors))
@@ -198,9 +196,8 @@ class Backend:
             With ``ahead`` the sum of the squares of the momentum, (1,) float64, on the bucket's
             device: of the slots that climb and have a gradient.
         """
-        stays = (False,) * len(bucket.slots)
         if ahead is not None:
-            grads, stays = decay_ahead(bucket, grads, groups, grad_scale), ahead.stays
+            grads = decay_ahead(bucket, grads, groups, grad_scale)
         # torch's kernels take a float32 grad_scale, and skip only if found_inf is exactly 1.
         kernel = rule.kernel if _has_fused(bucket) else None
         # They unscale in place, which is once too often where two parameters have one gradient.
@@ -214,24 +211,25 @@ class Backend:
         if rule.counts:
             _count_steps(bucket, grads, found_inf)
         held = bucket.held if blending is None or blending.kept is None else blending.kept.held
-        for run in runs(bucket, _kinds(bucket, rule, grads, groups, held, stays)):
-            has_grad, perturbed, held, fresh, away = run.kind
+        for run in runs(bucket, _kinds(bucket, rule, grads, groups, held)):
+            has_grad, perturbed, held, fresh = run.kind
             group, saved = groups[run.row], run.of(bucket.saved)
             frozen = is_zero(group["lr"])
-            if perturbed and not away:
+            if perturbed:
                 run.weights.copy_(saved)
             if not has_grad:
                 continue
             if not perturbed and (bucket.masters or frozen is not False):
                 _save(bucket, run)
-            home = saved if bucket.masters or away else run.weights
-            before = saved.clone() if home is saved and frozen is not False else saved
+            home = saved if bucket.masters else run.weights
+            before = saved.clone() if bucket.masters and frozen is not False else saved
             blends = blending is not None and group["ascent"] is not None
             if kernel is not None and not blends:
                 buffers = {name: bucket.state(name).flat for name in rule.kept(group)}
                 views = {name: run.split(bucket, name, flat) for name, flat in buffers.items()}
-                params = run.split(bucket, "saved", bucket.saved) if away else run.params
-                kernel(params, run.pick(grads.tensors), views, group, fresh, grad_scale, found_inf)
+                kernel(
+                    run.params, run.pick(grads.tensors), views, group, fresh, grad_scale, found_inf
+                )
             else:
                 grad = run.gather(bucket, grads)
                 after = None
@@ -260,7 +258,7 @@ class Backend:
                 home.copy_(before)
             elif frozen is not False:
                 home.copy_(torch.where(frozen, before, home))
-            if bucket.masters and not away:
+            if bucket.masters:
                 run.weights.copy_(home)
         bucket.climb.zero_()
         if ahead is None:
@@ -317,19 +315,14 @@ def _has_fused(bucket: Bucket) -> bool:
 
 
 def _kinds(
-    bucket: Bucket,
-    rule: Rule,
-    grads: Gradients,
-    groups: Groups,
-    held: tuple[bool, ...],
-    stays: tuple[bool, ...],
+    bucket: Bucket, rule: Rule, grads: Gradients, groups: Groups, held: tuple[bool, ...]
 ) -> tuple[Hashable, ...]:
-    """For each slot (has a gradient, perturbed, kept, no state yet, stays); None: untouched."""
+    """For each slot (has a gradient, is perturbed, is kept, has no state yet); None: untouched."""
     fresh = bucket.fresh({name for row in bucket.rows for name in rule.kept(groups[row])})
     return tuple(
         [
             kind if kind[0] or kind[1] else None
-            for kind in zip(grads.present, bucket.perturbed, held, fresh, stays, strict=True)
+            for kind in zip(grads.present, bucket.perturbed, held, fresh, strict=True)
         ]
     )
 

@@ -60,7 +60,6 @@ class NativeBackend(Backend):
     """See ``Backend`` for what the operations do."""
 
     name = "native"
-    stays = False
 
     def bakes_in(self, bucket: Bucket, ascent: Ascent, blend: Blend | None) -> str | None:
         """As ``Backend.bakes_in``."""

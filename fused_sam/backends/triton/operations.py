@@ -146,6 +146,7 @@ class TritonBackend(Backend):
     """See ``Backend`` for what the operations do."""
 
     name = "triton"
+    stays = True
 
     def bakes_in(self, bucket: Bucket, ascent: Ascent, blend: Blend | None) -> str | None:
         """As ``Backend.bakes_in``."""
