@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_sam import FusedSAM
-from fused_sam.ascents import MSAM
+from fused_sam.ascents import MSAM, FriendlySAM
 from fused_sam.blends import GSAM, LookSAM
 from fused_sam.schedule import Every, From
 
@@ -59,6 +59,7 @@ MEMBERS = (
     Member("SAM", 2, {}),
     Member("ASAM", 2, {"adaptive": True}),
     Member("GSAM", 2, {"blend": GSAM(0.1)}),
+    Member("Friendly-SAM", 2, {"ascent": FriendlySAM()}),
 )
 """The first is what all others are compared with."""
 

@@ -135,7 +135,7 @@ def test_every_method_trains_with_its_passes_and_reports_at_w(method, parts):
     setting = cell.trials()[4].setting
     row = train(cell.runs(setting)[0], parts, CPU)
     steps = 2 * TINY.epochs * method.epochs
-    two = {"SAM": 1.0, "ASAM": 1.0, "GSAM": 1.0, "late-phase SAM": 0.25}
+    two = dict.fromkeys(("SAM", "ASAM", "Friendly-SAM", "GSAM"), 1.0) | {"late-phase SAM": 0.25}
     two["LookSAM"] = math.ceil(steps / LOOK) / steps
     assert row["passes"] == steps * (1 + two.get(method.name, 0.0))
     assert row["best_epoch"] in range(1, TINY.epochs * method.epochs + 1)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fused_sam import FusedSAM
-from fused_sam.ascents import MSAM
+from fused_sam.ascents import MSAM, FriendlySAM
 from fused_sam.blends import GSAM, LookSAM
 from fused_sam.schedule import From
 
@@ -56,6 +56,7 @@ def _late(setting: Setting, steps: int) -> dict[str, Any]:
 
 
 RHO = {"rho": (0.2, 0.1, 0.5, 0.05, 1.0)}
+FRIENDLY = {**RHO, "sigma": (1.0, 0.5, 0.9, 0.2, 0.7)}
 
 METHODS = (
     Method("SGD"),
@@ -64,6 +65,7 @@ METHODS = (
     Method("MSAM", lambda s, n: {"ascent": MSAM()}, {"rho": (1.0, 0.3, 3.0, 0.1, 10.0)}),
     Method("late-phase SAM", _late, RHO),
     Method("ASAM", lambda s, n: {"adaptive": True}, {"rho": (1.0, 0.5, 2.0, 0.2, 5.0)}),
+    Method("Friendly-SAM", lambda s, n: {"ascent": FriendlySAM(s["sigma"])}, FRIENDLY),
     Method(
         "GSAM",
         lambda s, n: {"blend": GSAM(s["alpha"])},
