@@ -122,7 +122,7 @@ class RhoScheduler(LRScheduler):
         _check_optimizer("RhoScheduler", optimizer)
         self.optimizer = optimizer
         groups = [
-            {"params": [torch.zeros(0)], "lr": float(group[RHO.name])}
+            {"params": [torch.zeros(0, device="cpu")], "lr": float(group[RHO.name])}
             for group in optimizer.param_groups
         ]
         self._stand_in = torch.optim.SGD(groups)
