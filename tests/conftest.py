@@ -43,6 +43,7 @@ MANY_TIMES = {"test_injection", "test_stateful"}
 the others run them too."""
 
 
+@pytest.hookimpl(tryfirst=True)  # or pytest-xdist has looked for its groups already
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.module.__name__ in MANY_TIMES:
