@@ -206,8 +206,8 @@ class Engine:
                 assert rule.momentum is not None
                 stay = stays and backend.stays
                 ahead = Ahead.of(bucket, rule.momentum, bucket_grads, groups, stay)
+            bucket.begin_return(None if ahead is None else ahead.stays)
             try:
-                bucket.begin_return(None if ahead is None else ahead.stays)
                 part = backend.update_(
                     bucket,
                     rule,
