@@ -93,12 +93,15 @@ inline ScalarType scalar_type(Dtype dtype) {
   return kTypes[static_cast<int>(dtype)];
 }
 
-// The dtypes of a bucket; those of its states come later. weights, grads: their numbers.
+// The dtypes of a bucket. weights, grads: their numbers. What is kept and the states count as of
+// the gradients' and the weights' until they are there.
 inline Types types_of(int64_t weights, int64_t grads, const Tensor& saved) {
   Types types = {};
   types.weights = static_cast<Dtype>(check_index(weights, kNumDtypes, "dtype of weights"));
   types.grads = static_cast<Dtype>(check_index(grads, kNumDtypes, "dtype of gradients"));
   types.saved = dtype_of(saved);
+  types.kept = types.grads;
+  for (Dtype& state : types.states) state = types.weights;
   const bool half = types.weights == Dtype::kBFloat16 || types.weights == Dtype::kFloat16;
   STD_TORCH_CHECK(types.saved == types.weights || (half && types.saved == Dtype::kFloat32),
                   "fused_sam: saved has a wrong dtype");
@@ -112,6 +115,14 @@ inline void* check_kept(const std::optional<Tensor>& kept, const Tensor& saved, 
     check(*kept, "kept", scalar_type(types.kept), saved.numel(), saved);
   }
   return memory(kept);
+}
+
+// As above, for what gets the gradients, as they are.
+inline void* check_kept_grads(const std::optional<Tensor>& kept, const Tensor& saved,
+                              Types& types) {
+  void* memory = check_kept(kept, saved, types);
+  STD_TORCH_CHECK(types.kept == types.grads, "fused_sam: kept has a wrong dtype");
+  return memory;
 }
 
 // Where a climb's number is, on the weights' device; null where it is an argument.

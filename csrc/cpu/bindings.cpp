@@ -98,9 +98,7 @@ void ascend_(Tensor saved, std::optional<Tensor> kept, Tensor climb, Tensor slot
   Bucket bucket(saved, slots, grads, flags, hyper, types, kAscentColumns[ascent]);
   check(total, "total", ScalarType::Double, kAscentNumbers[ascent], saved);
   const double* numbers = static_cast<const double*>(total.const_data_ptr());
-  bucket.problem.kept = check_kept(kept, saved, bucket.problem.types);
-  STD_TORCH_CHECK(!kept || bucket.problem.types.kept == types.grads,
-                  "fused_sam: kept has a wrong dtype: it gets the gradients");
+  bucket.problem.kept = check_kept_grads(kept, saved, bucket.problem.types);
   if (const int64_t* at = check_number(number_at, saved)) number = *at;
   set_climb(climb, saved, number);
   const auto kernel = kernels().ascend_[ascent][compute_of(types)];

@@ -13,7 +13,6 @@ namespace {
 // fused_sam/backends/native/operations.py, which answers for what the host cannot check without
 // waiting. Its device is the current one for as long as it lives.
 struct Bucket {
-  Dtype dtype;
   DeviceProblem problem = {};
   int device;
   torch::stable::accelerator::DeviceGuard guard;
@@ -21,16 +20,15 @@ struct Bucket {
 
   Bucket(const Tensor& saved, const Tensor& slots, const std::optional<Tensor>& grads,
          const Tensor& flags, const std::optional<Tensor>& hyper, const Types& types, int columns)
-      : dtype(types.weights), device(saved.get_device_index()), guard(device) {
-    STD_TORCH_CHECK(types.grads == dtype && types.saved == dtype,
-                    "fused_sam: on CUDA all buffers must have the weights' dtype");
+      : device(saved.get_device_index()), guard(device) {
     DeviceProblem& p = problem;
+    p.types = types;
     const int64_t num_slots = flags.numel();
     const int64_t num_chunks = (slots.numel() - 4 * num_slots) / 2;
     check(slots, "slots", ScalarType::Long, 4 * num_slots + 2 * num_chunks, saved);
     check(flags, "flags", ScalarType::Int, num_slots, saved);
     if (grads) check(*grads, "grads", ScalarType::Long, num_slots, saved);
-    if (hyper) check(*hyper, "hyper", compute_type(dtype), -1, saved);
+    if (hyper) check(*hyper, "hyper", compute_type(types.weights), -1, saved);
     STD_TORCH_CHECK(saved.is_contiguous(), "fused_sam: saved must be contiguous");
     STD_TORCH_CHECK(num_chunks >= 0 && num_chunks < (int64_t{1} << 31) &&
                         (columns == 0 || hyper->numel() % columns == 0),
@@ -44,12 +42,6 @@ struct Bucket {
     p.num_slots = static_cast<int>(num_slots);
     p.num_chunks = static_cast<int>(num_chunks);
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  }
-
-  void* kept(const std::optional<Tensor>& kept, const Tensor& saved, Types types) const {
-    void* memory = check_kept(kept, saved, types);
-    STD_TORCH_CHECK(!kept || types.kept == dtype, "fused_sam: kept has a wrong dtype");
-    return memory;
   }
 };
 
@@ -74,13 +66,14 @@ Tensor reduce(Tensor saved, std::optional<Tensor> kept, std::optional<Tensor> ea
   check_index(sums, kNumSums, "sums");
   const Types types = types_of(weight_dtype, grad_dtype, saved);
   Bucket bucket(saved, slots, grads, flags, hyper, types, kSumsColumns[sums]);
+  bucket.problem.types.saved = types.weights;  // which nobody reads
   bucket.problem.earlier = check_earlier(earlier, sums, saved);
   STD_TORCH_CHECK(!kSumsReadsKept[sums] || kept, "fused_sam: the sum needs kept");
-  bucket.problem.kept = bucket.kept(kept, saved, types);
+  bucket.problem.kept = check_kept(kept, saved, bucket.problem.types);
   const int count = kSumsCount[sums];
   Tensor partials = torch::stable::new_empty(saved, {count * kPartials}, ScalarType::Double);
   Tensor total = torch::stable::new_empty(saved, {count}, ScalarType::Double);
-  check_launch(launch_reduce(bucket.dtype, sums, bucket.problem,
+  check_launch(launch_reduce(sums, bucket.problem,
                              static_cast<double*>(partials.mutable_data_ptr()),
                              static_cast<double*>(total.mutable_data_ptr()),
                              ticket_of(ticket, saved), bucket.device, bucket.stream));
@@ -93,9 +86,9 @@ void ascend_(Tensor saved, std::optional<Tensor> kept, Tensor climb, Tensor slot
   check_index(ascent, kNumAscents, "ascent");
   const Types types = types_of(weight_dtype, grad_dtype, saved);
   Bucket bucket(saved, slots, grads, flags, hyper, types, kAscentColumns[ascent]);
-  bucket.problem.kept = bucket.kept(kept, saved, types);
+  bucket.problem.kept = check_kept_grads(kept, saved, bucket.problem.types);
   check(total, "total", ScalarType::Double, kAscentNumbers[ascent], saved);
-  check_launch(launch_ascend_(bucket.dtype, ascent, bucket.problem,
+  check_launch(launch_ascend_(ascent, bucket.problem,
                               static_cast<const double*>(total.const_data_ptr()),
                               climb_of(climb, saved), check_number(number_at, saved), number,
                               bucket.device, bucket.stream));
@@ -109,25 +102,21 @@ void update_(std::optional<Tensor> state0, std::optional<Tensor> state1,
              std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
              int64_t weight_dtype, int64_t grad_dtype, int64_t rule, int64_t blend) {
   check_index(rule, kNumRules, "rule");
-  Types types = types_of(weight_dtype, grad_dtype, saved);
+  const Types types = types_of(weight_dtype, grad_dtype, saved);
   Bucket bucket(saved, slots, grads, flags, hyper, types, kRuleColumns[rule]);
   DeviceProblem& p = bucket.problem;
-  check_update(state0, state1, state2, step, grad_scale, found_inf, saved, p.num_slots, rule, types,
-               p.states);
-  for (int k = 0; k < kMaxStates; ++k) {
-    STD_TORCH_CHECK(!p.states[k] || types.states[k] == types.weights,
-                    "fused_sam: a state has a wrong dtype");
-  }
+  check_update(state0, state1, state2, step, grad_scale, found_inf, saved, p.num_slots, rule,
+               p.types, p.states);
   p.step = memory<float>(step);
   check_blend(kept, numbers, blend_hyper, loss_scale, saved, hyper.numel() / kRuleColumns[rule],
               blend);
-  p.kept = bucket.kept(kept, saved, types);
+  p.kept = check_kept(kept, saved, p.types);
   p.numbers = memory<double>(numbers);
   p.blend_hyper = memory(blend_hyper);
   p.loss_scale = memory<double>(loss_scale);
   p.blend = static_cast<int>(blend);
   p.after = blend >= 0 && kBlendAfter[blend];
-  check_launch(launch_update_(bucket.dtype, rule, p, memory(grad_scale), memory<float>(found_inf),
+  check_launch(launch_update_(rule, p, memory(grad_scale), memory<float>(found_inf),
                               ticket_of(ticket, saved), climb_of(climb, saved), bucket.device,
                               bucket.stream));
 }
@@ -135,8 +124,8 @@ void update_(std::optional<Tensor> state0, std::optional<Tensor> state1,
 void restore_(Tensor climb, Tensor saved, Tensor slots, Tensor flags, int64_t weight_dtype) {
   const Types types = types_of(weight_dtype, weight_dtype, saved);
   const Bucket bucket(saved, slots, std::nullopt, flags, std::nullopt, types, 0);
-  check_launch(launch_restore_(bucket.dtype, bucket.problem, climb_of(climb, saved), bucket.device,
-                               bucket.stream));
+  check_launch(
+      launch_restore_(bucket.problem, climb_of(climb, saved), bucket.device, bucket.stream));
 }
 
 std::string cuda_mathematics() { return FUSED_SAM_MATHEMATICS; }

@@ -6,60 +6,19 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
 #include "../mathematics.h"
 #include "../storage.h"
 #include "../tables.h"
 #include "launch.h"
-
-// Tells the compiler what it cannot know of an address out of a table.
-#if defined(__CUDA_ARCH__)
-#define FUSED_SAM_ASSUME_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))
-#else
-#define FUSED_SAM_ASSUME_GLOBAL(pointer)
-#endif
+#include "packs.cuh"
 
 namespace fused_sam {
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kMinBlocks = 2;  // for each multiprocessor: up to 128 registers a thread, no spills
-constexpr int kAccess = 16;    // bytes: the widest load and store
-
-template <typename S>
-using ComputeOf = typename Compute<S>::Type;
-
-// kWidth elements that travel together: one 128-bit access, or one element.
-template <typename S, int kWidth>
-struct Pack {
-  S at[kWidth];
-};
-
-template <int kWidth, typename S>
-__device__ __forceinline__ Pack<S, kWidth> read(const S* from) {
-  Pack<S, kWidth> pack;
-  if constexpr (kWidth * sizeof(S) == kAccess) {
-    const uint4 raw = *reinterpret_cast<const uint4*>(from);
-    memcpy(&pack, &raw, kAccess);
-  } else {
-    static_assert(kWidth == 1, "an access is 128 bits or one element");
-    pack.at[0] = *from;
-  }
-  return pack;
-}
-
-template <int kWidth, typename S>
-__device__ __forceinline__ void write(S* to, const Pack<S, kWidth>& pack) {
-  if constexpr (kWidth * sizeof(S) == kAccess) {
-    uint4 raw;
-    memcpy(&raw, &pack, kAccess);
-    *reinterpret_cast<uint4*>(to) = raw;
-  } else {
-    *to = pack.at[0];
-  }
-}
 
 // The part of a parameter that a block works on.
 template <typename S>
@@ -69,8 +28,8 @@ struct Piece {
   int32_t flags;
   int64_t at;  // of the first element in the flat buffers
   int numel;
-  S* weights;
-  const S* grad;  // nowhere if it is missing
+  Place<S> weights;
+  Place<S> grad;  // nowhere if it is missing
 
   __device__ bool has(int32_t flag) const { return (flags & flag) != 0; }
 };
@@ -85,11 +44,21 @@ __device__ __forceinline__ Piece<S> piece_of(const DeviceProblem& p, int chunk) 
   piece.at = piece.slot.start + c.offset;
   const int64_t rest = piece.slot.numel - c.offset;
   piece.numel = static_cast<int>(rest < kChunk ? rest : kChunk);
-  piece.weights = reinterpret_cast<S*>(piece.slot.weights) + c.offset;
-  piece.grad = p.grads ? reinterpret_cast<const S*>(p.grads[c.slot]) + c.offset : nullptr;
-  FUSED_SAM_ASSUME_GLOBAL(piece.weights);
-  FUSED_SAM_ASSUME_GLOBAL(piece.grad);
+  piece.weights = place<S>(piece.slot.weights, p.types.weights) + c.offset;
+  piece.grad = place<S>(p.grads ? p.grads[c.slot] : 0, p.types.grads) + c.offset;
+  FUSED_SAM_ASSUME_GLOBAL(address_of(piece.weights));
+  FUSED_SAM_ASSUME_GLOBAL(address_of(piece.grad));
   return piece;
+}
+
+template <typename S>
+__device__ __forceinline__ Place<S> saved_of(const DeviceProblem& p, const Piece<S>& piece) {
+  return place<S>(p.saved, p.types.saved) + piece.at;
+}
+
+template <typename S>
+__device__ __forceinline__ Place<S> kept_of(const DeviceProblem& p, const Piece<S>& piece) {
+  return place<S>(p.kept, p.types.kept) + piece.at;
 }
 
 // The hyperparameters of a group.
@@ -108,7 +77,7 @@ __device__ __forceinline__ auto columns_of(const DeviceProblem& p, const Slot& s
 // by one.
 template <typename S, int kUnroll, typename F>
 __device__ __forceinline__ void for_packs(int numel, bool aligned, const F& body) {
-  constexpr int kWide = kAccess / sizeof(S);
+  constexpr int kWide = kPack<S>;
   constexpr int kStride = kThreads * kWide;
   const std::integral_constant<int, kWide> wide;
   const std::integral_constant<int, 1> one;
@@ -173,7 +142,7 @@ using TermOf = std::conditional_t<Sums::kWide, double, ComputeOf<S>>;
 // other: the weights, or what is kept of the gradients at w. Adds to `sums` what the piece gives.
 template <typename Sums, bool kReads, typename S>
 __device__ __forceinline__ void add_terms(
-    double (&sums)[Sums::kCount], const Piece<S>& piece, const S* other,
+    double (&sums)[Sums::kCount], const Piece<S>& piece, Place<S> other,
     const typename Sums::template Columns<TermOf<Sums, S>>& group,
     const typename Sums::template Earlier<TermOf<Sums, S>>& earlier) {
   using T = TermOf<Sums, S>;
@@ -193,9 +162,9 @@ __device__ __forceinline__ void add_terms(
     for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
-        const T x = kReads ? T(load(others[u].at[k])) : T(0);
+        const T x = kReads ? T(element(other, others[u], k)) : T(0);
         T terms[kCount];
-        Sums::template terms<kReads>(x, T(load(grad[u].at[k])), group, earlier, terms);
+        Sums::template terms<kReads>(x, T(element(piece.grad, grad[u], k)), group, earlier, terms);
 #pragma unroll
         for (int c = 0; c < kCount; ++c) part[c] = add<Sums::kMax>(part[c], terms[c]);
       }
@@ -220,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     const Piece<S> piece = piece_of<S>(p, chunk);
     if (piece.has(kMissing)) continue;
     const auto group = columns_of<Sums, T>(p, piece.slot);
-    const S* other = Sums::kReadsKept ? static_cast<const S*>(p.kept) + piece.at : piece.weights;
+    const Place<S> other = Sums::kReadsKept ? kept_of(p, piece) : piece.weights;
     if (piece.has(Sums::kReadsKept ? kHeld : kReadsParam)) {
       add_terms<Sums, true>(sums, piece, other, group, earlier);
     } else {
@@ -282,9 +251,56 @@ __device__ __forceinline__ void climb(
   });
 }
 
+// As above, for dtypes that are known at run time only. Where there are masters, `saved` holds
+// them: only what was changed from outside is written there.
+template <typename Ascent>
+__device__ __forceinline__ void climb(Memory saved, Memory kept, const Piece<Mixed>& piece,
+                                      const typename Ascent::template Scalars<float>& scalars,
+                                      uint32_t seed) {
+  const bool stays = scalars.scale == 0.0f;
+  const bool masters = saved.dtype != piece.weights.dtype;
+  for_packs<Mixed, 2>(piece.numel, piece.has(kAligned), [&](auto width, auto unroll, int i) {
+    constexpr int kWidth = decltype(width)::value, kUnroll = decltype(unroll)::value;
+    constexpr int kStride = kThreads * kWidth;
+    Pack<Mixed, kWidth> weights[kUnroll], grad[kUnroll], before[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      weights[u] = read<kWidth>(piece.weights + i + u * kStride);
+      grad[u] = read<kWidth>(piece.grad + i + u * kStride);
+      if (masters) before[u] = read<kWidth>(saved + i + u * kStride);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      float w[kWidth], moved[kWidth];
+      bool changed = false;
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) {
+        w[k] = element(piece.weights, weights[u], k);
+        if (masters) {
+          const float master = element(saved, before[u], k);
+          const bool current = is_of(master, piece.weights, weights[u], k);
+          w[k] = current ? master : w[k];
+          changed |= !current;
+        }
+        moved[k] = Ascent::move(w[k], element(piece.grad, grad[u], k), scalars);
+      }
+      if (!masters) write(saved + i + u * kStride, weights[u]);
+      if (changed) write(saved + i + u * kStride, packed(saved, w));
+      if (kept) write(kept + i + u * kStride, grad[u]);
+      // 0 * inf is NaN, and a scale of 0 must move nothing.
+      if (stays) continue;
+      const auto chosen = packed(piece.weights, moved, [&](float x, int k) {
+        return narrow_at_random(piece.weights.dtype, x,
+                                noise_of(piece.at + i + u * kStride + k, seed));
+      });
+      write(piece.weights + i + u * kStride, chosen);
+    }
+  });
+}
+
 // Copies a piece of a parameter.
 template <typename S>
-__device__ __forceinline__ void copy(S* to, const S* from, int numel, bool aligned) {
+__device__ __forceinline__ void copy(S* to, S* from, int numel, bool aligned) {
   for_packs<S, 2>(numel, aligned, [&](auto width, auto unroll, int i) {
     constexpr int kWidth = decltype(width)::value, kUnroll = decltype(unroll)::value;
     constexpr int kStride = kThreads * kWidth;
@@ -293,6 +309,26 @@ __device__ __forceinline__ void copy(S* to, const S* from, int numel, bool align
     for (int u = 0; u < kUnroll; ++u) packs[u] = read<kWidth>(from + i + u * kStride);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) write(to + i + u * kStride, packs[u]);
+  });
+}
+
+__device__ __forceinline__ void copy(Memory to, Memory from, int numel, bool aligned) {
+  for_packs<Mixed, 2>(numel, aligned, [&](auto width, auto unroll, int i) {
+    constexpr int kWidth = decltype(width)::value, kUnroll = decltype(unroll)::value;
+    constexpr int kStride = kThreads * kWidth;
+    Pack<Mixed, kWidth> packs[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) packs[u] = read<kWidth>(from + i + u * kStride);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (from.dtype != to.dtype) {
+        float x[kWidth];
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) x[k] = element(from, packs[u], k);
+        packs[u] = packed(to, x);
+      }
+      write(to + i + u * kStride, packs[u]);
+    }
   });
 }
 
@@ -309,9 +345,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     const Piece<S> piece = piece_of<S>(p, chunk);
     if (piece.has(kMissing)) continue;
     const auto scalars = Ascent::scalars(columns_of<Ascent, T>(p, piece.slot), numbers);
-    S* saved = static_cast<S*>(p.saved) + piece.at;
-    S* kept = p.kept ? static_cast<S*>(p.kept) + piece.at : nullptr;
-    climb<Ascent>(saved, kept, piece, scalars, seed);
+    const Place<S> kept = p.kept ? kept_of(p, piece) : place<S>(nullptr, p.types.kept);
+    climb<Ascent>(saved_of(p, piece), kept, piece, scalars, seed);
   }
 }
 
@@ -320,8 +355,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 template <typename S>
 __device__ __forceinline__ void restore(const DeviceProblem& p, const Piece<S>& piece) {
   if (!piece.has(kPerturbed)) return;
-  const S* saved = static_cast<const S*>(p.saved) + piece.at;
-  copy<S>(piece.weights, saved, piece.numel, piece.has(kAligned));
+  copy(piece.weights, saved_of(p, piece), piece.numel, piece.has(kAligned));
 }
 
 template <typename S>
@@ -339,7 +373,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 // the factor 0 may be anything; kept is null where all of its are.
 template <typename S>
 struct Blended {
-  const S* kept;
+  Place<S> kept;
   ComputeOf<S> a, b, c, d;
 };
 
@@ -353,7 +387,8 @@ template <typename S>
 __device__ __forceinline__ Blended<S> blended_of(const DeviceProblem& p, const Piece<S>& piece,
                                                  ComputeOf<S> lr) {
   using T = ComputeOf<S>;
-  if (!piece.has(kBlends)) return {nullptr, T(1), T(0), T(0), T(0)};
+  const Place<S> nowhere = place<S>(nullptr, p.types.kept);
+  if (!piece.has(kBlends)) return {nowhere, T(1), T(0), T(0), T(0)};
   const double scale = p.loss_scale ? *p.loss_scale : 1;
   Coefficients found = {1, 0};
   int number = 0;
@@ -366,14 +401,35 @@ __device__ __forceinline__ Blended<S> blended_of(const DeviceProblem& p, const P
 #undef FUSED_SAM_COEFFICIENTS
   const bool looks = piece.has(kHeld) && (found.b != 0 || found.d != 0);
   const double rate = piece.has(kMaximize) ? -double(lr) : double(lr);
-  return {looks ? static_cast<const S*>(p.kept) + piece.at : nullptr, T(found.a), T(found.b),
-          T(rate * found.c), T(rate * found.d)};
+  return {looks ? kept_of(p, piece) : nowhere, T(found.a), T(found.b), T(rate * found.c),
+          T(rate * found.d)};
 }
+
+// One element: from w, the gradients and the states (which it changes) to the new w.
+template <typename Rule, bool kAfter, unsigned kKept, typename S>
+__device__ __forceinline__ ComputeOf<S> stepped(
+    ComputeOf<S> old, ComputeOf<S> second, ComputeOf<S> first, const Blended<S>& blended,
+    ComputeOf<S> descent, ComputeOf<S> (&states)[kMaxStates],
+    const typename Rule::template Scalars<ComputeOf<S>>& scalars) {
+  using T = ComputeOf<S>;
+  T gradient = scaled(blended.a, second), after = T(0);
+  if (kAfter) after = scaled(blended.c, second);
+  if (blended.kept) {
+    gradient += scaled(blended.b, first);
+    if (kAfter) after += scaled(blended.d, first);
+  }
+  const T updated = Rule::template update<kKept>(old, descent * gradient, states, scalars);
+  return kAfter ? updated - after : updated;
+}
+
+// Two accesses in flight for each buffer where the registers suffice.
+template <typename S, unsigned kKept>
+constexpr int kUpdateUnroll = sizeof(ComputeOf<S>) == 4 && kPack<S> == 4 && !(kKept & 4u) ? 2 : 1;
 
 // weights and from may be the same memory.
 template <typename Rule, bool kAfter, unsigned kKept, typename S>
 __device__ __forceinline__ void update_piece(
-    const DeviceProblem& p, const Piece<S>& piece, const S* from, const Blended<S>& blended,
+    const DeviceProblem& p, const Piece<S>& piece, S* from, const Blended<S>& blended,
     ComputeOf<S> descent, bool frozen,
     const typename Rule::template Scalars<ComputeOf<S>>& scalars) {
   using T = ComputeOf<S>;
@@ -382,9 +438,8 @@ __device__ __forceinline__ void update_piece(
   for (int k = 0; k < kMaxStates; ++k) {
     states[k] = kKept & 1u << k ? static_cast<S*>(p.states[k]) + piece.at : nullptr;
   }
-  // Two accesses in flight for each buffer where the registers suffice.
-  constexpr int kMaxUnroll = sizeof(S) == 4 && !(kKept & 4u) ? 2 : 1;
-  for_packs<S, kMaxUnroll>(piece.numel, piece.has(kAligned), [&](auto width, auto unroll, int i) {
+  constexpr int kMost = kUpdateUnroll<S, kKept>;
+  for_packs<S, kMost>(piece.numel, piece.has(kAligned), [&](auto width, auto unroll, int i) {
     constexpr int kWidth = decltype(width)::value, kUnroll = decltype(unroll)::value;
     constexpr int kStride = kThreads * kWidth;
     Pack<S, kWidth> weights[kUnroll], grad[kUnroll], kept[kUnroll], state[kMaxStates][kUnroll];
@@ -396,7 +451,7 @@ __device__ __forceinline__ void update_piece(
 #pragma unroll
       for (int s = 0; s < kMaxStates; ++s) {
         if (!(kKept & 1u << s)) continue;
-        state[s][u] = read<kWidth>(static_cast<const S*>(states[s] + i + u * kStride));
+        state[s][u] = read<kWidth>(states[s] + i + u * kStride);
       }
     }
 #pragma unroll
@@ -409,17 +464,9 @@ __device__ __forceinline__ void update_piece(
           if (kKept & 1u << s) buffers[s] = load(state[s][u].at[k]);
         }
         const S old = weights[u].at[k];
-        const T second = load(grad[u].at[k]);
-        T gradient = scaled(blended.a, second), after = T(0);
-        if (kAfter) after = scaled(blended.c, second);
-        if (blended.kept) {
-          const T first = load(kept[u].at[k]);
-          gradient += scaled(blended.b, first);
-          if (kAfter) after += scaled(blended.d, first);
-        }
-        T stepped = Rule::template update<kKept>(load(old), descent * gradient, buffers, scalars);
-        if (kAfter) stepped -= after;
-        const S updated = round_to<S>(stepped);
+        const T first = blended.kept ? load(kept[u].at[k]) : T(0);
+        const S updated = round_to<S>(stepped<Rule, kAfter, kKept>(
+            load(old), load(grad[u].at[k]), first, blended, descent, buffers, scalars));
 #pragma unroll
         for (int s = 0; s < kMaxStates; ++s) {
           if (kKept & 1u << s) state[s][u].at[k] = round_to<S>(buffers[s]);
@@ -431,6 +478,74 @@ __device__ __forceinline__ void update_piece(
 #pragma unroll
       for (int s = 0; s < kMaxStates; ++s) {
         if (kKept & 1u << s) write(states[s] + i + u * kStride, state[s][u]);
+      }
+    }
+  });
+}
+
+// As above, for dtypes that are known at run time only. Masters are in `saved`, which is written
+// then; at w the weights are read too, and win where they are not their master.
+template <typename Rule, bool kAfter, unsigned kKept>
+__device__ __forceinline__ void update_piece(
+    const DeviceProblem& p, const Piece<Mixed>& piece, Memory from, const Blended<Mixed>& blended,
+    float descent, bool frozen, const typename Rule::template Scalars<float>& scalars) {
+  const Memory saved = saved_of(p, piece);
+  const bool masters = saved.dtype != piece.weights.dtype;
+  const bool looks = masters && !piece.has(kPerturbed);
+  if (masters) from = saved;
+  Memory states[kMaxStates];
+#pragma unroll
+  for (int s = 0; s < kMaxStates; ++s) states[s] = Memory{nullptr, p.types.states[s]};
+#pragma unroll
+  for (int s = 0; s < kMaxStates; ++s) {
+    if (kKept & 1u << s) states[s] = place<Mixed>(p.states[s], p.types.states[s]) + piece.at;
+  }
+  constexpr int kMost = kUpdateUnroll<Mixed, kKept>;
+  for_packs<Mixed, kMost>(piece.numel, piece.has(kAligned), [&](auto width, auto unroll, int i) {
+    constexpr int kWidth = decltype(width)::value, kUnroll = decltype(unroll)::value;
+    constexpr int kStride = kThreads * kWidth;
+    Pack<Mixed, kWidth> old[kUnroll], weights[kUnroll], grad[kUnroll], kept[kUnroll];
+    Pack<Mixed, kWidth> state[kMaxStates][kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      old[u] = read<kWidth>(from + i + u * kStride);
+      if (looks) weights[u] = read<kWidth>(piece.weights + i + u * kStride);
+      grad[u] = read<kWidth>(piece.grad + i + u * kStride);
+      if (blended.kept) kept[u] = read<kWidth>(blended.kept + i + u * kStride);
+#pragma unroll
+      for (int s = 0; s < kMaxStates; ++s) {
+        if (kKept & 1u << s) state[s][u] = read<kWidth>(states[s] + i + u * kStride);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      float updated[kWidth], values[kMaxStates][kWidth];
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) {
+        float buffers[kMaxStates] = {};
+#pragma unroll
+        for (int s = 0; s < kMaxStates; ++s) {
+          if (kKept & 1u << s) buffers[s] = element(states[s], state[s][u], k);
+        }
+        float w = element(from, old[u], k);
+        if (looks && !is_of(w, piece.weights, weights[u], k)) {
+          w = element(piece.weights, weights[u], k);
+        }
+        const float first = blended.kept ? element(blended.kept, kept[u], k) : 0.0f;
+        const float next = stepped<Rule, kAfter, kKept>(w, element(piece.grad, grad[u], k), first,
+                                                        blended, descent, buffers, scalars);
+        // 0 * inf is NaN and -0.0 - -0.0 is 0.0.
+        updated[k] = frozen ? w : next;
+#pragma unroll
+        for (int s = 0; s < kMaxStates; ++s) values[s][k] = buffers[s];
+      }
+      auto rounded = packed(piece.weights, updated);
+      if (masters) write(saved + i + u * kStride, packed(saved, updated));
+      if (frozen && !masters) rounded = old[u];  // NaN keeps its bits
+      write(piece.weights + i + u * kStride, rounded);
+#pragma unroll
+      for (int s = 0; s < kMaxStates; ++s) {
+        if (kKept & 1u << s) write(states[s] + i + u * kStride, packed(states[s], values[s]));
       }
     }
   });
@@ -455,8 +570,8 @@ __device__ __forceinline__ void update_chunk(const DeviceProblem& p, ComputeOf<S
   const T count = p.step ? T(p.step[piece.index] + 1.0f) : T(1);
   const auto scalars = Rule::scalars(group, count, piece.has(kFresh));
   const T descent = (piece.has(kMaximize) ? T(-1) : T(1)) / grad_scale;
-  const S* from = piece.has(kPerturbed) ? static_cast<const S*>(p.saved) + piece.at : piece.weights;
-  FUSED_SAM_ASSUME_GLOBAL(from);
+  const Place<S> from = piece.has(kPerturbed) ? saved_of(p, piece) : piece.weights;
+  FUSED_SAM_ASSUME_GLOBAL(address_of(from));
   const auto blended = blended_of(p, piece, group.lr);
   with_kept<Rule>(unsigned(piece.flags) >> kKeptShift, [&](auto kept) {
     update_piece<Rule, kAfter, kept.value>(p, piece, from, blended, descent, group.lr == T(0),

@@ -48,10 +48,17 @@ const char* launch(void (*kernel)(Parameters...), int num_chunks, int device, vo
   return cudaGetErrorString(error);
 }
 
-// Calls f(S()) with the storage type of a dtype.
+// Calls f(S()) with the storage type of a bucket's buffers.
 template <typename F>
-const char* with_storage(Dtype dtype, const F& f) {
-  switch (dtype) {
+const char* with_storage(const Types& types, const F& f) {
+  bool one = true, wide = types.weights == Dtype::kFloat64;
+  for (const Dtype dtype :
+       {types.grads, types.saved, types.kept, types.states[0], types.states[1], types.states[2]}) {
+    one = one && dtype == types.weights;
+    wide = wide || dtype == Dtype::kFloat64;
+  }
+  if (!one) return wide ? "there are no kernels for float64 among other dtypes" : f(Mixed());
+  switch (types.weights) {
     case Dtype::kFloat32:
       return f(float());
     case Dtype::kFloat64:
@@ -79,9 +86,9 @@ FUSED_SAM_WITH(with_rule, FUSED_SAM_RULES)
 
 }  // namespace
 
-const char* launch_reduce(Dtype dtype, int64_t sums, const DeviceProblem& p, double* partials,
-                          double* total, unsigned* ticket, int device, void* stream) {
-  return with_storage(dtype, [&](auto s) {
+const char* launch_reduce(int64_t sums, const DeviceProblem& p, double* partials, double* total,
+                          unsigned* ticket, int device, void* stream) {
+  return with_storage(p.types, [&](auto s) {
     using S = decltype(s);
     return with_sums(sums, [&](auto value) {
       return launch(reduce_kernel<decltype(value), S>, p.num_chunks, device, stream, p, partials,
@@ -90,10 +97,10 @@ const char* launch_reduce(Dtype dtype, int64_t sums, const DeviceProblem& p, dou
   });
 }
 
-const char* launch_ascend_(Dtype dtype, int64_t ascent, const DeviceProblem& p, const double* total,
+const char* launch_ascend_(int64_t ascent, const DeviceProblem& p, const double* total,
                            int64_t* climb, const int64_t* number_at, int64_t number, int device,
                            void* stream) {
-  return with_storage(dtype, [&](auto s) {
+  return with_storage(p.types, [&](auto s) {
     using S = decltype(s);
     return with_ascent(ascent, [&](auto value) {
       return launch(ascend_kernel<decltype(value), S>, p.num_chunks, device, stream, p, total,
@@ -102,10 +109,10 @@ const char* launch_ascend_(Dtype dtype, int64_t ascent, const DeviceProblem& p, 
   });
 }
 
-const char* launch_update_(Dtype dtype, int64_t rule, const DeviceProblem& p,
-                           const void* grad_scale, const float* found_inf, unsigned* ticket,
-                           int64_t* climb, int device, void* stream) {
-  return with_storage(dtype, [&](auto s) {
+const char* launch_update_(int64_t rule, const DeviceProblem& p, const void* grad_scale,
+                           const float* found_inf, unsigned* ticket, int64_t* climb, int device,
+                           void* stream) {
+  return with_storage(p.types, [&](auto s) {
     using S = decltype(s);
     return with_rule(rule, [&](auto value) {
       using Rule = decltype(value);
@@ -116,9 +123,8 @@ const char* launch_update_(Dtype dtype, int64_t rule, const DeviceProblem& p,
   });
 }
 
-const char* launch_restore_(Dtype dtype, const DeviceProblem& p, int64_t* climb, int device,
-                            void* stream) {
-  return with_storage(dtype, [&](auto s) {
+const char* launch_restore_(const DeviceProblem& p, int64_t* climb, int device, void* stream) {
+  return with_storage(p.types, [&](auto s) {
     return launch(restore_kernel<decltype(s)>, p.num_chunks, device, stream, p, climb);
   });
 }

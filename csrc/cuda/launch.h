@@ -36,20 +36,20 @@ struct DeviceProblem {
   const double* loss_scale;
   int blend;
   bool after;  // the blend subtracts something after the rule's step
+  Types types;
   int num_slots;
   int num_chunks;
 };
 
 // All return null, or what went wrong. device: the current one. stream: a cudaStream_t of it.
-const char* launch_reduce(Dtype dtype, int64_t sums, const DeviceProblem& p, double* partials,
-                          double* total, unsigned* ticket, int device, void* stream);
-const char* launch_ascend_(Dtype dtype, int64_t ascent, const DeviceProblem& p, const double* total,
+const char* launch_reduce(int64_t sums, const DeviceProblem& p, double* partials, double* total,
+                          unsigned* ticket, int device, void* stream);
+const char* launch_ascend_(int64_t ascent, const DeviceProblem& p, const double* total,
                            int64_t* climb, const int64_t* number_at, int64_t number, int device,
                            void* stream);
-const char* launch_update_(Dtype dtype, int64_t rule, const DeviceProblem& p,
-                           const void* grad_scale, const float* found_inf, unsigned* ticket,
-                           int64_t* climb, int device, void* stream);
-const char* launch_restore_(Dtype dtype, const DeviceProblem& p, int64_t* climb, int device,
-                            void* stream);
+const char* launch_update_(int64_t rule, const DeviceProblem& p, const void* grad_scale,
+                           const float* found_inf, unsigned* ticket, int64_t* climb, int device,
+                           void* stream);
+const char* launch_restore_(const DeviceProblem& p, int64_t* climb, int device, void* stream);
 
 }  // namespace fused_sam

@@ -203,6 +203,7 @@ struct Kinds {
   using S = S_;
   using T = typename Compute<W>::Type;
   static constexpr bool kMasters = !std::is_same_v<W, M>;
+  static constexpr bool kUniform = !kMasters && std::is_same_v<W, G> && std::is_same_v<W, S>;
 
   static constexpr Types types() {
     return {kDtype<W>, kDtype<G>, kDtype<M>, kDtype<G>, {kDtype<S>, kDtype<S>, kDtype<S>}};

@@ -9,6 +9,7 @@
 #endif
 
 #include "../../csrc/cuda/kernels.cuh"
+#define MIXED
 #include "cases.h"
 
 namespace {
@@ -19,7 +20,7 @@ using emulation::Order;
 template <typename K>
 class Runner {
  public:
-  using S = typename K::W;  // of all
+  using S = std::conditional_t<K::kUniform, typename K::W, Mixed>;
   using T = typename K::T;
 
   std::vector<double> reduce(cases::Bucket<K>& bucket, const Options& o, SumsId id,
@@ -149,8 +150,8 @@ class Runner {
 
   static void expect_same(const typename cases::Bucket<K>::Copy& a,
                           const typename cases::Bucket<K>::Copy& b) {
-    const auto same = [](const std::vector<S>& x, const std::vector<S>& y) {
-      return std::memcmp(x.data(), y.data(), x.size() * sizeof(S)) == 0;
+    const auto same = [](const auto& x, const auto& y) {
+      return std::memcmp(x.data(), y.data(), x.size() * sizeof(x[0])) == 0;
     };
     for (size_t i = 0; i < a.weights.size(); ++i) {
       EXPECT(a.weights[i].empty() || same(a.weights[i], b.weights[i]), "slot %zu differs", i);
@@ -175,6 +176,7 @@ class Runner {
     hyper_.emplace(o);
     flags_ = bucket.bits(o);
     DeviceProblem p = {};
+    p.types = K::types();
     p.saved = bucket.saved;
     p.kept = o.blends() ? bucket.kept : nullptr;
     p.numbers = kNumbers;

@@ -48,7 +48,8 @@ def _serves(bucket: Bucket, kept: Kept | None = None) -> bool:
     """Whether there are kernels for these dtypes; torch does the others: right, and slower."""
     if bucket.device.type == "cpu":
         return True
-    return bucket.is_uniform and (kept is None or kept.flat.dtype == bucket.dtype)
+    dtypes = {bucket.dtype, bucket.grad_dtype, bucket.dtype if kept is None else kept.flat.dtype}
+    return len(dtypes) == 1 or torch.float64 not in dtypes
 
 
 class NativeBackend(Backend):
