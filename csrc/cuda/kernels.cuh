@@ -493,6 +493,7 @@ __device__ __forceinline__ void update_piece(
   const bool masters = saved.dtype != piece.weights.dtype;
   const bool looks = masters && !piece.has(kPerturbed);
   if (masters) from = saved;
+  FUSED_SAM_ASSUME_GLOBAL(from.at);
   Memory states[kMaxStates];
 #pragma unroll
   for (int s = 0; s < kMaxStates; ++s) states[s] = Memory{nullptr, p.types.states[s]};

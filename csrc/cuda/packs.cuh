@@ -20,6 +20,14 @@
 #define FUSED_SAM_ASSUME_GLOBAL(pointer)
 #endif
 
+// A store that stays one. Of two that differ in width and stand in two branches the compiler would
+// make one of 64 bits and two of 32.
+#if defined(__CUDA_ARCH__)
+#define FUSED_SAM_STORE(to, value) __stwb(to, value)
+#else
+#define FUSED_SAM_STORE(to, value) *(to) = (value)
+#endif
+
 namespace fused_sam {
 
 constexpr int kAccess = 16;  // bytes: the widest load and store
@@ -51,17 +59,17 @@ template <typename S>
 using Place = std::conditional_t<std::is_same_v<S, Mixed>, Memory, S*>;
 
 template <typename S>
-__device__ __forceinline__ Place<S> place(int64_t address, Dtype dtype) {
+__device__ __forceinline__ Place<S> place(void* address, Dtype dtype) {
   if constexpr (std::is_same_v<S, Mixed>) {
-    return {reinterpret_cast<char*>(address), dtype};
+    return {static_cast<char*>(address), dtype};
   } else {
-    return reinterpret_cast<S*>(address);
+    return static_cast<S*>(address);
   }
 }
 
 template <typename S>
-__device__ __forceinline__ Place<S> place(void* address, Dtype dtype) {
-  return place<S>(reinterpret_cast<int64_t>(address), dtype);
+__device__ __forceinline__ Place<S> place(int64_t address, Dtype dtype) {
+  return place<S>(reinterpret_cast<void*>(address), dtype);
 }
 
 template <typename S>
@@ -142,11 +150,11 @@ __device__ __forceinline__ void write(Memory to, const Pack<Mixed, kWidth>& pack
   } else if (to.is_wide()) {
     uint4 raw;
     memcpy(&raw, &pack, sizeof(raw));
-    *reinterpret_cast<uint4*>(to.at) = raw;
+    FUSED_SAM_STORE(reinterpret_cast<uint4*>(to.at), raw);
   } else {
     uint2 raw;
     memcpy(&raw, &pack, sizeof(raw));
-    *reinterpret_cast<uint2*>(to.at) = raw;
+    FUSED_SAM_STORE(reinterpret_cast<uint2*>(to.at), raw);
   }
 }
 
