@@ -82,6 +82,54 @@ def test_steps_as_the_textbook(rule, dtype, adaptive, gpu_backend):
         textbook.step(random_grads(params, first), random_grads(params, second))
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch has none")
+@pytest.mark.parametrize(
+    "pair",
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16),
+        (torch.float32, torch.float16),
+    ],
+    ids=str,
+)
+def test_gradients_of_another_dtype(pair, gpu_backend):
+    params = make_params(dtype=pair[0])
+    for p in params:
+        p.grad_dtype = pair[1]
+    opt = FusedSAM(params, SGD, rho=0.3, lr=0.05, momentum=0.9, backend=gpu_backend)
+    textbook = Textbook(opt)
+    for _ in range(2):
+        passes = [{p: torch.randn(p.shape).to(pair[1]) for p in params} for _ in range(2)]
+        textbook.step(*passes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rule", ["sgd-nesterov", "adam-amsgrad"])
+def test_masters_step_as_float32_weights(rule, dtype, gpu_backend):
+    """The base optimizer's own step in float32, to rounding; a weight that was changed wins."""
+    base, options = RULES[rule]
+    params, opt = make(SIZES, base, dtype, gpu_backend, master_weights=True, **options)
+    twins = [torch.nn.Parameter(p.detach().float()) for p in params]
+    textbook = base(twins, lr=0.05, **options)
+    for i in range(3):
+        if i == 2:
+            for p, twin in zip(params, twins, strict=True):
+                p.data[::3] *= -1
+                twin.data[::3] = p.data[::3].float()
+        for p in params:
+            p.grad = torch.randn_like(p)
+        opt.first_step()
+        for p, twin in zip(params, twins, strict=True):
+            p.grad = torch.randn_like(p)
+            twin.grad = p.grad.float()
+        opt.second_step()
+        textbook.step()
+        for p, twin in zip(params, twins, strict=True):
+            master = opt.state[p]["master_weight"]
+            assert same_bits(p.detach(), master.to(dtype))
+            torch.testing.assert_close(master, twin.detach(), rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_groups_keep_their_own_options(rule, gpu_backend):
     base, options = RULES[rule]

@@ -160,17 +160,20 @@ VALUES = [value.name for value in (*rules(), *SUMS, *KERNELS)]
 
 
 def kernel_name(mangled):
-    """'update Sgd float' of a mangled kernel name; 'after': with what a blend subtracts."""
+    """'update Sgd float' of a mangled kernel name; 'after': with what a blend subtracts.
+
+    Mixed: float32, bfloat16 and float16 buffers, each of its own dtype.
+    """
     kernel = re.search(r"(reduce|ascend|update|restore)_kernel", mangled)[1]
     value = re.search(rf"\d({'|'.join(VALUES)})E", mangled)
     after = mangled[(value or re.search(r"_kernelI", mangled)).end() :]
-    dtype = re.match(r"f|d|NS\w*?(BFloat16|Float16)", after)
+    dtype = re.match(r"f|d|NS\w*?(BFloat16|Float16|Mixed)", after)
     dtype = dtype[1] or {"f": "float", "d": "double"}[dtype[0]]
     after = ["after"] if "Lb1E" in mangled else []
     return " ".join([kernel, *([value[1]] if value else []), dtype, *after])
 
 
-DTYPES = ("float", "double", "BFloat16", "Float16")
+DTYPES = ("float", "double", "BFloat16", "Float16", "Mixed")
 
 
 def variants(rule):
@@ -186,6 +189,8 @@ def budget(architecture):
 
     A loop over ``n`` accesses in flight stands twice in the code, for n and for 1 (n + 1 in all),
     or once where n is 1. It loads and stores each buffer of the traffic budget once per element.
+    Mixed: with masters the climb reads them too, and writes those of weights that were changed from
+    outside; the update writes them, and reads the weights where these are at w.
     """
     counts = {}
     copy = 2 + 1
@@ -196,14 +201,16 @@ def budget(architecture):
             counts[f"reduce {sums.name} {dtype}"] = (4 + 1) * operands, 0
         for ascent in KERNELS:
             # w, g -> w, saved, and where g is kept
-            counts[f"ascend {ascent.name} {dtype}"] = (2 + 1) * 2, (2 + 1) * 3
+            more = dtype == "Mixed"  # masters -> masters, where they are saved
+            counts[f"ascend {ascent.name} {dtype}"] = (2 + 1) * (2 + more), (2 + 1) * (3 + more)
         counts[f"restore {dtype}"] = 2 * copy, 2 * copy  # where nothing else is, it stands twice
         for rule in rules():
             loads = stores = copy
             for states in variants(rule):
-                loops = 2 + 1 if dtype == "float" and 2 not in states else 1
-                loads += loops * (3 + len(states))  # saved, g', what is kept, states
-                stores += loops * (1 + len(states))  # w, states
+                loops = 2 + 1 if dtype in ("float", "Mixed") and 2 not in states else 1
+                more = dtype == "Mixed"  # w -> masters
+                loads += loops * (3 + more + len(states))  # saved, g', what is kept, states
+                stores += loops * (1 + more + len(states))  # w, states
             for after in ("", " after"):
                 counts[f"update {rule.name} {dtype}{after}"] = loads, stores
     _split(counts, architecture < 100)
