@@ -64,19 +64,24 @@ REDUCES = {
     "reduce-max": (ASCENTS["p-norm"].sums.chain[0], False),
     "reduce-p-norm": (ASCENTS["p-norm"].sums, False),
     "reduce-gram": (GRAM, True),
+    "reduce-friendly": (ASCENTS["friendly"].sums, False),
+    "reduce-vasso": (ASCENTS["vasso"].sums, False),
 }
 """The sum, and whether it reads the weights, or what is kept."""
 CLIMBS = {
     "ascend": ASCENTS["sam"],
     "ascend-p-norm": ASCENTS["p-norm"],
     "ascend-keep": ASCENTS["sam"],
+    "ascend-friendly": ASCENTS["friendly"],
+    "ascend-vasso": ASCENTS["vasso"],
 }
 KERNELS = [*REDUCES, *CLIMBS, *UPDATES, "restore"]
-MASTERS = ("ascend", "sgd-momentum", "adamw", "restore")
+MASTERS = ("ascend", "ascend-friendly", "sgd-momentum", "adamw", "restore")
 """Compiled for bfloat16 weights and gradients with float32 masters and states, too."""
 EVERYWHERE = (
     *("reduce", "ascend", "sgd-momentum", "adamw", "rmsprop"),
     *("reduce-gram", "ascend-keep", "sgd-momentum-gsam", "sgd-momentum-wsam"),
+    *("reduce-friendly", "reduce-vasso", "ascend-friendly", "ascend-vasso"),
     *("sgd-momentum-looksam", "sgd-momentum-looksam-reuse"),
 )
 NOT_ALIGNED = (
@@ -130,7 +135,7 @@ def build(name, dtype, target):
         function = kernels.update_kernel
     elif name in REDUCES:
         sums, reads = REDUCES[name]
-        constants |= {"TERMS": text(sums.terms), "COLUMNS": len(sums.column_names), "READS": reads}
+        constants |= {"TERMS": text(sums.terms), "READS": reads}
         constants |= {"COUNT": sums.count, "MAX": sums.how == "max", "EARLIER": sums.earlier}
         types["earlier_ptr"] = "*fp64" if sums.earlier else None
         types["kept_ptr"] = "*" + dtype if sums.reads_kept else None
@@ -141,14 +146,22 @@ def build(name, dtype, target):
         constants |= {"SCALARS": text(ascent.scalars), "MOVE": text(ascent.move)}
         constants |= {"NUMBERS": len(ascent.sums.chain)}
         types["kept_ptr"] = "*" + dtype if name == "ascend-keep" else None
-        constants["COLUMNS"] = len(ascent.sums.column_names)
         function = kernels.ascend_kernel
     else:
         function = kernels.restore_kernel
+    sums = REDUCES[name][0] if name in REDUCES else CLIMBS[name].sums if name in CLIMBS else None
+    average = None if sums is None else sums.average
+    if sums is not None:
+        followed = 0 if average is None else len(average.column_names)
+        constants |= {"COLUMNS": len(sums.column_names) + followed, "FOLLOWS": followed}
+        constants["FOLLOW"] = None if average is None else text(average.follow)
+        types["average_ptr"] = None if average is None else compute
     in_double = name in REDUCES and REDUCES[name][0].wide
     tile = backend.WIDE_TILE_BYTES if in_double else backend.TILE_BYTES[function.__name__]
     if name in BLENDED and BLENDED[name][1].startswith("looksam"):
         wide = "fp64" if dtype == "fp64" else "fp32"  # of the direction
+    if average is not None:
+        wide = "fp64" if dtype == "fp64" else "fp32"
     constants["BLOCK"] = tile // ITEMSIZE[wide]
     constants["TILES"] = backend.CHUNK // constants["BLOCK"]
     options = {"num_warps": backend.THREADS // target.warp_size}

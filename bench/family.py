@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fused_sam import FusedSAM
 from fused_sam.ascents import MSAM
-from fused_sam.blends import GSAM
+from fused_sam.blends import GSAM, LookSAM
 from fused_sam.schedule import Every, From
 
 from .machine import ROOT
@@ -55,6 +55,7 @@ MEMBERS = (
     Member("late-phase SAM, before it climbs", 1, {"when": From(NEVER)}),
     Member("late-phase SAM, once it climbs", 2, {"when": From(0)}),
     Member(f"SAM in every {K}th step", 1 + 1 / K, {"when": Every(K)}),
+    Member(f"LookSAM, k = {K}", 1 + 1 / K, {"blend": LookSAM(k=K)}),
     Member("SAM", 2, {}),
     Member("ASAM", 2, {"adaptive": True}),
     Member("GSAM", 2, {"blend": GSAM(0.1)}),

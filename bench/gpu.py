@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from fused_sam import FusedSAM
+from fused_sam.graphs import capture
 
 from . import workloads
 from .device import DEVICE, DRY
@@ -339,7 +340,50 @@ def family() -> Rows:
         yield {**what, **summary(row["wall"]), "times_sgd": relative}
 
 
-_PARTS = (facts, kernels, steps, host, training, family, graphs, compiled, sweep)
+def _training_step(model: torch.nn.Module, optimizer: Any, x: Any, y: Any) -> None:
+    for half in (optimizer.first_step, optimizer.second_step):
+        for p in model.parameters():
+            p.grad = None
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        half()
+
+
+def training_graphs() -> Rows:
+    """Training steps of a small network, forward and backward too: eager, and as CUDA graphs."""
+    name, batch = "ResNet-20", 2 if DRY else 128
+    x, y = torch.randn(batch, 3, 32, 32, device=DEVICE), torch.randint(10, (batch,), device=DEVICE)
+    cls, options = BASES["SGD"]
+    works: dict[str, Work] = {}
+    for peer in (*fused_sam_peers(DEVICE), peers(DEVICE, compiled=not DRY)[-1]):
+        torch.manual_seed(0)
+        model = MODULES[name]().to(DEVICE)
+        optimizer = peer.make([{"params": list(model.parameters())}], cls, dict(options))
+        work = functools.partial(_training_step, model, optimizer, x, y)
+        works[peer.name] = work
+        if not isinstance(optimizer, FusedSAM):
+            # Its passes draw no random numbers, and move the running statistics twice.
+            works[f"{peer.name}, in a graph"] = captured([work])
+        elif not DRY:
+            step = capture(model, _loss, optimizer, (x, y))
+            works[f"{peer.name}, captured"] = functools.partial(step, (x, y))
+    results = measure(works)
+    first = next(iter(results.values()))
+    for what, times in results.items():
+        relative = dataclasses.asdict(ratio(times, first))
+        yield {
+            "model": name,
+            "batch": batch,
+            "peer": what,
+            **summary(times),
+            "times_first": relative,
+        }
+
+
+def _loss(model: torch.nn.Module, batch: tuple[Any, Any]) -> Any:
+    return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+_PARTS = (facts, kernels, steps, host, training, family, graphs, training_graphs, compiled, sweep)
 PARTS = {part.__name__: part for part in _PARTS}
 
 

@@ -2,7 +2,8 @@
 # Everything that needs a GPU, in two calls of nine minutes: what is true, and who is faster.
 #
 #   bench/gpu.sh truth     tests, kernels one by one, memory checks, DRAM traffic
-#   bench/gpu.sh peers     steps against others, graph replay, host time, training, family, compiled
+#   bench/gpu.sh peers     steps against others, graph replay, host time, training, family, whole
+#                          training steps as graphs, compiled
 #   bench/gpu.sh PART...   these parts only, where one that must be left out fails; `suites` too,
 #                          those of `python -m bench`
 #
@@ -16,7 +17,7 @@
 # built in place first. A part that fails is reported, and the rest still runs. See bench/parts.sh.
 cd "$(dirname "$0")/.." || exit 2
 truth="tests kernels memcheck racecheck traffic"
-peers="steps host training family graphs compiled sweep"
+peers="steps host training family graphs training_graphs compiled sweep"
 NAMED=
 case $* in
     truth) RUN=gpu-truth PARTS=$truth ;;
@@ -102,6 +103,7 @@ measured host 10 20
 measured training 20 40
 measured family 20 60
 measured graphs 30 75
+measured training_graphs 20 60
 measured compiled 40 85
 measured sweep 15 40
 if "$python" -c 'import pytest_benchmark' 2> /dev/null; then

@@ -65,6 +65,21 @@ def page(folder: Path) -> str:
             for r in _read(folder, "family")
         ],
     )
+    lines += _table(
+        "A training step, and its CUDA graph",
+        ["model", "batch", "peer", "ms", "times the first", "p20 to p80"],
+        [
+            [
+                r["model"],
+                r["batch"],
+                r["peer"],
+                f"{1e3 * r['median']:.3f}",
+                f"{r['times_first']['median']:.2f}",
+                f"{r['times_first']['p20']:.2f} to {r['times_first']['p80']:.2f}",
+            ]
+            for r in _read(folder, "training_graphs")
+        ],
+    )
     return "\n".join(lines + _sweep(_measured(_read(folder, "sweep"))))
 
 

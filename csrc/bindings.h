@@ -72,6 +72,7 @@ inline int64_t check_index(int64_t index, int64_t count, const char* what) {
 #define FUSED_SAM_READS_KEPT(value) value::kReadsKept,
 #define FUSED_SAM_NUMBERS(value) value::kNumbers,
 #define FUSED_SAM_AFTER(value) value::kAfter,
+#define FUSED_SAM_DIRECTS(value) value::kDirects,
 constexpr int kSumsColumns[] = {FUSED_SAM_SUMS(FUSED_SAM_COLUMNS)};
 constexpr int kSumsEarlier[] = {FUSED_SAM_SUMS(FUSED_SAM_EARLIER)};
 constexpr bool kSumsMax[] = {FUSED_SAM_SUMS(FUSED_SAM_MAX)};
@@ -79,7 +80,9 @@ constexpr int kSumsCount[] = {FUSED_SAM_SUMS(FUSED_SAM_COUNT)};
 constexpr bool kSumsWide[] = {FUSED_SAM_SUMS(FUSED_SAM_WIDE)};
 constexpr bool kSumsReadsKept[] = {FUSED_SAM_SUMS(FUSED_SAM_READS_KEPT)};
 constexpr int kBlendColumns[] = {FUSED_SAM_BLENDS(FUSED_SAM_COLUMNS)};
+constexpr int kBlendNumbers[] = {FUSED_SAM_BLENDS(FUSED_SAM_NUMBERS)};
 constexpr bool kBlendAfter[] = {FUSED_SAM_BLENDS(FUSED_SAM_AFTER)};
+constexpr bool kBlendDirects[] = {FUSED_SAM_BLENDS(FUSED_SAM_DIRECTS)};
 constexpr int kAscentNumbers[] = {FUSED_SAM_ASCENTS(FUSED_SAM_NUMBERS)};
 constexpr int kAscentColumns[] = {FUSED_SAM_ASCENTS(FUSED_SAM_COLUMNS)};
 constexpr int kRuleColumns[] = {FUSED_SAM_RULES(FUSED_SAM_COLUMNS)};
@@ -132,15 +135,21 @@ inline const int64_t* check_number(const std::optional<Tensor>& number_at, const
 }
 
 // A blend and what its coefficients are made of: all of it is there, or nothing is.
-inline void check_blend(const std::optional<Tensor>& kept, const std::optional<Tensor>& numbers,
+inline void check_blend(const std::optional<Tensor>& kept, const std::optional<Tensor>& direction,
+                        const std::optional<Tensor>& numbers,
                         const std::optional<Tensor>& blend_hyper,
                         const std::optional<Tensor>& loss_scale, const Tensor& saved, int64_t rows,
                         int64_t blend) {
+  if (blend >= 0) check_index(blend, kNumBlends, "blend");
+  STD_TORCH_CHECK(direction.has_value() == (blend >= 0 && kBlendDirects[blend]),
+                  "fused_sam: direction is there where the blend leaves one, and only there");
   if (blend < 0) return;
-  check_index(blend, kNumBlends, "blend");
   STD_TORCH_CHECK(kept && numbers && blend_hyper,
                   "fused_sam: a blend needs kept, numbers and its hyperparameters");
-  check(*numbers, "numbers", ScalarType::Double, 3, saved);
+  if (direction) {
+    check(*direction, "direction", compute_type(dtype_of(saved)), saved.numel(), saved);
+  }
+  check(*numbers, "numbers", ScalarType::Double, kBlendNumbers[blend], saved);
   check(*blend_hyper, "blend_hyper", compute_type(dtype_of(saved)), rows * kBlendColumns[blend],
         saved);
   if (loss_scale) check(*loss_scale, "loss_scale", ScalarType::Double, 1, saved);

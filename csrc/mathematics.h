@@ -637,7 +637,9 @@ struct Coefficients {
 // v = a * g' + b * g
 struct Gsam {
   static constexpr int kColumns = 1;
-  static constexpr bool kAfter = false;  // w -= lr (c g' + d g)
+  static constexpr int kNumbers = 3;
+  static constexpr bool kAfter = false;    // w -= lr (c g' + d g)
+  static constexpr bool kDirects = false;  // keeps v
   template <typename T>
   struct Columns {
     T alpha;
@@ -662,7 +664,9 @@ struct Gsam {
 // v = a * g' + b * g
 struct Wsam {
   static constexpr int kColumns = 2;
-  static constexpr bool kAfter = true;  // w -= lr (c g' + d g)
+  static constexpr int kNumbers = 3;
+  static constexpr bool kAfter = true;     // w -= lr (c g' + d g)
+  static constexpr bool kDirects = false;  // keeps v
   template <typename T>
   struct Columns {
     T weight;
@@ -691,7 +695,9 @@ struct Wsam {
 // v = a * g' + b * g
 struct CoupledWsam {
   static constexpr int kColumns = 2;
-  static constexpr bool kAfter = false;  // w -= lr (c g' + d g)
+  static constexpr int kNumbers = 3;
+  static constexpr bool kAfter = false;    // w -= lr (c g' + d g)
+  static constexpr bool kDirects = false;  // keeps v
   template <typename T>
   struct Columns {
     T weight;
@@ -716,12 +722,61 @@ struct CoupledWsam {
   }
 };
 
+// v = a * g' + b * g
+struct LookSam {
+  static constexpr int kColumns = 1;
+  static constexpr int kNumbers = 3;
+  static constexpr bool kAfter = false;   // w -= lr (c g' + d g)
+  static constexpr bool kDirects = true;  // keeps v
+  template <typename T>
+  struct Columns {
+    T alpha;
+  };
+
+  template <typename Group>
+  static FUSED_SAM_INLINE Coefficients coefficients([[maybe_unused]] const Group& columns_,
+                                                    const double* numbers_,
+                                                    [[maybe_unused]] double scale) {
+    using T = double;
+    [[maybe_unused]] T mixed = T(numbers_[0]);
+    [[maybe_unused]] T second = T(numbers_[1]);
+    [[maybe_unused]] T first = T(numbers_[2]);
+    [[maybe_unused]] T alpha = columns_.alpha;
+    auto share = words::where((first > T(0)), words::divide(mixed, first), T(0.0));
+    auto known = ((words::is_finite(share) && words::is_finite(first)) && words::is_finite(second));
+    return {words::where(known, T(1.0), T(0.0)), words::where(known, (-share), T(0.0))};
+  }
+};
+
+// v = a * g' + b * d, d a direction
+struct LookSamReuse {
+  static constexpr int kColumns = 1;
+  static constexpr int kNumbers = 1;
+  static constexpr bool kAfter = false;    // w -= lr (c g' + d g)
+  static constexpr bool kDirects = false;  // keeps v
+  template <typename T>
+  struct Columns {
+    T alpha;
+  };
+
+  template <typename Group>
+  static FUSED_SAM_INLINE Coefficients coefficients([[maybe_unused]] const Group& columns_,
+                                                    const double* numbers_,
+                                                    [[maybe_unused]] double length) {
+    using T = double;
+    [[maybe_unused]] T square = T(numbers_[0]);
+    [[maybe_unused]] T alpha = columns_.alpha;
+    auto factor = (alpha * words::divide(words::sqrt(square), length));
+    return {T(1.0), words::where(((length > T(0)) && words::is_finite(factor)), factor, T(0.0))};
+  }
+};
+
 }  // namespace FUSED_SAM_ISA
 
 constexpr int kNumRules = 5;
 constexpr int kNumSums = 5;
 constexpr int kNumAscents = 3;
-constexpr int kNumBlends = 3;
+constexpr int kNumBlends = 5;
 
 }  // namespace fused_sam
 
@@ -731,6 +786,6 @@ constexpr int kNumBlends = 3;
 
 #define FUSED_SAM_ASCENTS(_) _(Sam) _(PNorm) _(Usam)
 
-#define FUSED_SAM_BLENDS(_) _(Gsam) _(Wsam) _(CoupledWsam)
+#define FUSED_SAM_BLENDS(_) _(Gsam) _(Wsam) _(CoupledWsam) _(LookSam) _(LookSamReuse)
 
-#define FUSED_SAM_MATHEMATICS "78efe774ecb4f29e"
+#define FUSED_SAM_MATHEMATICS "50b9d6e10105c6d8"

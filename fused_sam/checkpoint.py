@@ -61,14 +61,15 @@ class Checkpointing(Following):
         if isinstance(state, dict):
             state_dict["state"] = _without_old_weights(state)
         members = take_out(state_dict, self._all_params())
-        rates = [group.get("lr") for group in self.param_groups]
         names = (*OPTIONS, *self.when.memory)
         kept = [{name: group[name] for name in names} for group in self.param_groups]
         base, rule = self.base_optimizer, RULES.get(type(self.base_optimizer))
-        before = {"state": base.state, "param_groups": base.param_groups}
+        known = base.param_groups
+        before = {"state": base.state, "param_groups": known}
         try:
             base.load_state_dict(state_dict)
-            self._keep_wide(state_dict)
+            if rule is not None:  # else the base optimizer knows what it loads
+                self._keep_wide(state_dict)
             for group, options in zip(base.param_groups, kept, strict=False):
                 for name, value in options.items():
                     group.setdefault(name, value)
@@ -88,7 +89,7 @@ class Checkpointing(Following):
         self._facts.engine.layout.members.adopt(*members)
         if self._facts.captures.have_seen(self._facts.engine.layout):
             with working():
-                self._load_into_graphs(rates)
+                self._load_into_graphs(known)
         for load_hook in self._optimizer_load_state_dict_post_hooks.values():
             load_hook(self)
 
@@ -101,8 +102,6 @@ class Checkpointing(Following):
         Args:
             state_dict: the checkpoint, which has been loaded.
         """
-        if self._facts.engine.layout.rule is None:
-            return  # the base optimizer knows what it loads
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         for key, param in zip(keys, self._all_params(), strict=True):
             for name, value in state_dict["state"].get(key, {}).items():
@@ -113,16 +112,21 @@ class Checkpointing(Following):
                 ):
                     self.state[param][name] = value.to(param.device, copy=True)
 
-    def _load_into_graphs(self, rates: list[Any]) -> None:
+    def _load_into_graphs(self, known: list[dict[str, Any]]) -> None:
         """Put what was loaded where captured graphs read it: a replay asks nobody.
 
         Args:
-            rates: the learning rates before the loading; a graph reads those that are tensors.
+            known: the groups before the loading. A graph asks them for their numbers, and reads
+                learning rates that are tensors.
         """
-        for group, lr in zip(self.param_groups, rates, strict=True):
+        for group, old in zip(self.param_groups, known, strict=True):
+            lr = old.get("lr")
             if isinstance(lr, Tensor):
                 loaded = torch.as_tensor(group["lr"], device=lr.device)
                 group["lr"] = lr.copy_(loaded.reshape(lr.shape))
+            old.clear()
+            old.update(group)
+        self.param_groups = known
         self._refresh()
         engine = self._facts.engine
         buffers = [buffer for b in engine.buckets for buffer in b.states.values()]

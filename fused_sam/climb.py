@@ -11,10 +11,11 @@ from .checks import check_clipping
 from .gradients import pairs_of, put_aside
 from .memory import Gradients
 from .modes import working
-from .options import CLIMBS, MAX_GRAD_NORM, agreed_max_grad_norm, numbers
+from .options import MAX_GRAD_NORM, agreed_max_grad_norm, numbers
 from .passes import Passes
+from .recording import recording
 from .scaler import Handed
-from .schedule import NO_CLIMB
+from .schedule import NO_CLIMB, Decision
 
 
 class Climb(Passes):
@@ -67,6 +68,8 @@ class Climb(Passes):
             facts.scale_matters = when.needs_norm or ascent.scale_matters
             if ascent.along_momentum:
                 facts.decision = NO_CLIMB
+            elif (graph := recording()) is not None:
+                facts.decision = Decision(graph.climbs, {})
             else:
                 # A blend with a schedule may have been chosen since the groups were filled.
                 counts = {**when.memory, **groups[0]}
@@ -78,7 +81,6 @@ class Climb(Passes):
                 return False
             try:
                 # From here on restore() is needed. Which weights are away the buckets know.
-                number = groups[0][CLIMBS] = groups[0].get(CLIMBS, 0) + 1
                 if any([bucket.masters for bucket in facts.engine.buckets]):
                     facts.engine.take_in(self.state, groups)  # the climb is from loaded masters
                 facts.leave()
@@ -86,7 +88,7 @@ class Climb(Passes):
                 keep = blend is not None or (facts.measures and not facts.each)
                 facts.keeps = keep
                 unscale = 1 / (scale or 1.0)
-                total = facts.engine.climb(ascent, grads, groups, number, keep, unscale)
+                total = facts.engine.climb(ascent, grads, groups, groups[0], keep, unscale)
                 facts.climbed(ascent, groups, total)
             except BaseException:
                 self.restore()
@@ -102,6 +104,7 @@ class Climb(Passes):
 
     def _scale_matters(self) -> bool:
         """Whether the climb depends on the size of the gradients."""
+        self._fill_groups()  # of a group that was added to the base optimizer
         return self.when.needs_norm or ascents.chosen(self.param_groups).scale_matters
 
     def _is_scaled(self) -> bool:

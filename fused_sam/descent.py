@@ -21,6 +21,7 @@ from .memory import Gradients
 from .memory.members import AVERAGE
 from .modes import working
 from .onepass import OnePass, decay_ahead
+from .recording import followed, recording
 from .rules import check_options
 from .scaling import clip_scale, found_nonfinite
 
@@ -142,6 +143,8 @@ class Descent(OnePass):
         found_inf = found_inf if check_finite else handed.get("found_inf")
         if not isinstance(found_inf, Tensor):
             found_inf = None  # a GradScaler that saw no gradient at all sets the number 0
+        if (graph := recording()) is not None:
+            found_inf = graph.skip if found_inf is None else found_inf + graph.skip
         pre_hooks = [h for h in _hooks(base, "pre").values() if not isinstance(h, _Guard)]
         if pre_hooks:
             self.restore()  # they expect to see w
@@ -169,9 +172,11 @@ class Descent(OnePass):
                     before = sq_norm if total is None else engine.number(total.sum())
                     found_inf = found_nonfinite(before, sq_norm, found_inf)
                 if max_grad_norm is not None:
+                    (limit,) = followed(lambda: (self.max_grad_norm or 0.0,), sq_norm.dtype)
                     if blending is not None:
-                        sq_norm = blending.sq_norm(sq_norm, groups)
-                    grad_scale = clip_scale(sq_norm.sqrt(), max_grad_norm, grad_scale)
+                        others = engine.square_of_others(grads, groups)
+                        sq_norm = blending.sq_norm(sq_norm, groups, others)
+                    grad_scale = clip_scale(sq_norm.sqrt(), limit, grad_scale)
             if blending is not None and blending.blend.reuses:
                 square = blending.numbers
             elif gram is None:
@@ -198,7 +203,7 @@ class Descent(OnePass):
         if ahead is not None:
             facts.visited = False
             self._note_missed(grads)
-            if facts.attached.model is None:
+            if facts.attached.model is None and recording() is None:
                 with working():
                     self._go_ahead(ahead)
         forget_copies()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from .memory import Bucket, Gradients, Layout
 from .memory.bucket import Kept
 from .memory.members import AVERAGE, DIRECTION, LENGTH
 from .memory.state import State, check_states
+from .options import CLIMBS
+from .recording import recording
 
 
 class Engine:
@@ -77,15 +80,19 @@ class Engine:
         ascent: Ascent,
         grads: Sequence[Gradients],
         groups: Groups,
-        number: int,
+        counter: dict[str, Any],
         keep: bool = False,
         unscale: float = 1.0,
     ) -> Tensor:
-        """Save w and climb, under a number; returns what was reduced, (k,) float64.
+        """Save w and climb, under the next number; returns what was reduced, (k,) float64.
 
-        Groups whose ``ascent`` is None take no part. ``keep``: the gradients are kept for a blend.
-        ``unscale``: the inverse of their loss scale.
+        Groups whose ``ascent`` is None take no part. ``counter``: the group that counts the climbs.
+        ``keep``: the gradients are kept for a blend. ``unscale``: the inverse of their loss scale.
         """
+        number: int = counter.get(CLIMBS, 0) + 1
+        counter[CLIMBS] = number
+        graph = recording()
+        there = number if graph is None else graph.table(lambda: (counter[CLIMBS],), torch.int64)
         grads = self.climbing(grads, groups)
         if ascent.average is not None:
             for bucket, bucket_grads in zip(self.buckets, grads, strict=True):
@@ -95,7 +102,7 @@ class Engine:
             here = moved(total, bucket.device, total.dtype)
             bucket.settle()
             kept = bucket.begin_climb(number, bucket_grads, keep)
-            backend.ascend_(bucket, ascent, bucket_grads, groups, here, number, kept, unscale)
+            backend.ascend_(bucket, ascent, bucket_grads, groups, here, there, kept, unscale)
             bucket.end_climb()
             bucket.bump_versions(bucket_grads)
         return total
@@ -121,7 +128,17 @@ class Engine:
 
     def climbing(self, grads: Sequence[Gradients], groups: Groups) -> list[Gradients]:
         """The gradients of the groups that climb; the others count as missing."""
-        return [_climbing(b, g, groups) for b, g in zip(self.buckets, grads, strict=True)]
+        return [_of(b, g, groups, True) for b, g in zip(self.buckets, grads, strict=True)]
+
+    def square_of_others(self, grads: Sequence[Gradients], groups: Groups) -> Tensor | None:
+        """The squared norm, (), of the gradients of groups that do not climb; None without any.
+
+        The difference of two norms would be as coarse as the larger one.
+        """
+        if all([group["ascent"] is not None for group in groups]):
+            return None
+        others = [_of(b, g, groups, False) for b, g in zip(self.buckets, grads, strict=True)]
+        return self.reduce(SQUARES, others, groups).squeeze()
 
     def gram(self, grads: Sequence[Gradients], groups: Groups) -> Tensor:
         """``GRAM`` of these gradients at w + epsilon and those that are kept: (3,) float64."""
@@ -264,13 +281,14 @@ class Engine:
         return list(zip(self.backends, self.buckets, grads, strict=True))
 
 
-def _climbing(bucket: Bucket, grads: Gradients, groups: Groups) -> Gradients:
-    """The gradients of the groups that climb; the others count as missing."""
-    if all([groups[row]["ascent"] is not None for row in bucket.rows]):
+def _of(bucket: Bucket, grads: Gradients, groups: Groups, climbing: bool) -> Gradients:
+    """The gradients of the groups that climb, or of the others; all else counts as missing."""
+    wanted = {row: (groups[row]["ascent"] is not None) == climbing for row in bucket.rows}
+    if all(wanted.values()):
         return grads
     return Gradients.of(
         [
-            None if groups[slot.row]["ascent"] is None else grad
+            grad if wanted[slot.row] else None
             for slot, grad in zip(bucket.slots, grads.tensors, strict=True)
         ]
     )

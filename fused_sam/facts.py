@@ -120,6 +120,12 @@ class Facts:
         self.between = True
         self.attached.freeze()
 
+    def forget_climb(self) -> None:
+        """What was launched in a capture that failed has not run: the weights are at w."""
+        for bucket in self.engine.buckets:
+            bucket.end_return()
+        self.arrive()
+
     def arrive(self) -> None:
         """The weights are at w: the step is over, or given up."""
         self.between = self.perturbed = False

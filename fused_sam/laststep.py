@@ -29,7 +29,7 @@ class Losses:
         if isinstance(value, Tensor):
             if value.numel() == 1:
                 values.append(value.detach())
-        elif isinstance(value, (int, float)):
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
             values.append(value)
         return value
 
@@ -140,6 +140,26 @@ class LastStep:
         if not climbed:
             at_w, second = second or at_w, None
         return cls(climbed, at_w, second, gram, losses, dtype)
+
+    def copied(self) -> LastStep:
+        """The same in memory of its own: a CUDA graph writes over what it has found out."""
+        known: dict[int, Tensor] = {}
+
+        def own(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            if id(value) not in known:
+                known[id(value)] = value.clone()
+            return known[id(value)]
+
+        def square(of: Square | None) -> Square | None:
+            return of and Square(own(of.numbers), of.index, own(of.scale), own(of.inverse))
+
+        losses = Losses()
+        losses.at_w = list(map(own, self._losses.at_w))
+        losses.away = list(map(own, self._losses.away))
+        first, second, gram = square(self._first), square(self._second), own(self._gram)
+        return LastStep(self.climbed, first, second, gram, losses, self._dtype)
 
     @property
     def grad_norm(self) -> Tensor | None:

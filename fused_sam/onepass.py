@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,8 @@ from .climb import Climb
 from .memory import Bucket, Gradients
 from .memory.window import as_real
 from .modes import working
-from .options import CLIMBS, MISSED
+from .options import MISSED
+from .recording import followed
 
 
 class OnePass(Climb):
@@ -111,11 +112,11 @@ class OnePass(Climb):
             facts.versions = facts.writes()
             return
         # Against the momentum: the weights will move so.
-        groups: Groups = [{**g, "rho": -g["rho"], "maximize": False} for g in self.param_groups]
-        number = self.param_groups[0][CLIMBS] = self.param_groups[0].get(CLIMBS, 0) + 1
+        groups: Groups = [_Against(group) for group in self.param_groups]
         facts.perturbed = facts.visited = True
         try:
-            facts.climbed(ascent, groups, facts.engine.climb(ascent, momentum, groups, number))
+            counter = self.param_groups[0]
+            facts.climbed(ascent, groups, facts.engine.climb(ascent, momentum, groups, counter))
         except BaseException:
             self.restore()
             raise
@@ -147,6 +148,24 @@ class OnePass(Climb):
             )
 
 
+class _Against(Mapping[str, Any]):
+    """A group as a climb against its momentum sees it, now and whenever a graph asks for it."""
+
+    def __init__(self, group: Mapping[str, Any]) -> None:
+        self._group = group
+
+    def __getitem__(self, name: str) -> Any:
+        if name == "maximize":
+            return False
+        return -self._group[name] if name == "rho" else self._group[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._group)
+
+    def __len__(self) -> int:
+        return len(self._group)
+
+
 def _momentum(bucket: Bucket, name: str, missed: set[int]) -> Gradients:
     """A bucket's momentum as if it were its gradients: in their dtype.
 
@@ -176,8 +195,13 @@ def decay_ahead(
     Returns:
         The gradients; new tensors where something was added.
     """
-    coupled = [_coupled(group) for group in groups]
-    if not any(coupled):
+    factors = followed(lambda: list(map(_coupled, groups)), torch.float64)
+    # A graph may find another one whenever it runs: only where none is coupled it leaves it out.
+    decays = [
+        not group.get("decoupled_weight_decay") and (isinstance(factor, Tensor) or factor != 0)
+        for factor, group in zip(factors, groups, strict=True)
+    ]
+    if not any(decays):
         return [*grads]
     decayed = []
     for bucket, there in zip(buckets, grads, strict=True):
@@ -186,10 +210,10 @@ def decay_ahead(
             mine = [
                 i
                 for i, slot in enumerate(bucket.slots)
-                if slot.row == row and coupled[row] and there.present[i] and bucket.perturbed[i]
+                if slot.row == row and decays[row] and there.present[i] and bucket.perturbed[i]
             ]
             if mine:
-                decay = _decay(bucket, mine, coupled[row], grad_scale)
+                decay = _decay(bucket, mine, factors[row], grad_scale)
                 if groups[row].get("maximize"):
                     torch._foreach_neg_(decay)
                 raw = [grad for i in mine if (grad := tensors[i]) is not None]
@@ -205,7 +229,10 @@ def _coupled(group: Any) -> float:
 
 
 def _decay(
-    bucket: Bucket, indices: Sequence[int], weight_decay: float, grad_scale: Tensor | None
+    bucket: Bucket,
+    indices: Sequence[int],
+    weight_decay: float | Tensor,
+    grad_scale: Tensor | None,
 ) -> list[Tensor]:
     """weight_decay * (weight - w) for these slots, as large as the gradients' scale makes it.
 
@@ -214,6 +241,8 @@ def _decay(
     slots, dtype = [bucket.slots[i] for i in indices], bucket.compute_dtype
     weights = [as_real(slot.param.detach()).to(dtype) for slot in slots]
     decay = torch._foreach_sub(weights, [slot.real(slot.of(bucket.saved)) for slot in slots])
+    if isinstance(weight_decay, Tensor):
+        weight_decay = weight_decay.to(dtype)
     torch._foreach_mul_(decay, weight_decay)
     if grad_scale is not None:
         torch._foreach_mul_(decay, grad_scale.to(bucket.device, dtype))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -58,6 +58,10 @@ class Record:
         self._blocks_done += 1
         with self._entered():
             yield
+
+    def unrecorded(self) -> AbstractContextManager[None]:
+        """A block in which somebody else sees to the random numbers of both passes."""
+        return self._entered()
 
     @contextmanager
     def _entered(self) -> Iterator[None]:

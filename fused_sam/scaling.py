@@ -6,16 +6,17 @@ import torch
 from torch import Tensor
 
 
-def clip_scale(norm: Tensor, max_norm: float, grad_scale: Tensor | None) -> Tensor:
+def clip_scale(norm: Tensor, max_norm: float | Tensor, grad_scale: Tensor | None) -> Tensor:
     """What gradients must be divided by to undo the loss scale and clip, as torch clips.
 
     Args:
         norm: (), of the gradients as they are, scaled.
-        max_norm: of the unscaled ones.
+        max_norm: of the unscaled ones; a number, or ().
         grad_scale: (), the loss scale; None for 1.
     """
     scale = torch.ones_like(norm) if grad_scale is None else grad_scale.to(norm.device, norm.dtype)
-    coefficient = (max_norm / (norm / scale + 1e-6)).clamp_max_(1.0)
+    # What torch makes of a number by a tensor. By a tensor it would divide, to other bits.
+    coefficient = ((norm / scale + 1e-6).reciprocal() * max_norm).clamp_max_(1.0)
     return scale / coefficient
 
 

@@ -234,7 +234,7 @@ class Averaging(Member):
 class Friendly(Averaging):
     """Li et al. 2024; the old average, as in their code (the paper has the new one)."""
 
-    sigma, lam = 1.0, 0.6
+    sigma, lam = 1.0, 0.95
 
     def follow(self, i, g, m):
         sigma, lam = self.option(i, "sigma"), self.option(i, "lam")
@@ -244,7 +244,7 @@ class Friendly(Averaging):
 class VaSSO(Averaging):
     """Li & Giannakis 2023."""
 
-    theta = 0.4
+    theta = 0.9
 
     def follow(self, i, g, m):
         theta = self.option(i, "theta")

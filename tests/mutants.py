@@ -54,6 +54,9 @@ ROUNDING = ("tests/test_rounding.py", "-k", "bits or reference_rounds or exact_r
 FROZEN = ("tests/test_frozen.py", "-k", "reference")
 WIDTHS = ("tests/test_grad_dtype.py", "-k", "reference and not asam")
 MASTERS = ("tests/test_masters.py", "-k", "reference and not hundred")
+AVERAGE = ("tests/test_table.py", "-k", "average and reference")
+AVERAGE_IN_TRITON = ("tests/test_table.py", "-k", "average and triton")
+ALONE = ("tests/test_table.py", "-k", "gradient_alone")
 LOOKSAM = ("tests/test_looksam.py", "-k", "reference")
 MASTERS_IN_TRITON = ("tests/test_masters.py", "-k", "triton")
 # fmt: off
@@ -104,6 +107,28 @@ MUTANTS = [
     Mutant("triton-does-not-save-what-changed", "fused_sam/backends/triton/kernels.py",
            "_store(saved + at + offs, w, changed if mask is None else changed & mask)", "pass",
            MASTERS_IN_TRITON),
+    # ---- averages of the gradients
+    Mutant("friendly-follows-the-new-average", "fused_sam/ascents/friendly.py",
+           "grad - sigma * average, grad)",
+           "grad - sigma * (lam * average + rest * grad), grad)", AVERAGE),
+    Mutant("friendly-takes-a-zeros-sign", "fused_sam/ascents/friendly.py",
+           "direction = where(sigma > 0, direction, grad)", "direction = direction", ALONE),
+    Mutant("vasso-takes-a-zeros-sign", "fused_sam/ascents/vasso.py",
+           "average = where(rest > 0, average, grad)", "average = average", ALONE),
+    Mutant("the-average-takes-in-what-is-not-finite", "fused_sam/backends/base.py",
+           "m.copy_(torch.where(reduced[0].isfinite(), new, m))", "m.copy_(new)", AVERAGE),
+    Mutant("triton-averages-what-is-not-finite", "fused_sam/backends/triton/kernels.py",
+           "tl.where(finite, new, m)", "new", AVERAGE_IN_TRITON),
+    Mutant("triton-reads-the-average-of-the-first-slot", "fused_sam/backends/triton/kernels.py",
+           "_load(average + at + offs, mask, dtype)", "_load(average + offs, mask, dtype)",
+           AVERAGE_IN_TRITON),
+    Mutant("triton-follows-with-the-columns-of-the-terms", "fused_sam/backends/triton/kernels.py",
+           """            follows = _columns(row_ptr + COLUMNS - FOLLOWS, FOLLOWS)
+            held""", """            follows = _columns(row_ptr, FOLLOWS)
+            held""", AVERAGE_IN_TRITON),
+    Mutant("an-average-begins-in-a-capture", "fused_sam/backends/capture.py",
+           "if climb and AVERAGE not in bucket.members:", "if False:",
+           ("tests/test_capture.py", "-k", "begun and reference")),
     # ---- the rules' texts, as torch runs them
     Mutant("sgd-dampens-the-first-gradient", "fused_sam/rules/sgd.py",
            "undampened = where(fresh, 1.0, undampened)", "undampened = undampened", REFERENCE),

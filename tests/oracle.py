@@ -27,33 +27,23 @@ the keeping itself is right, is tested apart, against a float64 loop that is nev
 """
 
 import math
-from dataclasses import dataclass
+from types import SimpleNamespace
 
+import formulas
 import torch
+from formulas import Expected, exact, real
 
 import fused_sam
 from fused_sam.options import OPTIONS
 
 OPERATIONS = 32
+HALVES = (torch.bfloat16, torch.float16)
 ASCENT = tuple(OPTIONS)
 
 
-@dataclass
-class Expected:
-    """The exact value and the magnitude of the terms that it was summed from; 0: bit for bit."""
-
-    value: torch.Tensor
-    magnitude: torch.Tensor | float
-    neighbour: bool = False  # rounded to either neighbour, not to the nearest
-
-
-def exact(tensor):
-    """A copy in double precision; every lower precision fits in it."""
-    return tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64, copy=True)
-
-
-def real(tensor):
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+def _computed_in(p):
+    dtype = torch.float64 if p.dtype.to_real() == torch.float64 else torch.float32
+    return dtype.to_complex() if p.is_complex() else dtype
 
 
 def params_of(opt):
@@ -156,57 +146,84 @@ TEXTBOOKS = {fused_sam.Lion: Lion}
 """For classes that are not torch's."""
 
 
-def climb(groups, weights, grads):
-    """``w + epsilon`` for every parameter: {param: Expected}, and the global norm, Expected."""
-    scaled = {}
+def climb(groups, weights, along, unscale=1.0, shown=None):
+    """``w + epsilon`` for every parameter: {param: Expected}, and the global norm, Expected.
+
+    Args:
+        groups: the optimizer's.
+        weights: {param: w}, exact.
+        along: what the climb follows, {param: Expected}: the gradients, or what is made of them.
+        unscale: the inverse of the gradients' loss scale, which USAM's climb depends on.
+        shown: {param: weight}, exact: what the norm reads of them; masters are not looked at.
+    """
+    scaled, lengths, sizes = {}, [], []
     for group in groups:
         for p in group["params"] if group["ascent"] else ():
-            if grads.get(p) is not None:
-                g = exact(grads[p])
-                scaled[p] = (weights[p].abs() + group["eta"]) * g if group["adaptive"] else g
+            if p in along:
+                t = weights[p].abs() + group["eta"] if group["adaptive"] else 1.0
+                scaled[p] = t * along[p].value
+                if group["adaptive"]:
+                    lengths.append(((shown or weights)[p].abs() + group["eta"]) * along[p].value)
+                else:
+                    lengths.append(scaled[p])
+                sizes.append((real(t * torch.ones_like(weights[p])) * along[p].magnitude).norm())
     climbing = [group for group in groups if group["ascent"]]
     p_norm = climbing[0]["p"] if climbing and climbing[0]["ascent"] == "p-norm" else 2.0
     q_norm = 1.0 if p_norm == math.inf else p_norm / (p_norm - 1)
     # sum() of an empty list would be an int
     norm = [torch.zeros((), dtype=torch.float64)]
-    norm = torch.stack(norm + [s.abs().norm(q_norm) for s in scaled.values()]).norm(q_norm)
+    norm = torch.stack(norm + [s.abs().norm(q_norm) for s in lengths]).norm(q_norm)
     # A global norm is as good as the lowest precision in it: eps of float32 in units of float64's.
     mixed = 2.0**29 if any(p.dtype.to_real() != torch.float64 for p in scaled) else 1.0
+    # Where a direction is the small difference of large terms, so is its length.
+    averages = climbing and climbing[0]["ascent"] in formulas.AVERAGED
+    cancels = torch.stack(sizes).norm() / norm if sizes and averages else 1.0
     expected = {}
     for group in groups:
         sign = -1 if group.get("maximize") else 1
         for p in group["params"]:
             w = weights[p]
-            if p not in scaled or not norm.isfinite() or norm == 0 or group["rho"] == 0:
+            unmoved = norm == 0 and group["ascent"] != "usam"
+            if p not in scaled or not norm.isfinite() or unmoved or group["rho"] == 0:
                 expected[p] = Expected(w, 0.0)
                 continue
-            if group["ascent"] == "sam":
-                epsilon = group["rho"] / norm * exact(grads[p])
+            if group["ascent"] != "p-norm":
+                length = 1 / unscale if group["ascent"] == "usam" else norm
+                factor = group["rho"] / length
                 if group["adaptive"]:
-                    epsilon = epsilon * (w.abs() + group["eta"]) ** 2
+                    factor = factor * (w.abs() + group["eta"]) ** 2
+                epsilon = factor * along[p].value
+                sized = real(factor * torch.ones_like(w)) * along[p].magnitude
             else:  # Foret et al. 2021, equation 2, with the q-norm in place of the sum
                 g = scaled[p]
                 epsilon = group["rho"] * g.sign() * (g.abs() / norm) ** (q_norm - 1)
                 if group["adaptive"]:
                     epsilon = epsilon * (w.abs() + group["eta"])
+                sized = real(epsilon).abs()
             # A power makes a relative error larger.
             coarse = (mixed if p.dtype == torch.float64 else 1.0) * max(1.0, q_norm)
-            terms = real(w).abs() + real(epsilon).abs() * coarse
+            size = real(epsilon).abs()
+            terms = real(w).abs() + (sized - size).clamp_min(0) + size * coarse * cancels
             expected[p] = Expected(w + sign * epsilon, terms, neighbour=True)
     coarse = (mixed if any(p.dtype == torch.float64 for p in weights) else 1.0) * max(1.0, q_norm)
-    return expected, Expected(norm, norm * coarse)
+    return expected, Expected(norm, norm * coarse * cancels)
 
 
-def blend(groups, first, second):
+def blend(groups, first, second, scale=1.0):
     """The gradients that the base optimizer sees, {param: Expected or None}.
 
     Args:
+        groups: the optimizer's.
         first, second: {param: gradient or None} of both passes; {} where there was no first.
+        scale: the loss scale of both.
     """
     exactly = {
         p: Expected(exact(g), real(exact(g)).abs()) for p, g in second.items() if g is not None
     }
     climbing = [p for group in groups if group["ascent"] for p in group["params"]]
+    if first and any(g["ascent"] and g["blend"] in ("wsam", "coupled-wsam") for g in groups):
+        seen = {p: one for p, (one, _) in formulas.wsam(groups, first, second, scale).items()}
+        return {**exactly, **seen}
     alpha = next((g["blend_alpha"] for g in groups if g["ascent"] and g["blend"] == "gsam"), None)
     if alpha is None or not first:
         return exactly
@@ -228,6 +245,16 @@ def blend(groups, first, second):
             terms = real(h).abs() * (1 + (alpha * share).abs()) + alpha * real(g).abs()
             exactly[p] = Expected(h - alpha * orthogonal, terms)
     return exactly
+
+
+def afterwards(groups, first, second, scale=1.0):
+    """What is subtracted after the step, times the learning rate: {param: Expected}.
+
+    Arguments as for ``blend``.
+    """
+    if not first or not any(g["ascent"] and g["blend"] == "wsam" for g in groups):
+        return {}
+    return {p: one for p, (_, one) in formulas.wsam(groups, first, second, scale).items()}
 
 
 def across(groups, first, second):
@@ -253,7 +280,9 @@ def across(groups, first, second):
     norm = math.sqrt(sum(real(d.value).square().sum().item() for d in found.values()))
     if not math.isfinite(norm):
         return {p: Expected(torch.zeros_like(d.value), 0.0) for p, d in found.items()}, 0.0
-    return found, norm
+    # Of two that are parallel only rounding is left.
+    whole = sum(h.square().sum().item() for _, h in both.values())
+    return found, norm if norm**2 > 1e-13 * whole else 0.0
 
 
 def reuse(groups, direction, norm, grads):
@@ -277,12 +306,21 @@ def reuse(groups, direction, norm, grads):
 
 
 def descend(
-    cls, groups, weights, state, grads, *, grad_scale=1.0, found_inf=False, max_grad_norm=None
+    cls,
+    groups,
+    weights,
+    state,
+    grads,
+    *,
+    grad_scale=1.0,
+    found_inf=False,
+    max_grad_norm=None,
+    after=(),
 ):
     """One step of the torch.optim class ``cls`` in float64 from ``weights`` with ``grads``.
 
-    The gradients are as ``blend`` gives them. Returns {param: Expected} and
-    {param: {name: Expected}}.
+    The gradients are as ``blend`` gives them, ``after`` as ``afterwards`` does. Returns
+    {param: Expected} and {param: {name: Expected}}.
     """
     twins, terms_of = {}, {}
     for p, w in weights.items():
@@ -299,10 +337,7 @@ def descend(
     )
     for p, entry in state.items():
         base.state[twins[p]] = {
-            # In its own dtype, which may have changed since the state was written.
-            k: v.clone() if k == "step" else exact(v.to(kept_dtype(cls, k, p)))
-            for k, v in entry.items()
-            if v is not None
+            k: v.clone() if k == "step" else exact(v) for k, v in entry.items() if v is not None
         }
     old = {p: {k: v.clone() for k, v in base.state.get(twins[p], {}).items()} for p in weights}
     if not found_inf:
@@ -323,6 +358,10 @@ def descend(
                 new_weights[p] = Expected(weights[p], 0.0)
             else:
                 new_weights[p] = Expected(twins[p].detach(), weight)
+                if p in after:
+                    lr = -group["lr"] if group["maximize"] else group["lr"]
+                    value = twins[p].detach() - lr * after[p].value
+                    new_weights[p] = Expected(value, weight + group["lr"] * after[p].magnitude)
             new_state[p] = {name: Expected(new[name], terms.get(name, 0.0)) for name in new}
     return new_weights, new_state
 
@@ -427,13 +466,22 @@ class Textbook:
     Attributes:
         weights: {param: its w}, the bits that the optimizer must have, or must return to.
         state: {param: {name: value}}, likewise.
+        masters: {param: its master}, of weights of half precision that have one. A weight that is
+            not its master, rounded, is what counts.
+        averages: {param: average of its gradients}, if the ascent keeps one.
         climbed: the parameters that hold w + epsilon.
+        climbs: which steps climb: a function of their number.
+        number: how many were finished that a first_step() had begun.
+        between: whether one is half done.
         direction, length: LookSAM's {param: direction}, and the norm of all of it.
     """
 
-    def __init__(self, opt):
-        self.opt = opt
+    def __init__(self, opt, climbs=lambda number: True):
+        self.opt, self.climbs, self.number = opt, climbs, 0
         self.weights, self.state, self.climbed, self.first = {}, {}, set(), {}
+        self.masters, self.averages = {}, {}
+        self.aside = None  # the gradients of a half-done step that did not climb
+        self.between = False
         self.direction, self.length = {}, 0.0
         self._skipped = set()  # parameters whose first step was skipped: they have no state yet
         self.check()
@@ -451,6 +499,8 @@ class Textbook:
                 self.state[p] = {
                     k: v.clone() for k, v in shown.items() if isinstance(v, torch.Tensor)
                 }
+                if self.opt._master_weights and p.dtype in HALVES:
+                    self.masters[p] = p.detach().float()
                 continue
             self.weights[p] = self.weights[p].to(p.dtype)
             if p not in self.climbed:
@@ -458,14 +508,37 @@ class Textbook:
             mine = self.state[p]
             for name in mine:
                 if name != "step":
-                    mine[name] = mine[name].to(kept_dtype(type(self.opt.base_optimizer), name, p))
+                    mine[name] = mine[name].to(self.kept_dtype(name, p))
                 kept = shown[name].to(mine[name].dtype)
                 assert_same_bits(kept, mine[name], f"{name} {i}, which no step has changed")
+            if p in self.masters and "master_weight" in shown:
+                assert_same_bits(shown["master_weight"], self.masters[p], f"master {i}")
             self._check_names(i, p, shown, mine)
+        if self.averages:
+            kept = self.opt._facts.engine.layout.members.values()
+            for i, p in enumerate(params_of(self.opt)):
+                if p in self.averages:
+                    mine = self.averages[p] = self.averages[p].to(_computed_in(p))
+                    assert_same_bits(kept[p]["sam_average"].to(mine.dtype), mine, f"average {i}")
+
+    def kept_dtype(self, name, p):
+        """The dtype of a state of this parameter."""
+        if p in self.masters:
+            return torch.float32
+        return kept_dtype(type(self.opt.base_optimizer), name, p)
+
+    def home(self, p):
+        """W, exact: the weight, or its master where the weight is the master, rounded."""
+        if p not in self.masters:
+            return exact(self.weights[p])
+        weight, master = self.weights[p], self.masters[p]
+        same = bits(weight) == bits(master.to(weight.dtype))
+        return exact(torch.where(same, master, weight.float()))
 
     def _check_names(self, i, p, shown, mine):
         """``shown`` has all states and no others; of a skipped first step it may have zeros."""
         more = {name for name, value in shown.items() if value is not None} - set(mine)
+        more -= {"master_weight"} if p in self.masters else set()
         if p in self._skipped:
             assert not any(shown[name].any() for name in more), f"state {i} of a skipped step"
         else:
@@ -483,27 +556,46 @@ class Textbook:
         self.opt, self._skipped = opt, {names[p] for p in self._skipped if p in names}
         self.weights = {new: self.weights[old] for old, new in names.items()}
         self.state = {new: self.state[old] for old, new in names.items()}
+        self.masters = {new: self.masters[old] for old, new in names.items() if old in self.masters}
+        self.averages = {
+            new: self.averages[old] for old, new in names.items() if old in self.averages
+        }
         self.check()
 
     def restore(self):
         """``opt.restore()``, checked."""
         self.opt.restore()
         assert not self.opt.is_perturbed
-        self.climbed.clear()
-        self.first = {}
+        self.arrive()
         self.check()
 
-    def first_step(self, grads):
-        """``opt.first_step()`` with these gradients, {param: gradient or None}, and no others."""
+    def arrive(self):
+        """No step is half done."""
+        self.climbed.clear()
+        self.first, self.aside, self.between = {}, None, False
+
+    def first_step(self, grads, scale=1.0):
+        """``opt.first_step()`` with these gradients, {param: gradient or None}, and no others.
+
+        ``scale``: the loss scale that they have.
+        """
         self.check()
         opt, params = self.opt, params_of(self.opt)
         grads = {p: grads.get(p) for p in params}
         inject(grads)
         # A group added to the base optimizer takes the defaults.
         groups = [{**{k: opt.defaults[k] for k in ASCENT}, **group} for group in groups_of(opt)]
-        expected, norm = climb(groups, {p: exact(self.weights[p]) for p in params}, grads)
-        opt.first_step()
-        assert opt.is_perturbed
+        homes = {p: self.home(p) for p in params}
+        along, averages = formulas.directions(groups, grads, self.averages, 1 / scale)
+        shown = {p: exact(self.weights[p]) for p in params}
+        expected, norm = climb(groups, homes, along, 1 / scale, shown)
+        climbed = opt.first_step(scaler=SimpleNamespace(get_scale=lambda: scale))
+        assert climbed == opt.is_perturbed == self.climbs(self.number)
+        self.between = True
+        if not climbed:
+            self.aside = grads
+            self.check()
+            return
         for i, p in enumerate(params):
             if isinstance(expected[p].magnitude, float):
                 assert_same_bits(p, self.weights[p], f"weights {i}, which must not have moved")
@@ -513,6 +605,15 @@ class Textbook:
         climbing = {p for group in groups if group["ascent"] for p in group["params"]}
         self.climbed = {p for p in climbing if grads[p] is not None}
         self.first = {p: grads[p] for p in climbing}
+        for p in self.climbed & self.masters.keys():
+            self.masters[p] = homes[p].float()
+        if norm.value.isfinite():
+            kept = opt._facts.engine.layout.members.values()
+            for p, average in averages.items():
+                shown = kept[p]["sam_average"]
+                assert shown.dtype == _computed_in(p)
+                assert_close(shown, average, "average", p.dtype)
+                self.averages[p] = shown.clone()
 
     def plain_step(self, grads, **options):
         """A step that does not climb, with these gradients and no others, checked."""
@@ -542,26 +643,31 @@ class Textbook:
         self.check()
         opt, params = self.opt, params_of(self.opt)
         grads = {p: grads.get(p) for p in params}
-        seen = blend(opt.param_groups, self.first, grads)
+        inject(grads)
+        plain = plain or self.aside is not None
+        if self.aside is not None and all(g is None for g in grads.values()):
+            grads = {p: self.aside.get(p) for p in params}
+        both = groups_of(opt), self.first, grads, grad_scale
+        seen = blend(*both)
         if plain:
-            seen = reuse(opt.param_groups, self.direction, self.length, grads)
+            seen = reuse(groups_of(opt), self.direction, self.length, grads)
         looks = bool(self.first) and any(g["blend"] == "looksam" for g in opt.param_groups)
-        found = across(opt.param_groups, self.first, grads) if looks else None
+        found = across(groups_of(opt), self.first, grads) if looks else None
         expected, expected_state = descend(
             type(opt.base_optimizer),
             groups_of(opt),
-            {p: exact(self.weights[p]) for p in params},
+            {p: self.home(p) for p in params},
             {p: self.state[p] for p in params},
             seen,
             grad_scale=grad_scale,
             found_inf=found_inf,
             max_grad_norm=opt.max_grad_norm,
+            after=afterwards(*both),
         )
-        inject(grads)
         (run or opt.second_step)()
         assert not opt.is_perturbed
-        self.climbed.clear()
-        self.first = {}
+        self.number += self.between
+        self.arrive()
         if found is not None and not found_inf:
             self._check_direction(*found)
         stepped = {p for p in params if grads[p] is not None}
@@ -572,13 +678,19 @@ class Textbook:
         for i, p in enumerate(params):
             if isinstance(expected[p].magnitude, float):
                 assert_same_bits(p, self.weights[p], f"weights {i}, which must not have moved")
-            else:
+            elif p not in self.masters:
                 assert_close(p, expected[p], f"weights {i}")
                 self.weights[p] = p.detach().clone()
             shown = opt.state.get(p, {})
+            if p in self.masters and p in stepped and not found_inf:
+                master = shown["master_weight"]
+                assert master.dtype == torch.float32
+                assert_close(master, expected[p], f"master {i}", p.dtype)
+                assert_same_bits(p, master.to(p.dtype), f"weights {i}")
+                self.masters[p], self.weights[p] = master.clone(), p.detach().clone()
             for name, value in expected_state[p].items():
                 assert_close(shown[name], value, f"{name} {i}", p.dtype)
-                kind = kept_dtype(type(opt.base_optimizer), name, p)
+                kind = self.kept_dtype(name, p)
                 assert name == "step" or shown[name].dtype == kind
                 self.state[p][name] = shown[name].detach().clone()
             self._check_names(i, p, shown, expected_state[p])

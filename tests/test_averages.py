@@ -222,7 +222,9 @@ def test_options_are_checked():
         FriendlySAM(lam=1.5)
     with pytest.raises(ValueError, match=r"theta must be from 0 to 1, got -0\.1"):
         VaSSO(theta=-0.1)
-    assert FriendlySAM().options() == {"ascent": "friendly", "sigma": 1.0, "lam": 0.6}
+    # As the authors' training scripts have them.
+    assert FriendlySAM().options() == {"ascent": "friendly", "sigma": 1.0, "lam": 0.95}
+    assert VaSSO().options() == {"ascent": "vasso", "theta": 0.9}
 
 
 def test_a_checkup_leaves_the_average_alone(backend):

@@ -253,3 +253,22 @@ def test_what_has_the_weight_zero_is_not_looked_at(blend, base, backend):
     opt.second_step()
     plain.step()
     torch.testing.assert_close(p.detach(), q.detach())
+
+
+@pytest.mark.parametrize("base", [SGD, torch.optim.Adamax])
+def test_a_large_gradient_that_is_not_seen_does_not_blur_the_norm_that_clips(base, backend):
+    """Guards the norm besides groups that do not climb: no small difference of large numbers."""
+    climbs, stays = [torch.nn.Parameter(torch.zeros(65)) for _ in range(2)]
+    groups = [{"params": [climbs]}, {"params": [stays], "ascent": None}]
+    options = {"rho": 0.0, "lr": 1.0, "blend": WSAM(0.5), "max_grad_norm": 1e-3}
+    opt = FusedSAM(groups, base, backend=backend, **options)
+    seen = {}
+    opt.base_optimizer.register_step_post_hook(lambda *_: seen.update(g=stays.grad.clone()))
+    inject({climbs: torch.full((65,), 1e-2), stays: torch.full((65,), 1.0)})
+    opt.first_step()
+    inject({climbs: torch.full((65,), 1e3), stays: torch.full((65,), 1e-2)})
+    opt.second_step()
+    # The gradient of each of 130 elements is clipped to this.
+    share = torch.full((65,), 1e-3 / 130**0.5)
+    got = -stays.detach() if base is SGD else seen["g"]
+    torch.testing.assert_close(got, share, rtol=1e-3, atol=0)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fused_sam import FusedSAM
+from fused_sam.ascents import FriendlySAM
 from fused_sam.backends import capture
 
 SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
@@ -159,6 +160,26 @@ def test_a_parameter_whose_first_gradient_is_captured_is_found(backend, capturin
         pytest.raises(RuntimeError, match=r"shape \(9,\) has no 'momentum_buffer' yet"),
     ):
         run(opt)
+
+
+def test_an_average_is_not_begun_in_a_capture(backend, capturing):
+    """Guards the buffer's NaN, which every replay would write anew: d = m = g for ever.
+
+    Once it is there, the device knows which parameter's average has yet to begin.
+    """
+    params, opt = make(backend, lr=0.1, ascent=FriendlySAM())
+    before = weights(params)
+    with capturing(), pytest.raises(RuntimeError, match=r"'friendly' .*run one step before"):
+        run(opt)
+    assert all(map(torch.equal, before, params)) and not opt.is_perturbed
+    params[0].grad = torch.ones_like(params[0])
+    opt.first_step()
+    opt.second_step()
+    with capturing():
+        run(opt)
+        run(opt)
+    for entry in opt.state_dict()["state"].values():
+        assert entry["sam_average"].isfinite().all()
 
 
 def test_a_parameter_that_never_had_a_gradient_does_not_hinder_a_capture(backend, capturing):

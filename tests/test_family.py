@@ -34,7 +34,10 @@ MEMBERS = {
     "p-norm-3": ({"ascent": PNorm(3)}, Oracles.of(family.PNorm, p=3.0)),
     "p-norm-inf": ({"ascent": PNorm(math.inf)}, Oracles.of(family.PNorm, p=math.inf)),
     "usam": ({"ascent": USAM()}, family.USAM),
-    "friendly": ({"ascent": FriendlySAM(sigma=0.9)}, Oracles.of(family.Friendly, sigma=0.9)),
+    "friendly": (
+        {"ascent": FriendlySAM(sigma=0.9, lam=0.6)},
+        Oracles.of(family.Friendly, sigma=0.9, lam=0.6),
+    ),
     "vasso": ({"ascent": VaSSO(theta=0.4)}, Oracles.of(family.VaSSO, theta=0.4)),
     "gsam": ({"blend": GSAM(0.3)}, Oracles.of(family.GSAM, alpha=0.3)),
     "coupled-wsam": (

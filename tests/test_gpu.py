@@ -4,6 +4,7 @@ FUSED_SAM_TEST_DEVICE=cpu runs what can run there, to find mistakes in the tests
 """
 
 import copy
+import functools
 import os
 
 import pytest
@@ -11,7 +12,11 @@ import torch
 from oracle import Textbook, same_bits
 
 from fused_sam import FusedSAM
+from fused_sam.ascents import MSAM
 from fused_sam.backends import native
+from fused_sam.blends import GSAM
+from fused_sam.graphs import capture
+from fused_sam.schedule import Every
 
 DEVICE = torch.device(os.environ.get("FUSED_SAM_TEST_DEVICE", "cuda"))
 GPU = torch.cuda.is_available() and DEVICE.type == "cuda"
@@ -319,6 +324,87 @@ def test_graph_replay_is_eager(base, options, gpu_backend):
         whole_step(twin, opts[1], *batch)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def noisy_model():
+    return torch.nn.Sequential(make_model(), torch.nn.Dropout(0.3), torch.nn.Linear(10, 10))
+
+
+def loss_of(model, batch):
+    return torch.nn.functional.cross_entropy(model(batch[0]).float(), batch[1])
+
+
+def plain_step(model, opt, batch, scaler=None):
+    scale = (lambda loss: loss) if scaler is None else scaler.scale
+    opt.zero_grad()
+    loss = loss_of(model, batch)
+    scale(loss).backward()
+    if opt._follows() is None and opt.first_step(zero_grad=True):
+        scale(loss_of(model, batch)).backward()
+    if scaler is None:
+        opt.step() if opt._follows() is not None else opt.second_step()
+    else:
+        scaler.step(opt)
+        scaler.update()
+    opt.zero_grad()
+    return loss.detach()
+
+
+CAPTURED = {
+    "sgd": {"momentum": 0.9},
+    "adamw": {"base_optimizer": ADAMW, "weight_decay": 0.1},
+    "clipped": {"momentum": 0.9, "max_grad_norm": 0.5},
+    "gsam": {"momentum": 0.9, "blend": GSAM(0.3)},
+    "every": {"momentum": 0.9, "when": Every(2)},
+    "msam": {"momentum": 0.9, "ascent": MSAM()},
+    "scaled": {"momentum": 0.9},
+    "compiled": {"momentum": 0.9},
+}
+
+
+@no_gpu
+@pytest.mark.parametrize("case", CAPTURED)
+def test_a_captured_step_is_the_eager_one(case, gpu_backend):
+    """Guards random numbers, running statistics, and numbers that change between replays."""
+    torch.backends.cudnn.deterministic = True
+    batches = [(torch.randn(8, 3, 8, 8), torch.randint(10, (8,))) for _ in range(6)]
+    # The compiler's dropout draws other numbers.
+    first = make_model() if case == "compiled" else noisy_model()
+    results = []
+    for graph in (True, False):
+        model = copy.deepcopy(first)
+        options = {"lr": 0.01, "rho": 0.2, "backend": gpu_backend, **CAPTURED[case]}
+        opt = FusedSAM(model.parameters(), model=model, **options)
+        scaler = torch.amp.GradScaler("cuda", growth_interval=2) if case == "scaled" else None
+        net = torch.compile(model) if case == "compiled" and graph else model
+        plain_step(model, opt, batches[0], scaler)
+        if graph:
+            step = capture(net, loss_of, opt, batches[0], scaler=scaler)
+        else:
+            step = functools.partial(plain_step, model, opt, scaler=scaler)
+        torch.manual_seed(3)
+        losses = []
+        for i, batch in enumerate(batches[1:]):
+            opt.param_groups[0]["lr"], opt.param_groups[0]["rho"] = 0.01 / (i + 1), 0.1 * (i + 1)
+            losses.append(step(batch))
+        results.append([*losses, *model.state_dict().values()])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@no_gpu
+def test_a_replay_does_not_wait(gpu_backend):
+    model = noisy_model()
+    opt = FusedSAM(model.parameters(), lr=0.01, backend=gpu_backend)
+    batch = torch.randn(8, 3, 8, 8), torch.randint(10, (8,))
+    step = capture(model, loss_of, opt, batch)
+    step(batch)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        opt.param_groups[0]["lr"] = 0.02
+        step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @no_gpu

@@ -99,15 +99,43 @@ def test_a_resumed_run_goes_on_to_the_bit(base, taken, backend):
         for p, w in zip(params, others, strict=True):
             assert_same_bits(p, w.detach())
 
+    # Loading what is there changes nothing: some of it is the optimizer's own memory.
+    length = twin._facts.engine.layout.members.numbers[LENGTH]
+    before = length.clone()
+    twin.load_state_dict(twin.state_dict())
+    assert_same_bits(length, before)
+
     # Without it, it begins anew.
     for entry in saved["state"].values():
         entry.pop(DIRECTION, None)
         entry.pop(LENGTH, None)
     twin.load_state_dict(saved)
-    assert not twin._facts.engine.layout.members.numbers[LENGTH]
+    assert before and not length
     saved["state"][0][LENGTH] = torch.zeros(2)
     with pytest.raises(ValueError, match=r"'sam_direction_norm' of parameter 0.*shape \(2,\)"):
         twin.load_state_dict(saved)
+
+
+def test_state_is_there_for_who_asks_beforehand(backend):
+    """Guards a checkpoint library that loads into what ``state_dict()`` shows."""
+    opt, params = make("looksam", backend=backend)
+    for group in opt.param_groups:
+        group["lr"] = 0.0
+    give(params, [torch.zeros_like(p) for p in params])
+    opt.step()
+    directions, length = kept(opt)
+    assert not length and not any(d.any() for d in directions)
+
+
+def test_a_step_knows_the_norm_that_it_has_gone_by(backend):
+    opt, params = make("looksam", backend=backend)
+    surface = Surface(SHAPES)
+    step(opt, params, surface, 0)
+    assert opt.last_step.climbed and opt.last_step.cosine is not None
+    gradient = surface.gradient(params, 1, 0)
+    step(opt, params, surface, 1)
+    assert not opt.last_step.climbed and opt.last_step.second_grad_norm is None
+    assert opt.last_step.grad_norm.item() == pytest.approx(norm(gradient), rel=1e-12)
 
 
 def test_the_direction_survives_a_new_layout(backend):

@@ -166,6 +166,8 @@ def test_checkpoints_and_copies_go_on_with_the_same_bits(rule, backend):
         p.data.copy_(w)
     resumed.load_state_dict(state)
     others = [resumed, copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))]
+    others.append(copy.deepcopy(opt))
+    others[-1].load_state_dict(state)  # before its first step, when it has no layout
     for _ in range(2):
         for half in ("first_step", "second_step"):
             grads = [torch.randn(p.shape).to(p.dtype) for p in params_of(opt)]

@@ -76,7 +76,7 @@ def test_operations_do_what_their_schemas_say(pinned):
     torch.library.opcheck(
         ops.update_.default,
         (
-            *(*states, torch.zeros(2), None, bucket.climb, bucket.saved, None),
+            *(*states, torch.zeros(2), None, bucket.climb, bucket.saved, None, None),
             *(*places, flags, own.hyper("adam", 1, numbers), None, None, None),
             *(torch.tensor(2.0), torch.zeros(()), 0, 0, operations._RULES["Adam"], -1),
         ),
@@ -144,26 +144,31 @@ def test_operations_refuse_tables_that_do_not_fit():
         with pytest.raises(RuntimeError, match="of which one is missing or unknown"):
             torch.ops.fused_sam.update_.default(
                 *(None, None, None, None, None, bucket.climb, bucket.saved),
-                *(None, own.slots, addresses, kept, own.hyper("sgd", 1, sgd), *[None] * 5),
+                *(None, None, own.slots, addresses, kept, own.hyper("sgd", 1, sgd), *[None] * 5),
                 *(0, 0, operations._RULES["Sgd"], -1),
             )
     flags = own.flags({0: 0}, bucket.perturbed, grads)
     numbers = torch.zeros(3, dtype=torch.float64)
-    good = (bucket.saved.clone(), numbers, torch.zeros(1), 0)
-    for kept, three, hyper, blend in (
+    good = (bucket.saved.clone(), None, numbers, torch.zeros(1), 0)
+    looks, reuses = operations._BLENDS["LookSam"], operations._BLENDS["LookSamReuse"]
+    for kept, direction, three, hyper, blend in (
         (None, *good[1:]),
         (good[0][:-64], *good[1:]),
-        (good[0], None, *good[2:]),
-        (good[0], numbers[:2], *good[2:]),
-        (*good[:2], None, 0),
-        (*good[:2], torch.zeros(2), 0),
-        (*good[:3], len(operations._BLENDS)),
+        (good[0], good[0], *good[2:]),
+        (*good[:2], None, *good[3:]),
+        (*good[:2], numbers[:2], *good[3:]),
+        (*good[:3], None, 0),
+        (*good[:3], torch.zeros(2), 0),
+        (*good[:4], len(operations._BLENDS)),
+        (*good[:4], looks),
+        (good[0], good[0].double(), *good[2:4], looks),
+        (*good[:4], reuses),  # which has one number
     ):
-        with pytest.raises(RuntimeError, match=r"fused_sam: .*(blend|kept|numbers)"):
+        with pytest.raises(RuntimeError, match=r"fused_sam: .*(blend|kept|numbers|direction)"):
             torch.ops.fused_sam.update_.default(
                 *(None, None, None, None, None, bucket.climb, bucket.saved),
-                *(kept, own.slots, addresses, flags, own.hyper("sgd", 1, sgd), three, hyper),
-                *(None, None, None, 0, 0, operations._RULES["Sgd"], blend),
+                *(kept, direction, own.slots, addresses, flags, own.hyper("sgd", 1, sgd)),
+                *(three, hyper, None, None, None, 0, 0, operations._RULES["Sgd"], blend),
             )
 
 
@@ -180,7 +185,7 @@ def test_states_that_adam_always_keeps_must_be_there_and_in_the_flags():
         flags = own.flags({0: kept << tables.KEPT_SHIFT}, bucket.perturbed, grads)
         torch.ops.fused_sam.update_.default(
             *(*states, torch.zeros(len(SIZES)), None, bucket.climb),
-            *(bucket.saved, None, own.slots, own.addresses(grads).table, flags),
+            *(bucket.saved, None, None, own.slots, own.addresses(grads).table, flags),
             *(own.hyper("adam", 1, numbers), *[None] * 5, 0, 0, operations._RULES["Adam"], -1),
         )
 

@@ -1,11 +1,16 @@
 """Random shapes, strides, dtypes, groups and missing gradients, against the textbook in float64."""
 
+import math
+
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Textbook
 
-from fused_sam import FusedSAM
+from fused_sam import FusedSAM, Lion
+from fused_sam.ascents import SAM, USAM, FriendlySAM, PNorm, VaSSO
+from fused_sam.blends import GSAM, WSAM, CoupledWSAM, LookSAM
+from fused_sam.schedule import Always, Every, From, Probability, Span
 
 SETTINGS = settings(
     max_examples=40,
@@ -141,3 +146,103 @@ def test_any_parameters_and_gradients_step_as_the_textbook(backend, data, rule, 
         )
         textbook.step(first, second)
     assert [p.stride() for p in params] == strides
+
+
+# ------------------------------------------------------------------------- any member, any options
+
+FEW = settings(SETTINGS, max_examples=80)
+ASCENTS = [SAM(), PNorm(1.2), PNorm(3), PNorm(math.inf), USAM(), FriendlySAM(0.5, 0.3), VaSSO(0.3)]
+BLENDS = [None, None, GSAM(0.4), WSAM(0.6), WSAM(0.9, max_norm=0.5), CoupledWSAM(0.9, 0.5)]
+BLENDS.append(LookSAM(k=2, alpha=0.5))
+WHENS = [Always(), Always(), Every(2), From(1), Span(1, 2), Probability(0.5, seed=1)]
+BASES = [
+    (SGD, {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True}),
+    (SGD, {"momentum": 0.5, "dampening": 0.2, "maximize": True}),
+    (ADAM, {"weight_decay": 0.1, "amsgrad": True}),
+    (ADAMW, {"weight_decay": 0.1, "maximize": True}),
+    (RMSPROP, {"centered": True, "momentum": 0.5, "eps": 1e-2}),
+    (torch.optim.Adagrad, {"weight_decay": 0.1}),
+    (Lion, {"weight_decay": 0.1}),
+]
+KINDS = [
+    (torch.float32, None, False),
+    (torch.float64, None, False),
+    (torch.bfloat16, None, False),
+    (torch.bfloat16, None, True),
+    (torch.bfloat16, torch.float32, True),
+    (torch.float16, torch.float32, False),
+]
+"""Of weights, of gradients (None: the same), and whether there are masters."""
+
+
+def scaled_steps(textbook, passes, scale, skip):
+    """One step as a GradScaler makes it."""
+    opt, (first, second) = textbook.opt, passes
+    first, second = [
+        {p: None if g is None else (g * scale).to(g.dtype) for p, g in grads.items()}
+        for grads in (first, second)
+    ]
+    textbook.first_step(first, scale)
+    opt.grad_scale, opt.found_inf = torch.tensor(scale), torch.tensor(float(skip))
+    textbook.second_step(second, grad_scale=scale, found_inf=skip)
+    del opt.grad_scale, opt.found_inf
+
+
+@FEW
+@given(data=st.data(), seed=st.integers(0, 2**16))
+def test_any_member_with_any_options_steps_as_its_formula(data, seed):
+    """Guards pairs that no test names: every draw is a construction that must work.
+
+    Three steps, of which the second may be skipped, with gradients that are missing, and groups
+    that do not climb.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draw = data.draw
+    ascent, blend, when = [draw(st.sampled_from(x)) for x in (ASCENTS, BLENDS, WHENS)]
+    if isinstance(blend, LookSAM):
+        when = Always()  # it says itself when
+    cls, options = draw(st.sampled_from(BASES))
+    dtype, grad_dtype, masters = draw(st.sampled_from(KINDS))
+    scale = draw(st.sampled_from([1.0, 1.0, 8.0]), label="scale")
+    clip = draw(st.sampled_from([None, None, 0.3]), label="max_grad_norm")
+    groups, params = [], []
+    for i in range(draw(st.integers(1, 3), label="groups")):
+        shapes = draw(st.lists(st.sampled_from([(), (3,), (65,), (4, 8)]), min_size=1, max_size=2))
+        mine = [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
+        for p in mine if grad_dtype else ():
+            p.grad_dtype = grad_dtype
+        params += mine
+        more = draw(
+            st.fixed_dictionaries(
+                {"rho": st.sampled_from([0.05, 0.5]), "lr": st.sampled_from([0.01, 0.1])},
+                optional={"adaptive": st.booleans(), "eta": st.just(0.1)},
+            )
+        )
+        groups.append({"params": mine, **more})
+        if i and draw(st.booleans(), label="stays"):
+            groups[-1]["ascent"] = None
+    opt = FusedSAM(
+        groups,
+        cls,
+        **{"ascent": ascent, "blend": blend, "when": when, "max_grad_norm": clip},
+        master_weights=masters,
+        backend="reference",
+        **options,
+    )
+    textbook = Textbook(opt, opt.when.climbs if opt.when != Always() else lambda number: True)
+    skips = draw(st.booleans(), label="skips") and scale != 1.0
+    for i in range(3):
+        missing = draw(st.sets(st.sampled_from(range(2 * len(params))), max_size=2))
+        passes = [
+            {
+                p: None
+                if 2 * j + half in missing
+                else torch.randn(p.shape, generator=generator).to(p.grad_dtype)
+                for j, p in enumerate(params)
+            }
+            for half in range(2)
+        ]
+        if scale == 1.0:
+            textbook.step(*passes)
+        else:
+            scaled_steps(textbook, passes, scale, skips and i == 1)

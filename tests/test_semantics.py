@@ -12,6 +12,7 @@ from torch.optim.optimizer import (
 )
 
 from fused_sam import FusedSAM
+from fused_sam.ascents import USAM
 
 SGD, ADAM, ADAMW, RMSPROP = (
     torch.optim.SGD,
@@ -1104,6 +1105,15 @@ def test_added_group_steps_with_its_own_options(backend):
     opt.base_optimizer.add_param_group({"params": [params[2]], "momentum": 0.0})
     textbook.step(grads_like(params), grads_like(params))
     assert [group["rho"] for group in opt.param_groups] == [0.3, 0.9, 0.3]
+
+
+def test_added_to_the_base_optimizer_a_group_steps_with_a_scaler(backend):
+    """Guards the question whether the loss scale matters, which comes before all else."""
+    params = make_params()
+    opt = FusedSAM(params[:1], backend=backend, lr=0.1, ascent=USAM())
+    opt.base_optimizer.add_param_group({"params": params[1:]})
+    grads = {p: None if g is None else 4 * g for p, g in grads_like(params).items()}
+    Textbook(opt).first_step(grads, scale=4.0)
 
 
 def test_group_without_parameters(backend):

@@ -22,6 +22,9 @@ from hypothesis.stateful import (
 from oracle import Textbook, assert_same_bits, exact, inject, params_of
 
 from fused_sam import FusedSAM
+from fused_sam.ascents import USAM, FriendlySAM, PNorm, VaSSO
+from fused_sam.blends import GSAM, WSAM, CoupledWSAM
+from fused_sam.schedule import Always, Every, Probability
 
 SETTINGS = settings(
     max_examples=60,
@@ -37,9 +40,28 @@ BASES = {
     "adamw": (torch.optim.AdamW, {"weight_decay": 0.1}),
     "rmsprop": (torch.optim.RMSprop, {"momentum": 0.5, "centered": True, "eps": 1e-2}),
 }
+MEMBERS = {
+    "sam": {},
+    "asam": {"adaptive": True},
+    "p-norm": {"ascent": PNorm(3)},
+    "usam": {"ascent": USAM(), "adaptive": True},
+    "friendly": {"ascent": FriendlySAM(0.5, 0.6)},
+    "vasso": {"ascent": VaSSO(0.3), "adaptive": True},
+    "gsam": {"blend": GSAM(0.3)},
+    "wsam": {"blend": WSAM(0.6, max_norm=0.5)},
+    "coupled-wsam": {"blend": CoupledWSAM(0.6), "ascent": VaSSO(0.3)},
+}
+WHENS = [Always(), Every(2), Probability(0.7, seed=3)]
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+# Dtypes of weights and gradients, and whether there are masters.
+KINDS = [
+    *[(dtype, dtype, False) for dtype in (F32, F64, BF16)],
+    *[(F32, BF16, False), (BF16, BF16, True), (BF16, F32, True)],
+]
 SHAPES = [(), (1,), (0,), (5, 3), (64,), (65,), (2, 3, 2, 2)]
 perturbed = precondition(lambda self: self.opt.is_perturbed)
-at_w = precondition(lambda self: not self.opt.is_perturbed)
+between = precondition(lambda self: self.textbook.between)
+at_w = precondition(lambda self: not self.textbook.between)
 SEEDS = st.integers(0, 2**16)
 
 
@@ -48,24 +70,29 @@ class Training(RuleBasedStateMachine):
 
     @initialize(
         base=st.sampled_from(sorted(BASES)),
-        dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
-        adaptive=st.booleans(),
+        member=st.sampled_from(sorted(MEMBERS)),
+        kind=st.sampled_from(KINDS),
+        when=st.sampled_from(WHENS),
         seed=SEEDS,
     )
-    def start(self, base, dtype, adaptive, seed):
+    def start(self, base, member, kind, when, seed):
         self.generator = torch.Generator().manual_seed(seed)
-        self.dtype = dtype
+        self.dtype, self.grad_dtype, masters = kind
+        self.plain = self.dtype == self.grad_dtype and not masters
+        self.averages = member in ("friendly", "vasso", "coupled-wsam")
         cls, options = BASES[base]
         self.opt = FusedSAM(
             [{"params": self.make_params(2)}, {"params": self.make_params(2), "lr": 0.02}],
             cls,
             rho=0.3,
-            adaptive=adaptive,
             backend=self.backend,
             lr=0.05,
+            when=when,
+            master_weights=masters,
             **options,
+            **MEMBERS[member],
         )
-        self.textbook = Textbook(self.opt)
+        self.textbook = Textbook(self.opt, (lambda i: True) if when == Always() else when.climbs)
 
     # ---- helpers
 
@@ -77,14 +104,20 @@ class Training(RuleBasedStateMachine):
         return int(torch.randint(n, (), generator=self.generator))
 
     def make_params(self, n):
-        return [torch.nn.Parameter(self.random(SHAPES[self.pick(len(SHAPES))])) for _ in range(n)]
+        return [self.make_param(SHAPES[self.pick(len(SHAPES))]) for _ in range(n)]
+
+    def make_param(self, shape):
+        param = torch.nn.Parameter(self.random(shape))
+        if not self.plain:
+            param.grad_dtype = self.grad_dtype
+        return param
 
     def grads(self):
         """For trainable parameters, most of the time; sometimes transposed."""
         grads = {}
         for p in params_of(self.opt):
             if p.requires_grad and self.pick(5):
-                grads[p] = self.random(p.shape)
+                grads[p] = self.random(p.shape).to(p.grad_dtype)
                 if p.dim() == 2 and not self.pick(3):
                     grads[p] = grads[p].t().contiguous().t()
         return grads
@@ -100,7 +133,7 @@ class Training(RuleBasedStateMachine):
     def second_step(self):
         self.textbook.second_step(self.grads())
 
-    @perturbed
+    @between
     @rule()
     def step(self):
         self.textbook.second_step(self.grads(), self.opt.step)
@@ -118,9 +151,12 @@ class Training(RuleBasedStateMachine):
 
     @at_w
     @rule()
+    @precondition(lambda self: not self.averages)
     def step_with_closure(self):
         """Zero gradients: no perturbation, and no more than momentum and decay."""
-        zeros = {p: torch.zeros_like(p) for p in params_of(self.opt) if p.requires_grad}
+        climbs = self.textbook.climbs(self.textbook.number)
+        params = [p for p in params_of(self.opt) if p.requires_grad]
+        zeros = {p: torch.zeros_like(p, dtype=p.grad_dtype) for p in params}
         calls = []
 
         def closure():
@@ -131,9 +167,10 @@ class Training(RuleBasedStateMachine):
         def run():
             self.opt.zero_grad()
             assert self.opt.step(closure) == 1
-            assert len(calls) == 2
+            assert len(calls) == 1 + climbs
 
         self.textbook.second_step(zeros, run)
+        self.textbook.number += 1
 
     # ---- what happens in between
 
@@ -220,6 +257,8 @@ class Training(RuleBasedStateMachine):
         p = self.some_param()
         p.grad = None
         other = torch.nn.Parameter(self.random(p.shape).to(p.dtype), p.requires_grad)
+        if not self.plain:
+            other.grad_dtype = p.grad_dtype  # a copy has lost what it was
         torch.utils.swap_tensors(p, other)
         if p not in self.textbook.climbed:
             self.textbook.reread(p)
@@ -248,7 +287,7 @@ class Training(RuleBasedStateMachine):
         assert not self.opt.is_perturbed
         p.data = self.textbook.weights[p].clone()
         p.requires_grad_(was)
-        self.textbook.climbed.clear()
+        self.textbook.arrive()
         self.textbook.check()
 
     @at_w
@@ -259,7 +298,7 @@ class Training(RuleBasedStateMachine):
         if grads.get(p) is None:
             return
         inject({q: grads.get(q) for q in params_of(self.opt)})
-        p.grad.data = torch.ones(7, 3, dtype=p.dtype)
+        p.grad.data = torch.ones(7, 3, dtype=p.grad.dtype)
         with pytest.raises(RuntimeError, match=r"gradient of shape \(7, 3\)"):
             self.opt.first_step()
         self.opt.zero_grad()
@@ -292,7 +331,8 @@ class Training(RuleBasedStateMachine):
         self.held = self.some_param().untyped_storage()
 
     @at_w
-    @rule(dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+    @rule(dtype=st.sampled_from([F32, F64, BF16]))
+    @precondition(lambda self: self.plain)
     def convert(self, dtype):
         self.dtype = dtype
         for p in params_of(self.opt):

@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 
 from examples.family import __main__ as study
 from examples.family import data, report, summary
-from examples.family.methods import METHODS, make_optimizer
+from examples.family.methods import LOOK, METHODS, make_optimizer
 from examples.family.plan import Cell, missing
 from examples.family.rows import PATH, Rows
 from examples.family.tasks import TASKS, TUNING_SEED, Task
@@ -136,6 +136,7 @@ def test_every_method_trains_with_its_passes_and_reports_at_w(method, parts):
     row = train(cell.runs(setting)[0], parts, CPU)
     steps = 2 * TINY.epochs * method.epochs
     two = {"SAM": 1.0, "ASAM": 1.0, "GSAM": 1.0, "late-phase SAM": 0.25}
+    two["LookSAM"] = math.ceil(steps / LOOK) / steps
     assert row["passes"] == steps * (1 + two.get(method.name, 0.0))
     assert row["best_epoch"] in range(1, TINY.epochs * method.epochs + 1)
     for share in (

@@ -11,7 +11,7 @@ import torch
 from oracle import TEXTBOOKS, Textbook, assert_same_bits, exact, inject, params_of
 
 from fused_sam import FusedSAM, Lion
-from fused_sam.ascents import SAM, PNorm
+from fused_sam.ascents import SAM, FriendlySAM, PNorm, VaSSO
 from fused_sam.blends import GSAM, LookSAM
 
 SHAPES = [(), (1,), (0,), (3,), (63,), (64,), (65,), (7, 9)]
@@ -81,6 +81,8 @@ REPRESENTATIVES = [
     *["sgd-nesterov", "sgd-dampening", "adam-amsgrad", "adamw", "rmsprop-all", "adagrad-all"],
     "lion-maximize",
 ]
+
+AVERAGING = [FriendlySAM(sigma=0.9, lam=0.7), VaSSO(theta=0.4)]
 
 
 def make_params(dtype, backend):
@@ -249,7 +251,7 @@ def test_a_p_norm_is_one_over_all_buckets(backend):
     run(opt, [((), ()), ((1, 4), (2, 4)), ((0,), ())])
 
 
-@pytest.mark.parametrize("ascent", [SAM(), PNorm(1.5), PNorm(math.inf)], ids=str)
+@pytest.mark.parametrize("ascent", [SAM(), PNorm(1.5), PNorm(math.inf), *AVERAGING], ids=str)
 @pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
 def test_no_ascent_climbs_by_numbers_that_are_not_finite_or_all_zero(value, ascent, backend):
     """Guards a maximum that loses NaN, and divisions by zero; in the first, a middle, the last."""
@@ -265,6 +267,63 @@ def test_no_ascent_climbs_by_numbers_that_are_not_finite_or_all_zero(value, asce
             assert opt.is_perturbed
             assert_same_bits(w, before)
             assert not (opt.grad_norm.isfinite() and opt.grad_norm > 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES + COMPLEX, ids=str)
+@pytest.mark.parametrize("ascent", AVERAGING, ids=lambda ascent: ascent.key)
+def test_climbs_along_an_average(ascent, dtype, backend):
+    """Guards the averages' first step, gradients that are missing or not finite, groups' options.
+
+    An infinite gradient in the first step: what begins next is told by the device alone.
+    """
+    params = make_params(dtype, backend)
+    groups = [
+        {"params": params[:4], "adaptive": not dtype.is_complex, "eta": 0.1, "theta": 0.7},
+        {"params": params[4:5], "maximize": True, "sigma": 0.5},
+        {"params": params[5:6], "ascent": None},
+        {"params": params[6:], "rho": 0.1, "lam": 0.3},
+    ]
+    opt = FusedSAM(groups, SGD, rho=0.3, backend=backend, ascent=ascent, lr=0.04, momentum=0.9)
+    textbook = Textbook(opt)
+    for i, (first, second) in enumerate([MISSING[1], *MISSING[:4]]):
+        grads = random_grads(params, 2 * i, first)
+        if i in (0, 3):
+            grads[params[7]].view(-1)[5] = math.nan if dtype.is_complex else math.inf
+        textbook.step(grads, random_grads(params, 2 * i + 1, second))
+
+
+@pytest.mark.parametrize("masters", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("ascent", [FriendlySAM(sigma=0), VaSSO(theta=1)], ids=lambda a: a.key)
+def test_a_climb_along_the_gradient_alone_is_sams(ascent, masters, dtype, backend):
+    """To the bit, rounding at random and all: guards zeros' signs, which 0 * average would change.
+
+    -0.0 - -0.0 and 0.0 + -0.0 are 0.0, and -0.0 + 0.0 would move a weight of -0.0.
+    """
+    if masters and dtype == torch.float32:
+        pytest.skip("float32 weights have no masters")
+    if backend == "native":
+        pytest.skip("its climbs along an average run in torch's operations so far")
+    runs = []
+    for chosen in (SAM(), ascent):
+        torch.manual_seed(1)
+        w = torch.nn.Parameter(torch.randn(131).to(dtype))
+        w.data[::7] = -0.0
+        options = {"master_weights": masters, "adaptive": True, "eta": 0.1}
+        opt = FusedSAM([w], SGD, rho=0.3, backend=backend, ascent=chosen, lr=0.04, **options)
+        seen = []
+        for _ in range(3):
+            g = torch.randn(131).to(dtype)
+            g[::7] = -g[::7].abs() if not seen else -0.0
+            inject({w: g})
+            opt.first_step()
+            seen.append(w.detach().clone())
+            inject({w: torch.randn(131).to(dtype)})
+            opt.second_step()
+            w.data[::7] = -0.0
+        runs.append(seen)
+    for sam, other in zip(*runs, strict=True):
+        assert_same_bits(other, sam)
 
 
 @pytest.mark.parametrize("dtype", DTYPES + COMPLEX, ids=str)

@@ -10,6 +10,7 @@ import torch
 from oracle import Textbook, inject
 
 from fused_sam import FusedSAM, backends
+from fused_sam.ascents import FriendlySAM, VaSSO
 from fused_sam.backends import capture, tables
 
 triton = pytest.importorskip("fused_sam.backends.triton")
@@ -139,6 +140,15 @@ def test_what_a_step_has_reduced_stays():
         assert step.cosine == -1
         for norm, exact in ((step.grad_norm, size), (step.second_grad_norm, 3 * size)):
             torch.testing.assert_close(norm.item(), exact * 65**0.5, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("ascent", [FriendlySAM(), VaSSO()], ids=lambda ascent: ascent.key)
+def test_an_average_costs_no_launch(ascent, launches):
+    params, opt = make([5, 6], lr=0.1, ascent=ascent)
+    inject(random_grads(params, 0))
+    opt.first_step()
+    opt.second_step()
+    assert launches == THREE
 
 
 def test_clipping_or_measuring_costs_one_launch_more(launches):

@@ -110,11 +110,11 @@ void ascend_(Tensor saved, std::optional<Tensor> kept, Tensor climb, Tensor slot
 void update_(std::optional<Tensor> state0, std::optional<Tensor> state1,
              std::optional<Tensor> state2, std::optional<Tensor> step,
              std::optional<Tensor> /*ticket*/, Tensor climb, Tensor saved,
-             std::optional<Tensor> kept, Tensor slots, Tensor grads, Tensor flags, Tensor hyper,
-             std::optional<Tensor> numbers, std::optional<Tensor> blend_hyper,
-             std::optional<Tensor> loss_scale, std::optional<Tensor> grad_scale,
-             std::optional<Tensor> found_inf, int64_t weight_dtype, int64_t grad_dtype,
-             int64_t rule, int64_t blend) {
+             std::optional<Tensor> kept, std::optional<Tensor> direction, Tensor slots,
+             Tensor grads, Tensor flags, Tensor hyper, std::optional<Tensor> numbers,
+             std::optional<Tensor> blend_hyper, std::optional<Tensor> loss_scale,
+             std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+             int64_t weight_dtype, int64_t grad_dtype, int64_t rule, int64_t blend) {
   check_index(rule, kNumRules, "rule");
   const Types types = types_of(weight_dtype, grad_dtype, saved);
   Bucket bucket(saved, slots, grads, flags, hyper, types, kRuleColumns[rule]);
@@ -122,9 +122,10 @@ void update_(std::optional<Tensor> state0, std::optional<Tensor> state1,
   const unsigned has = check_update(state0, state1, state2, step, grad_scale, found_inf, saved,
                                     p.num_slots, rule, p.types, p.states);
   p.step = memory<float>(step);
-  check_blend(kept, numbers, blend_hyper, loss_scale, saved, hyper.numel() / kRuleColumns[rule],
-              blend);
+  check_blend(kept, direction, numbers, blend_hyper, loss_scale, saved,
+              hyper.numel() / kRuleColumns[rule], blend);
   p.kept = check_kept(kept, saved, p.types);
+  p.direction = memory(direction);
   p.numbers = memory<double>(numbers);
   p.blend_hyper = memory(blend_hyper);
   p.loss_scale = memory<double>(loss_scale);
@@ -183,10 +184,10 @@ STABLE_TORCH_LIBRARY(fused_sam, m) {
       "int grad_dtype, int ascent) -> ()");
   m.def(
       "update_(Tensor(a!)? state0, Tensor(b!)? state1, Tensor(c!)? state2, Tensor(d!)? step, "
-      "Tensor(e!)? ticket, Tensor(f!) climb, Tensor(g!) saved, Tensor? kept, Tensor slots, "
-      "Tensor grads, Tensor flags, Tensor hyper, Tensor? numbers, Tensor? blend_hyper, "
-      "Tensor? loss_scale, Tensor? grad_scale, Tensor? found_inf, int weight_dtype, "
-      "int grad_dtype, int rule, int blend) -> ()");
+      "Tensor(e!)? ticket, Tensor(f!) climb, Tensor(g!) saved, Tensor? kept, "
+      "Tensor(h!)? direction, Tensor slots, Tensor grads, Tensor flags, Tensor hyper, "
+      "Tensor? numbers, Tensor? blend_hyper, Tensor? loss_scale, Tensor? grad_scale, "
+      "Tensor? found_inf, int weight_dtype, int grad_dtype, int rule, int blend) -> ()");
   m.def(
       "restore_(Tensor(a!) climb, Tensor saved, Tensor slots, Tensor flags, int weight_dtype) "
       "-> ()");

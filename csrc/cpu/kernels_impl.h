@@ -530,6 +530,7 @@ FUSED_SAM_INLINE void with_kept(unsigned kept, const F& f) {
 template <typename Rule, typename T>
 void update_(const Problem& p, double grad_scale, bool skip, int64_t begin, int64_t end) {
   const bool masters = has_masters(p);
+  T* const direction = static_cast<T*>(p.direction);
   for_each_piece(p, begin * kSpan, end * kSpan, [&](const Piece& piece) {
     const bool away = (piece.flags & kPerturbed) != 0;
     if (!piece.grad.at || skip) {
@@ -562,8 +563,9 @@ void update_(const Problem& p, double grad_scale, bool skip, int64_t begin, int6
         const T* const own = load_tile<T>(piece.grad + i, grads, n);
         const T* grad = own;
         if (piece.flags & kBlends) {
-          mix<T>(mixed, own, kept_of(p, piece) + i, n, T(coefficients.a), T(coefficients.b));
-          grad = mixed;
+          T* const to = direction ? direction + piece.at + i : mixed;
+          mix<T>(to, own, kept_of(p, piece) + i, n, T(coefficients.a), T(coefficients.b));
+          if (!direction) grad = mixed;
         }
         T* states[kMaxStates] = {};
         for (int k = 0; k < kMaxStates; ++k) {

@@ -96,11 +96,12 @@ void ascend_(Tensor saved, std::optional<Tensor> kept, Tensor climb, Tensor slot
 
 void update_(std::optional<Tensor> state0, std::optional<Tensor> state1,
              std::optional<Tensor> state2, std::optional<Tensor> step, std::optional<Tensor> ticket,
-             Tensor climb, Tensor saved, std::optional<Tensor> kept, Tensor slots, Tensor grads,
-             Tensor flags, Tensor hyper, std::optional<Tensor> numbers,
-             std::optional<Tensor> blend_hyper, std::optional<Tensor> loss_scale,
-             std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
-             int64_t weight_dtype, int64_t grad_dtype, int64_t rule, int64_t blend) {
+             Tensor climb, Tensor saved, std::optional<Tensor> kept,
+             std::optional<Tensor> direction, Tensor slots, Tensor grads, Tensor flags,
+             Tensor hyper, std::optional<Tensor> numbers, std::optional<Tensor> blend_hyper,
+             std::optional<Tensor> loss_scale, std::optional<Tensor> grad_scale,
+             std::optional<Tensor> found_inf, int64_t weight_dtype, int64_t grad_dtype,
+             int64_t rule, int64_t blend) {
   check_index(rule, kNumRules, "rule");
   const Types types = types_of(weight_dtype, grad_dtype, saved);
   Bucket bucket(saved, slots, grads, flags, hyper, types, kRuleColumns[rule]);
@@ -108,8 +109,9 @@ void update_(std::optional<Tensor> state0, std::optional<Tensor> state1,
   check_update(state0, state1, state2, step, grad_scale, found_inf, saved, p.num_slots, rule,
                p.types, p.states);
   p.step = memory<float>(step);
-  check_blend(kept, numbers, blend_hyper, loss_scale, saved, hyper.numel() / kRuleColumns[rule],
-              blend);
+  check_blend(kept, direction, numbers, blend_hyper, loss_scale, saved,
+              hyper.numel() / kRuleColumns[rule], blend);
+  STD_TORCH_CHECK(!direction, "fused_sam: the CUDA kernels leave no direction");
   p.kept = check_kept(kept, saved, p.types);
   p.numbers = memory<double>(numbers);
   p.blend_hyper = memory(blend_hyper);

@@ -12,12 +12,15 @@ from torch.optim import Optimizer
 
 from fused_sam import FusedSAM
 from fused_sam.ascents import MSAM
-from fused_sam.blends import GSAM
+from fused_sam.blends import GSAM, LookSAM
 from fused_sam.schedule import From
 
 MOMENTUM = 0.9
 LATE = 0.75
 """The share of the steps after which late-phase SAM begins to climb."""
+
+LOOK = 5
+"""LookSAM climbs in every how many steps."""
 
 Setting = Mapping[str, float]
 """``lr``, ``weight_decay``, and what else the method has tuned, by name."""
@@ -66,6 +69,7 @@ METHODS = (
         lambda s, n: {"blend": GSAM(s["alpha"])},
         {**RHO, "alpha": (0.1, 0.2, 0.4, 0.05, 0.6)},
     ),
+    Method("LookSAM", lambda s, n: {"blend": LookSAM(LOOK)}, RHO),
 )
 """In the order in which they run; the first is what all others are compared with."""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .figure import save
-from .methods import LATE, METHODS, MOMENTUM
+from .methods import LATE, LOOK, METHODS, MOMENTUM
 from .rows import Row, Rows
 from .summary import Block, Interval, Result, blocks
 from .tasks import BATCH_SIZE, TASKS
@@ -207,7 +207,7 @@ _METHOD = """\
   The digits' ranges were widened once, because the best settings lay at their ends. By then the
   test results of the first ranges for 300 digits had been seen.
 - **Own settings** tried (CIFAR-10: the first three): {own}. Late-phase SAM climbs in the last
-  {late} % of the steps.
+  {late} % of the steps, LookSAM in every {look}th step, with its default alpha.
 - **Best epoch**: that with the highest validation accuracy of {looks} looked at. The test images
   are read once, after training: with the last weights, and with the best epoch's. Tuning never
   reads them.
@@ -245,6 +245,7 @@ def _method() -> str:
             if method.tuned
         ),
         late=round(100 * (1 - LATE)),
+        look=LOOK,
         looks=LOOKS,
         radius=RADIUS,
         distance=DISTANCE,

@@ -59,6 +59,11 @@ class Average:
     follow: Text
     columns: Columns
 
+    @functools.cached_property
+    def column_names(self) -> tuple[str, ...]:
+        """What ``columns`` returns, by name."""
+        return tuple(inspect.signature(self.follow).parameters)[2:]
+
 
 @dataclass(frozen=True)
 class Sums:
@@ -110,8 +115,11 @@ class Sums:
         return tuple(inspect.signature(self.terms).parameters)[2 + self.earlier :]
 
     def numbers(self, group: Group, unscale: float = 1.0) -> tuple[float, ...]:
-        """A group's row of the table of hyperparameters."""
-        return tuple(map(float, self.columns(group, unscale)))
+        """A group's row of the table of hyperparameters: the average's numbers come last."""
+        row = self.columns(group, unscale)
+        if self.average is not None:
+            row += self.average.columns(group, unscale)
+        return tuple(map(float, row))
 
 
 @dataclass(frozen=True)

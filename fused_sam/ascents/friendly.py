@@ -45,6 +45,7 @@ def _follow(grad, average, unscale, sigma, lam, rest):
     grad = unscale * grad
     there = average == average  # NaN: there is none yet
     direction = where(there, grad - sigma * average, grad)
+    direction = where(sigma > 0, direction, grad)  # 0 * average may take a zero's sign
     return direction, where(there, lam * average + rest * grad, grad)
 
 

@@ -42,6 +42,7 @@ def _follow(grad, average, unscale, theta, rest):
     grad = unscale * grad
     there = average == average  # NaN: there is none yet
     average = where(there, rest * average + theta * grad, grad)
+    average = where(rest > 0, average, grad)  # 0 * average may take a zero's sign
     return average, average
 
 

@@ -9,14 +9,13 @@ of rules and ascents run on the flat buffers, rounding once on the way back.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from ..ascents import Ascent, Sums
-from ..blends import Blending
+from ..blends import Blend, Blending
 from ..memory import Bucket, Gradients
 from ..memory.bucket import Kept
 from ..memory.members import AVERAGE
@@ -25,7 +24,7 @@ from .mixing import is_zero, mix, signed_lr
 from .rounding import HALVES, round_stochastically, seed_of
 from .runs import CHUNK_ELEMENTS, Run, present, runs
 
-Groups = Sequence[dict[str, Any]]
+Groups = Sequence[Group]
 
 
 class Backend:
@@ -36,6 +35,10 @@ class Backend:
     """
 
     name = "reference"
+
+    def bakes_in(self, bucket: Bucket, ascent: Ascent, blend: Blend | None) -> str | None:
+        """Why a CUDA graph of a step would keep numbers of the host's; None if it would not."""
+        return "operations of torch's compute a step"
 
     def reduce(
         self,

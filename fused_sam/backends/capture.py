@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..ascents import chosen
 from ..devices import on
+from ..memory.members import AVERAGE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,6 +42,20 @@ def refuse_to_prepare(device: torch.device, what: str) -> None:
         raise RuntimeError(f"a CUDA graph is being captured, and {what}; {_WARM_UP}")
 
 
+def check_version() -> None:
+    """Raise unless this torch can capture a step.
+
+    Raises:
+        RuntimeError: it is older than 2.11.
+    """
+    if torch.__version__ < "2.11":
+        raise RuntimeError(
+            f"a CUDA graph is being captured with torch {torch.__version__}, where a capture "
+            f"has no pool of pinned memory for the tables that FusedSAM uploads; install "
+            f"torch 2.11 or later, or step without a graph"
+        )
+
+
 class Captures:
     """What the CUDA graphs of an optimizer have seen, and whether they still fit it."""
 
@@ -63,14 +79,10 @@ class Captures:
 
         Raises:
             RuntimeError: this torch cannot do it; or state was replaced since the last step, or a
-                parameter with a gradient lacks some: every replay would bring it in anew.
+                parameter with a gradient lacks some: every replay would bring it in anew. Or the
+                climb's average of the gradients is not there, which would begin at every replay.
         """
-        if torch.__version__ < "2.11":
-            raise RuntimeError(
-                f"a CUDA graph is being captured with torch {torch.__version__}, where a capture "
-                f"has no pool of pinned memory for the tables that FusedSAM uploads; install "
-                f"torch 2.11 or later, or step without a graph"
-            )
+        check_version()
         rule = layout.rule
         if rule and not layout.states.is_current(state):
             raise RuntimeError(
@@ -87,11 +99,24 @@ class Captures:
                             f"{tuple(slot.shape)} has no {name!r} yet: every replay would be a "
                             f"first step; {_WARM_UP}"
                         )
+        if chosen(groups).average is not None:
+            for bucket in layout.buckets:
+                climb = any([groups[row]["ascent"] is not None for row in bucket.rows])
+                if climb and AVERAGE not in bucket.members:
+                    raise RuntimeError(
+                        f"a CUDA graph is being captured, and the average of the gradients that "
+                        f"ascent={chosen(groups).key!r} climbs by is not there yet: it would begin "
+                        f"anew at every replay; {_WARM_UP}"
+                    )
         if not self.have_seen(layout):
             # Pinned parameters are the user's, who may put other memory in their place.
             pinned = [b.memory(slot) for b in layout.buckets for slot in b.slots if slot.pinned]
             self._seen.append((layout, pinned, [bucket.cache for bucket in layout.buckets]))
         self._rates += [group["lr"] for group in groups if isinstance(group.get("lr"), Tensor)]
+        self._misfit = None
+
+    def renew(self) -> None:
+        """A new capture is about to be made: nobody need be told to make one."""
         self._misfit = None
 
     def outdate(self, why: str) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..ascents import Sums
 from ..blends import Blend
 from ..memory import Bucket, Gradients
+from ..recording import CODES, recording
 from ..rules import Group, Rule
 from . import capture
 from .base import Groups
@@ -65,9 +66,6 @@ class Addresses:
 
 Numbers = Callable[[], dict[int, tuple[float, ...]]]
 """Tells the hyperparameters of groups as they are now, by row."""
-
-_CODES = {torch.int32: "i", torch.int64: "q", torch.float32: "f", torch.float64: "d"}
-"""What Python's arrays call these types."""
 
 
 class Tables:
@@ -118,7 +116,9 @@ class Tables:
         if self._recent is not None and self._recent[0] is grads:
             return self._recent[1]
         key = grads.addresses
-        if self.device.type == "cpu":  # nothing is uploaded: making it is cheaper than finding it
+        if (
+            self.device.type == "cpu" or recording() is not None
+        ):  # nothing is uploaded: making it is cheaper than finding it
             found = self._addresses(key)
         else:
             found = self._remember("addresses", key, lambda: self._addresses(key))
@@ -132,7 +132,7 @@ class Tables:
         else:
             pairs = zip(self._weights_aligned, addresses, strict=True)
             aligned = tuple([weights and address % _ACCESS == 0 for weights, address in pairs])
-        return Addresses(self._upload(addresses, torch.int64), aligned)
+        return Addresses(self._made(lambda: addresses, torch.int64), aligned)
 
     def flags(
         self,
@@ -165,7 +165,7 @@ class Tables:
                 | HELD * (bool(held) and held[i])
                 for i, row in enumerate(self.rows)
             ]
-            return self._upload(values, torch.int32)
+            return self._made(lambda: values, torch.int32)
 
         flags: Tensor = self._remember("flags", key, make)
         return flags
@@ -185,29 +185,28 @@ class Tables:
             numbers: tells the numbers of those that have.
             rates: learning rates that are on the device, by row: the first column.
         """
-        rates, rows = rates or {}, numbers()
+        rates = rates or {}
+        if (graph := recording()) is not None:
+            table = graph.table(lambda: _flat(num_groups, numbers()), self.dtype)
+            _copy_rates(table, num_groups, rates)
+            return table
+        rows = numbers()
         wanted = num_groups, rows, tuple(rates)
         known = self._hyper.get(kind)
         capturing = capture.is_capturing(self.device)
         if known is not None and known[0] == wanted and not capturing:
             table = known[1]
         else:
-            width = len(next(iter(rows.values()), ()))
-            every = [(0.0,) * width] * num_groups
-            for row, own in rows.items():
-                every[row] = own
             into = known[1] if known is not None and not capturing else None
-            values = tuple([number for row in every for number in row])
-            table = self._upload(values, self.dtype, into)
+            table = self._upload(_flat(num_groups, rows), self.dtype, into)
             if not capturing:
                 self._hyper[kind] = (wanted, table)
-        for row, rate in rates.items():
-            table.view(num_groups, -1)[row, :1].copy_(rate.reshape(1), non_blocking=True)
+        _copy_rates(table, num_groups, rates)
         return table
 
     def _remember(self, kind: str, key: Hashable, make: Callable[[], Any]) -> Any:
         """What ``make`` makes, or made before of the same."""
-        if capture.is_capturing(self.device):
+        if capture.is_capturing(self.device) or recording() is not None:
             return make()
         known = self._known[kind]
         if key not in known:
@@ -216,6 +215,10 @@ class Tables:
             known[key] = make()
         return known[key]
 
+    def _made(self, values: Callable[[], Sequence[float]], dtype: torch.dtype) -> Tensor:
+        graph = recording()
+        return self._upload(values(), dtype) if graph is None else graph.table(values, dtype)
+
     def _upload(
         self, values: Sequence[float], dtype: torch.dtype, into: Tensor | None = None
     ) -> Tensor:
@@ -223,7 +226,7 @@ class Tables:
         if self.device.type == "cpu":
             if not values:
                 return torch.empty(0, dtype=dtype, device="cpu")
-            return torch.frombuffer(array(_CODES[dtype], values), dtype=dtype)
+            return torch.frombuffer(array(CODES[dtype], values), dtype=dtype)
         # The caching host allocator gives pinned memory out again only after the copies from it.
         staging = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=True)
         if into is None or into.numel() != staging.numel():
@@ -233,6 +236,19 @@ class Tables:
             # A graph uploads it whenever it runs, and reads it then: for ever, and for it alone.
             self._captured += (staging, into)
         return into
+
+
+def _flat(num_groups: int, rows: Mapping[int, tuple[float, ...]]) -> tuple[float, ...]:
+    """The rows of all groups, one after the other; zeros for those that have none."""
+    every = [(0.0,) * len(next(iter(rows.values()), ()))] * num_groups
+    for row, own in rows.items():
+        every[row] = own
+    return tuple([number for row in every for number in row])
+
+
+def _copy_rates(table: Tensor, num_groups: int, rates: Mapping[int, Tensor]) -> None:
+    for row, rate in rates.items():
+        table.view(num_groups, -1)[row, :1].copy_(rate.reshape(1), non_blocking=True)
 
 
 def rule_bits(rule: Rule, group: Group, blends: bool) -> int:

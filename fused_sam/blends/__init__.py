@@ -34,8 +34,11 @@ BLENDS: Mapping[str, Blend] = {
 }
 """By the value of a group's ``blend``. None is SAM: the gradient at w + epsilon."""
 
-KERNELS: tuple[Blend, ...] = tuple(blend for blend in BLENDS.values() if blend.reuse is None)
-"""Those that the native kernels know."""
+KERNELS: tuple[Blend, ...] = (
+    *BLENDS.values(),
+    *[blend.reuse for blend in BLENDS.values() if blend.reuse is not None],
+)
+"""All that an update may be given."""
 
 
 def chosen(groups: Iterable[Group]) -> Blend | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..choice import Choice as AnyChoice
 from ..memory.bucket import Kept
+from ..recording import followed
 from ..rules.base import Group
 from ..text import Text
 
@@ -99,7 +100,8 @@ class Blending:
     def coefficients(self, group: Group) -> tuple[Tensor, ...]:
         """The factors of a group, each () float64."""
         scale = 1.0 if self.scale is None else self.scale
-        found = self.blend.coefficients(*self.numbers.unbind(), scale, *self.blend.numbers(group))
+        columns = followed(lambda: self.blend.numbers(group), torch.float64)
+        found = self.blend.coefficients(*self.numbers.unbind(), scale, *columns)
         return tuple([x if isinstance(x, Tensor) else self.numbers.new_full((), x) for x in found])
 
     @property
@@ -108,12 +110,13 @@ class Blending:
         text = self.blend.length
         return None if text is None else text(*self.numbers.unbind())
 
-    def sq_norm(self, unblended: Tensor, groups: Iterable[Group]) -> Tensor:
+    def sq_norm(self, unblended: Tensor, groups: Iterable[Group], others: Tensor | None) -> Tensor:
         """The squared norm of all that the base optimizer sees, ().
 
         Args:
             unblended: (), that of the gradients at w + epsilon, of groups that do not climb too.
             groups: the parameter groups, of which some climb, all by the same coefficients.
+            others: (), that of the gradients of groups that do not climb; None if there are none.
         """
         if self.blend.reuse is not None:
             return unblended
@@ -124,6 +127,6 @@ class Blending:
         # 0 * inf is NaN: what is not looked at does not count.
         blended = torch.where(a == 0, 0.0, a * a * second) + torch.where(b == 0, 0.0, b * b * first)
         blended = blended + torch.where((a == 0) | (b == 0), 0.0, 2 * a * b * mixed)
-        if any([group["ascent"] is None for group in groups]):
-            blended = blended + (unblended - second).clamp_min(0)
+        if others is not None:
+            blended = blended + others
         return torch.where((a == 1) & (b == 0), unblended, blended.clamp_min(0).to(unblended))

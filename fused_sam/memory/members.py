@@ -83,9 +83,9 @@ class MemberState:
             ]
             for name in {name for entry in fitting for name in entry} | bucket.members.keys():
                 bucket.member(name).adopt([entry.get(name) for entry in fitting])
-        for number in self.numbers.values():
-            number.zero_()
-        for name, value in numbers.items():
+        for name in self.numbers.keys() - numbers.keys():
+            self.numbers[name].zero_()
+        for name, value in numbers.items():  # which may be ours
             self.number(name).copy_(value)
 
     def number(self, name: str) -> Tensor:

@@ -79,13 +79,14 @@ struct Options {
   double step = 3;           // the running one
   double alpha = -1;         // GSAM's; negative: no blend, and nothing is kept
   double weight = -1;        // WSAM's; negative: it is not that
+  bool looks = false;        // LookSAM: the blend is a direction, and the rule sees the gradient
   double p = 1.5;            // of the p-norm
   bool hides_param = false;  // the bit that asks for the weights is not set
 
-  bool blends() const { return alpha >= 0 || weight >= 0; }
+  bool blends() const { return alpha >= 0 || weight >= 0 || looks; }
 
   // The blend's number in FUSED_SAM_BLENDS; negative: none.
-  int blend() const { return weight >= 0 ? 1 : alpha >= 0 ? 0 : -1; }
+  int blend() const { return looks ? 3 : weight >= 0 ? 1 : alpha >= 0 ? 0 : -1; }
 
   // Which states the group keeps, as bits.
   int kept() const {
@@ -120,6 +121,7 @@ struct Hyper {
   PNorm::Columns<T> p_norm[kRows];
   Gsam::Columns<T> gsam[kRows];
   Wsam::Columns<T> wsam[kRows];
+  LookSam::Columns<T> looksam[kRows];
   Sgd::Columns<T> sgd[kRows];
   Adam::Columns<T> adam[kRows];
   RmsProp::Columns<T> rmsprop[kRows];
@@ -129,6 +131,7 @@ struct Hyper {
   }
 
   const void* of_blend(const Options& o) const {
+    if (o.looks) return looksam;
     return o.weight >= 0 ? static_cast<const void*>(wsam) : gsam;
   }
 
@@ -146,6 +149,7 @@ struct Hyper {
     p_norm[row] = {ascent[row].rho, T(o.adaptive), T(o.eta), T(1 / (o.p - 1)), T(1 / o.p)};
     gsam[row] = {T(o.alpha)};
     wsam[row] = {T(o.weight), std::numeric_limits<T>::infinity()};
+    looksam[row] = {T(0.7)};
     const T momentum = T(o.variant & 1 ? o.momentum : 0);
     sgd[row] = {T(o.lr), T(o.weight_decay), momentum, T(1 - o.dampening), T(o.nesterov)};
     adam[row] = {T(o.lr),    T(o.weight_decay), T(o.decoupled), T(1 - o.beta1), log(o.beta1),
@@ -222,6 +226,7 @@ constexpr int64_t kNowhere = 64;
 // not that of its weight, which somebody has changed.
 template <typename K>
 struct Bucket {
+  using T = typename K::T;
   using W = typename K::W;
   using G = typename K::G;
   using M = typename K::M;
@@ -242,6 +247,7 @@ struct Bucket {
   W* weights;
   M* saved;
   G* kept;
+  T* direction;
   S* states[3];
   int64_t moved = 0, size = 0;
 
@@ -267,6 +273,7 @@ struct Bucket {
     weights = flat<W>(moved);
     saved = flat<M>(size);
     kept = flat<G>(size);
+    direction = flat<T>(size);
     for (S*& state : states) state = flat<S>(size);
     for (int k = 0; k < kPinned; ++k) {
       const Slot& slot = slots[num_moved() + k];
@@ -287,6 +294,7 @@ struct Bucket {
         }
       }
       fill(kept + slot.start, slot.numel, -1, 1);
+      fill(direction + slot.start, slot.numel, -1, 1);
       fill(states[0] + slot.start, slot.numel, 0.5, 1);
       fill(states[1] + slot.start, slot.numel, 0.5, 1);
       fill(states[2] + slot.start, slot.numel, -0.5, 0.5);
@@ -300,6 +308,7 @@ struct Bucket {
          {static_cast<void*>(weights), static_cast<void*>(saved), static_cast<void*>(kept)}) {
       std::free(buffer);
     }
+    std::free(direction);
     for (S* state : states) std::free(state);
     for (auto& memory : pinned_memory) release(memory);
     for (Grad& grad : grads) release(grad.memory);
@@ -337,6 +346,7 @@ struct Bucket {
     std::vector<std::vector<W>> weights;
     std::vector<M> saved;
     std::vector<G> kept;
+    std::vector<T> direction;
     std::vector<S> states[3];
     std::vector<float> step;
 
@@ -358,6 +368,7 @@ struct Bucket {
     }
     c.saved.assign(saved, saved + size);
     c.kept.assign(kept, kept + size);
+    c.direction.assign(direction, direction + size);
     for (int k = 0; k < 3; ++k) c.states[k].assign(states[k], states[k] + size);
     c.step = step;
     return c;
@@ -371,6 +382,7 @@ struct Bucket {
       for (int64_t at = end; at < next; ++at) {
         EXPECT(same_bits(saved[at], M()), "padding of saved at %ld", long(at));
         EXPECT(same_bits(kept[at], G()), "padding of kept at %ld", long(at));
+        EXPECT(same_bits(direction[at], T()), "padding of the direction at %ld", long(at));
         for (S* state : states) EXPECT(same_bits(state[at], S()), "padding of a state");
         if (at < moved) EXPECT(same_bits(weights[at], W()), "padding of the weights");
       }
@@ -583,7 +595,12 @@ void expect_updated(Bucket<K>& bucket, const typename Bucket<K>::Copy& before,
         double g = value(bucket.grads[i].data[k]);
         const double first = bucket.flags[i] & kHeld ? value(before.kept[at]) : 0;
         double after = 0;
-        if (o.weight >= 0) {
+        if (o.looks) {
+          const double c = kNumbers[0] / kNumbers[2], across = g - c * first;
+          EXPECT(std::fabs(value(bucket.direction[at]) - across) <= 4 * kRound<T> * 2 * 1.001,
+                 "slot %zu, element %ld: direction %.9g, expected %.9g", i, long(k),
+                 value(bucket.direction[at]), across);
+        } else if (o.weight >= 0) {
           after = o.lr * (o.maximize ? -1 : 1) * o.weight * (g - first) / o.grad_scale;
           g = first;
         } else if (o.alpha >= 0) {
@@ -591,6 +608,9 @@ void expect_updated(Bucket<K>& bucket, const typename Bucket<K>::Copy& before,
           g = (1 + o.alpha * c) * g - o.alpha * first;
         }
         want = textbook(value(w), g, s, o, bucket.flags[i] & kFresh) - after;
+      }
+      if (!steps || !o.looks) {
+        EXPECT(same_bits(bucket.direction[at], before.direction[at]), "another direction");
       }
       for (int m = 0; m < 3; ++m) {
         // At most 6 roundings on terms no larger than 4: what the data above allow.
@@ -643,6 +663,8 @@ inline std::vector<Options> all_options() {
     all.push_back(blended);
     blended.weight = 0.7;
     all.push_back(blended);
+    blended.looks = true;
+    all.push_back(blended);
   }
   return all;
 }
@@ -674,8 +696,9 @@ void run_sums(R& runner, Bucket<K>& bucket, const Options& options) {
   }
 }
 
-// Runner<K>: reduce(bucket, options, SumsId, earlier) -> vector of double, ascend_(bucket, options,
-// total), update_(bucket, options, skip), restore_(bucket, options).
+// Runner<K>: kDirects, whether it leaves directions; reduce(bucket, options, SumsId, earlier) ->
+// vector of double, ascend_(bucket, options, total), update_(bucket, options, skip),
+// restore_(bucket, options).
 template <typename K, template <typename> class Runner>
 void run_all(const std::vector<int64_t>& sizes) {
   constexpr double kInf = std::numeric_limits<double>::infinity();
@@ -683,6 +706,7 @@ void run_all(const std::vector<int64_t>& sizes) {
   Runner<K> runner;
   const std::vector<Options> all = all_options();
   for (const Options& options : all) {
+    if (options.looks && !Runner<K>::kDirects) continue;
     {
       Bucket<K> bucket(sizes, 1);
       const auto before = bucket.copy();

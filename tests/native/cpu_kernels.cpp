@@ -30,6 +30,7 @@ template <typename K>
 class Runner {
  public:
   using T = typename K::T;
+  static constexpr bool kDirects = true;
 
   std::vector<double> reduce(cases::Bucket<K>& bucket, const Options& o, SumsId id,
                              const double* earlier = nullptr) {
@@ -96,6 +97,7 @@ class Runner {
     p.types = K::types();
     p.saved = bucket.saved;
     p.kept = o.blends() ? bucket.kept : nullptr;
+    p.direction = o.looks ? bucket.direction : nullptr;
     p.numbers = kNumbers;
     p.blend_hyper = hyper_->of_blend(o);
     p.blend = o.blend();

@@ -22,6 +22,7 @@ class Runner {
  public:
   using S = std::conditional_t<K::kUniform, typename K::W, Mixed>;
   using T = typename K::T;
+  static constexpr bool kDirects = false;
 
   std::vector<double> reduce(cases::Bucket<K>& bucket, const Options& o, SumsId id,
                              const double* earlier = nullptr) {

@@ -57,7 +57,9 @@ class Arguments:
             (None, torch.rand(2, dtype=self.compute), torch.rand(4, dtype=self.compute))
         )
         self.values["loss_scale"] = random.choice((None, torch.ones((), dtype=torch.float64)))
-        self.values["blend"] = random.choice((-1, -1, -1, 0, 1, 2, 3))
+        self.values["blend"] = random.choice((-1, -1, -1, 0, 1, 2, 3, 4))
+        there = self.values["blend"] == 3  # LookSAM's leaves a direction
+        self.values["direction"] = self.buffer(start, self.compute) if there else None
         self.values |= {
             f"state{k}": self.buffer(start, random.choice((None, *DTYPES))) for k in range(STATES)
         }
@@ -103,8 +105,9 @@ class Arguments:
             ),
             "update_": (
                 *(*[v[f"state{k}"] for k in range(STATES)], v["step"], None),
-                *(v["climb"], v["saved"], v["kept"], *tables, hyper, v["numbers"]),
-                *(v["blend_hyper"], v["loss_scale"], v["grad_scale"], v["found_inf"]),
+                *(v["climb"], v["saved"], v["kept"], v["direction"]),
+                *(*tables, hyper, v["numbers"], v["blend_hyper"], v["loss_scale"]),
+                *(v["grad_scale"], v["found_inf"]),
                 *(*dtypes, v["number"], v["blend"]),
             ),
             "restore_": (v["climb"], v["saved"], v["slots"], v["flags"], v["weight_dtype"]),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...ascents import KERNELS, SUMS, Ascent, Sums
 from ...blends import KERNELS as BLENDS
-from ...blends import Blending
+from ...blends import Blend, Blending
 from ...memory import Bucket, Gradients
 from ...memory.bucket import Kept
 from ...rules import STEP, Rule
@@ -44,18 +44,28 @@ def _tables(bucket: Bucket) -> _Native:
     return tables
 
 
-def _serves(bucket: Bucket, kept: Kept | None = None) -> bool:
-    """Whether there are kernels for these dtypes; torch does the others: right, and slower."""
+def _serves(bucket: Bucket, kept: Kept | None = None, directs: bool = False) -> bool:
+    """Whether there are kernels for these dtypes; torch does the others: right, and slower.
+
+    ``directs``: whether an update is to leave a direction.
+    """
     if bucket.device.type == "cpu":
         return True
     dtypes = {bucket.dtype, bucket.grad_dtype, bucket.dtype if kept is None else kept.flat.dtype}
-    return len(dtypes) == 1 or torch.float64 not in dtypes
+    return not directs and (len(dtypes) == 1 or torch.float64 not in dtypes)
 
 
 class NativeBackend(Backend):
     """See ``Backend`` for what the operations do."""
 
     name = "native"
+
+    def bakes_in(self, bucket: Bucket, ascent: Ascent, blend: Blend | None) -> str | None:
+        """As ``Backend.bakes_in``."""
+        directs = blend is not None and blend.reuse is not None
+        if _serves(bucket, directs=directs) and ascent.average is None:
+            return None
+        return super().bakes_in(bucket, ascent, blend)
 
     def reduce(
         self,
@@ -129,14 +139,15 @@ class NativeBackend(Backend):
         found_inf: Tensor | None = None,
     ) -> None:
         """As ``Backend.update_``, in one launch."""
-        if not _serves(bucket) or (blending is not None and blending.blend not in BLENDS):
+        blend, kept = (None, None) if blending is None else (blending.blend, blending.kept)
+        direction = None if blending is None else blending.direction
+        if not _serves(bucket, kept, direction is not None):
             scaling = {"grad_scale": grad_scale, "found_inf": found_inf}
             return super().update_(bucket, rule, blending, grads, groups, **scaling)
         tables = _tables(bucket)
         names = {name for row in bucket.rows for name in rule.kept(groups[row])}
         fresh = bucket.fresh(names)
         states = [bucket.state(s.name).flat if s.name in names else None for s in rule.states]
-        blend, kept = (None, None) if blending is None else (blending.blend, blending.kept)
         bits = {row: rule_bits(rule, groups[row], blend is not None) for row in bucket.rows}
         numbers, rates = rule_rows(rule, groups, bucket.rows)
         torch.ops.fused_sam.update_.default(
@@ -147,6 +158,7 @@ class NativeBackend(Backend):
             bucket.climb,
             bucket.saved,
             None if kept is None else kept.flat,
+            direction,
             tables.slots,
             tables.addresses(grads).table,
             tables.flags(bits, bucket.perturbed, grads, fresh, () if kept is None else kept.held),

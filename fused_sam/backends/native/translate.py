@@ -24,7 +24,7 @@ from ...text import Text
 MAX_STATES = 3
 """States that the operation ``update_`` takes."""
 
-TABLES = 5
+TABLES = 6
 """Goes up with every change of the operations' arguments or of the tables that they read."""
 
 _OPERATORS: dict[type[ast.AST], str] = {
@@ -239,14 +239,16 @@ def _sums(sums: Sums) -> str:
 
 def _blend(blend: Blend) -> str:
     coefficients = _Translator(blend.coefficients, {})
-    *numbers, scale = coefficients.arguments[:4]
+    *numbers, scale = coefficients.arguments[: blend.count + 1]
     columns, results = blend.column_names, ", ".join(coefficients.results)
     return _struct(
         blend.name,
-        "v = a * g' + b * g",
+        "v = a * g' + b * d, d a direction" if blend.reuses else "v = a * g' + b * g",
         [
             f"static constexpr int kColumns = {len(columns)};",
+            f"static constexpr int kNumbers = {len(numbers)};",
             f"static constexpr bool kAfter = {str(blend.after).lower()};  // w -= lr (c g' + d g)",
+            f"static constexpr bool kDirects = {str(blend.reuse is not None).lower()};  // keeps v",
             f"template <typename T>\n  struct Columns {{ {_fields(columns)} }};",
             "",
             *_function(

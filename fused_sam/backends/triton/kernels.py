@@ -70,11 +70,11 @@ def _aligned(base, begin, MULTIPLE: tl.constexpr):
 
 
 @triton.jit
-def _columns(hyper_ptr, row, COLUMNS: tl.constexpr):
-    """The numbers of a group, as a tuple."""
+def _columns(ptr, COUNT: tl.constexpr):
+    """Numbers of a group, which begin there, as a tuple."""
     columns = ()
-    for i in tl.static_range(COLUMNS):
-        columns = columns + (tl.load(hyper_ptr + row * COLUMNS + i),)
+    for i in tl.static_range(COUNT):
+        columns = columns + (tl.load(ptr + i),)
     return columns
 
 
@@ -183,18 +183,24 @@ def _reduce_tile(
     all,
     grad,
     others,
+    average,
+    at,
     offs,
     mask,
     held,
     numbers,
     columns,
+    follows,
     TERMS: tl.constexpr,
+    FOLLOW: tl.constexpr,
     MAX: tl.constexpr,
     READS: tl.constexpr,
     KEPT: tl.constexpr,
 ):
     dtype = all[0].dtype
     g = _load(grad + offs, mask, dtype)
+    if average is not None:
+        g, _ = FOLLOW(g, _load(average + at + offs, mask, dtype), *follows)
     x = _load(others + offs, mask, dtype) if READS else None
     if KEPT:
         x = tl.where(held, x, 0.0).to(dtype)
@@ -217,6 +223,7 @@ def reduce_kernel(
     partials_ptr,
     ticket_ptr,
     kept_ptr,
+    average_ptr,
     earlier_ptr,
     slots_ptr,
     grads_ptr,
@@ -225,10 +232,12 @@ def reduce_kernel(
     n_chunks,
     n_slots,
     TERMS: tl.constexpr,
+    FOLLOW: tl.constexpr,
     COUNT: tl.constexpr,
     MAX: tl.constexpr,
     EARLIER: tl.constexpr,
     COLUMNS: tl.constexpr,
+    FOLLOWS: tl.constexpr,
     READS: tl.constexpr,
     WEIGHT: tl.constexpr,
     GRAD: tl.constexpr,
@@ -241,6 +250,9 @@ def reduce_kernel(
     ``partials`` (COUNT, programs) in the dtype of the terms is scratch; ``ticket`` (1,) int32
     is 0 before and after. READS: whether some group's terms need the weights, or, where
     ``kept`` is not None, what is in there of the slots whose flags say so.
+
+    Where ``average`` (size,) in the compute dtype is not None, TERMS get the directions that
+    FOLLOW makes of it and the gradients; its numbers are the last FOLLOWS of each group's COLUMNS.
     """
     dtype = partials_ptr.dtype.element_ty
     all = ()
@@ -255,25 +267,30 @@ def reduce_kernel(
         )
         if (flags & MISSING) == 0:
             grad = tl.load(grads_ptr + slot).to(tl.pointer_type(GRAD))
-            columns = _columns(hyper_ptr, row, COLUMNS)
+            row_ptr = hyper_ptr + row * COLUMNS
+            columns = _columns(row_ptr, COLUMNS - FOLLOWS)
+            follows = _columns(row_ptr + COLUMNS - FOLLOWS, FOLLOWS)
             held = (flags & HELD) != 0
             others = kept_ptr + start if KEPT else weights
             if wide:
                 g = _aligned(grad, begin, 16)
                 x = _aligned(others, begin, 16)
+                at = _aligned(start, begin, 64)
                 for tile in range(TILES):
                     offs = tile * BLOCK + lanes
                     all = _reduce_tile(
-                        *(all, g, x, offs, None, held, numbers, columns, TERMS, MAX, READS, KEPT)
+                        *(all, g, x, average_ptr, at, offs, None, held, numbers, columns, follows),
+                        *(TERMS, FOLLOW, MAX, READS, KEPT),
                     )
             else:
                 g = grad + begin
                 x = others + begin
+                at = start + begin
                 for tile in range(tl.cdiv(count, BLOCK).to(tl.int32)):
                     offs = tile * BLOCK + lanes
                     all = _reduce_tile(
-                        *(all, g, x, offs, offs < count, held, numbers, columns),
-                        *(TERMS, MAX, READS, KEPT),
+                        *(all, g, x, average_ptr, at, offs, offs < count, held, numbers, columns),
+                        *(follows, TERMS, FOLLOW, MAX, READS, KEPT),
                     )
     for c in tl.static_range(COUNT):
         place = partials_ptr + c * tl.num_programs(0)
@@ -313,13 +330,17 @@ def _ascend_tile(
     weights,
     saved,
     kept,
+    average,
     at,
     grad,
     offs,
     mask,
     seed,
+    finite,
     scalars,
+    follows,
     MOVE: tl.constexpr,
+    FOLLOW: tl.constexpr,
     MASTERS: tl.constexpr,
 ):
     scale = scalars[0]
@@ -330,6 +351,10 @@ def _ascend_tile(
     g = _load(grad + offs, mask, scale.dtype)
     if kept is not None:
         _store(kept + at + offs, g, mask)
+    if average is not None:
+        m = _load(average + at + offs, mask, scale.dtype)
+        g, new = FOLLOW(g, m, *follows)
+        _store(average + at + offs, tl.where(finite, new, m), mask)
     # 0 * inf is NaN, and a scale of 0 must move nothing.
     stays = w
     if MASTERS:  # which are not to be rounded anew
@@ -349,6 +374,7 @@ def _ascend_tile(
 def ascend_kernel(
     saved_ptr,
     kept_ptr,
+    average_ptr,
     climb_ptr,
     total_ptr,
     slots_ptr,
@@ -361,8 +387,10 @@ def ascend_kernel(
     n_slots,
     SCALARS: tl.constexpr,
     MOVE: tl.constexpr,
+    FOLLOW: tl.constexpr,
     NUMBERS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    FOLLOWS: tl.constexpr,
     MASTERS: tl.constexpr,
     WEIGHT: tl.constexpr,
     GRAD: tl.constexpr,
@@ -372,7 +400,8 @@ def ascend_kernel(
     """Save w and climb by ``total`` (NUMBERS,) float64; ``number`` goes to ``climb`` (1,) int64.
 
     ``number_ptr`` is where it is, (1,) int64; None where it is an argument.
-    ``kept`` gets the gradients; None where nobody wants them.
+    ``kept`` gets the gradients; None where nobody wants them. ``average`` is as for
+    ``reduce_kernel``; it takes the gradients in, unless the first of the numbers is not finite.
     """
     dtype = hyper_ptr.dtype.element_ty
     lanes = tl.arange(0, BLOCK)
@@ -381,6 +410,7 @@ def ascend_kernel(
     if tl.program_id(0) == 0:
         tl.store(climb_ptr, number)
     numbers = _numbers(total_ptr, dtype, NUMBERS)
+    finite = numbers[0] - numbers[0] == 0
     seed = _hash(tl.full([], number, tl.uint32))
     # Backwards: what reduce read last is what may still be in the cache.
     for i in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
@@ -389,7 +419,9 @@ def ascend_kernel(
         )
         if (flags & MISSING) == 0:
             grad = tl.load(grads_ptr + slot).to(tl.pointer_type(GRAD))
-            scalars = SCALARS(*numbers, *_columns(hyper_ptr, row, COLUMNS))
+            row_ptr = hyper_ptr + row * COLUMNS
+            scalars = SCALARS(*numbers, *_columns(row_ptr, COLUMNS - FOLLOWS))
+            follows = _columns(row_ptr + COLUMNS - FOLLOWS, FOLLOWS)
             if wide:
                 w = _aligned(weights, begin, 16)
                 at = _aligned(start, begin, 64)
@@ -397,7 +429,8 @@ def ascend_kernel(
                 for tile in range(TILES):
                     offs = tile * BLOCK + lanes
                     _ascend_tile(
-                        *(w, saved_ptr, kept_ptr, at, g, offs, None, seed, scalars, MOVE, MASTERS)
+                        *(w, saved_ptr, kept_ptr, average_ptr, at, g, offs, None, seed, finite),
+                        *(scalars, follows, MOVE, FOLLOW, MASTERS),
                     )
             else:
                 w = weights + begin
@@ -407,7 +440,8 @@ def ascend_kernel(
                     offs = tile * BLOCK + lanes
                     mask = offs < count
                     _ascend_tile(
-                        *(w, saved_ptr, kept_ptr, at, g, offs, mask, seed, scalars, MOVE, MASTERS)
+                        *(w, saved_ptr, kept_ptr, average_ptr, at, g, offs, mask, seed, finite),
+                        *(scalars, follows, MOVE, FOLLOW, MASTERS),
                     )
 
 
@@ -636,7 +670,7 @@ def update_kernel(
         if ((flags & MISSING) == 0) & steps:
             grad = tl.load(grads_ptr + slot).to(tl.pointer_type(GRAD))
             descent = tl.where((flags & MAXIMIZE) != 0, -unscale, unscale)
-            columns = _columns(hyper_ptr, row, COLUMNS)
+            columns = _columns(hyper_ptr + row * COLUMNS, COLUMNS)
             lr = columns[0]
             blend = (lr,)  # nobody reads it
             if kept_ptr is not None:

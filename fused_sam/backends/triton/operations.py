@@ -10,10 +10,11 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from ...ascents import Ascent, Sums
-from ...blends import Blending
+from ...blends import Blend, Blending
 from ...devices import on
 from ...memory import Bucket, Gradients
 from ...memory.bucket import Kept
+from ...memory.members import AVERAGE
 from ...rules import STEP, Rule
 from ..base import Backend, Groups
 from ..tables import Tables, blend_table, rule_bits, rule_rows, sums_table
@@ -145,6 +146,10 @@ class TritonBackend(Backend):
 
     name = "triton"
 
+    def bakes_in(self, bucket: Bucket, ascent: Ascent, blend: Blend | None) -> str | None:
+        """As ``Backend.bakes_in``."""
+        return None if ascent.average is None else super().bakes_in(bucket, ascent, blend)
+
     def reduce(
         self,
         bucket: Bucket,
@@ -156,8 +161,6 @@ class TritonBackend(Backend):
         kept: Kept | None = None,
     ) -> Tensor:
         """As ``Backend.reduce``, in one launch."""
-        if sums.average is not None:
-            return super().reduce(bucket, sums, grads, groups, earlier, unscale, kept)
         launcher = _launcher(bucket)
         with on(bucket.device):
             held = () if kept is None else kept.held
@@ -166,16 +169,18 @@ class TritonBackend(Backend):
             total = torch.empty(sums.count, dtype=torch.float64, device=bucket.device)
             args = (
                 *(total, launcher.scratch(sums), launcher.ticket),
-                *(None if kept is None else kept.flat, earlier, launcher.slots),
+                *(None if kept is None else kept.flat, _average(bucket, sums)),
+                *(earlier, launcher.slots),
                 launcher.addresses(grads).table,
                 launcher.flags(dict.fromkeys(bucket.rows, 0), bucket.perturbed, grads, held=held),
                 sums_table(launcher, bucket, sums, groups, unscale),
             )
             constants = (
-                *(compiled(sums.terms), sums.count, sums.how == "max"),
-                *(sums.earlier, _width(sums), reads, *launcher.types),
+                *(compiled(sums.terms), _follow(sums), sums.count, sums.how == "max"),
+                *(sums.earlier, *_widths(sums), reads, *launcher.types),
             )
-            launcher.launch(kernels.reduce_kernel, args, constants, sums.wide, sums.wide, args[3])
+            wide = sums.wide
+            launcher.launch(kernels.reduce_kernel, args, constants, wide, wide, *args[3:5])
         return total
 
     def ascend_(
@@ -190,23 +195,22 @@ class TritonBackend(Backend):
         unscale: float = 1.0,
     ) -> None:
         """As ``Backend.ascend_``, in one launch."""
-        if ascent.average is not None:
-            return super().ascend_(bucket, ascent, grads, groups, total, number, kept, unscale)
         launcher = _launcher(bucket)
         with on(bucket.device):
             args = (
-                *(bucket.saved, kept, bucket.climb, total, launcher.slots),
+                *(bucket.saved, kept, _average(bucket, ascent.sums)),
+                *(bucket.climb, total, launcher.slots),
                 launcher.addresses(grads).table,
                 launcher.flags(dict.fromkeys(bucket.rows, 0), bucket.perturbed, grads),
                 sums_table(launcher, bucket, ascent.sums, groups, unscale),
                 *((number, 0) if isinstance(number, Tensor) else (None, number)),
             )
             constants = (
-                *(compiled(ascent.scalars), compiled(ascent.move)),
-                *(len(ascent.sums.chain), _width(ascent.sums)),
+                *(compiled(ascent.scalars), compiled(ascent.move), _follow(ascent.sums)),
+                *(len(ascent.sums.chain), *_widths(ascent.sums)),
                 *(bucket.masters, *launcher.types),
             )
-            launcher.launch(kernels.ascend_kernel, args, constants)
+            launcher.launch(kernels.ascend_kernel, args, constants, False, False, args[2])
 
     def update_(
         self,
@@ -265,5 +269,15 @@ class TritonBackend(Backend):
             launcher.launch(kernels.restore_kernel, args, launcher.types[:1])
 
 
-def _width(sums: Sums) -> int:
-    return len(sums.column_names)
+def _average(bucket: Bucket, sums: Sums) -> Tensor | None:
+    return None if sums.average is None else bucket.member(AVERAGE).flat
+
+
+def _follow(sums: Sums) -> Any:
+    return None if sums.average is None else compiled(sums.average.follow)
+
+
+def _widths(sums: Sums) -> tuple[int, int]:
+    """How many columns the table of a sum has, and how many of them are its average's."""
+    average = () if sums.average is None else sums.average.column_names
+    return len(sums.column_names) + len(average), len(average)
