@@ -51,7 +51,8 @@ def _serves(bucket: Bucket, kept: Kept | None = None, directs: bool = False) -> 
     """
     if bucket.device.type == "cpu":
         return True
-    return not directs and bucket.is_uniform and (kept is None or kept.flat.dtype == bucket.dtype)
+    served = not directs or bucket.dtype == torch.float32
+    return served and bucket.is_uniform and (kept is None or kept.flat.dtype == bucket.dtype)
 
 
 class NativeBackend(Backend):
