@@ -17,7 +17,7 @@ from fused_sam import FusedSAM, graphs, schedule
 from fused_sam.ascents import MSAM, USAM, PNorm, VaSSO
 from fused_sam.backends import capture as captures
 from fused_sam.backends import native
-from fused_sam.blends import GSAM, WSAM, CoupledWSAM
+from fused_sam.blends import GSAM, WSAM, CoupledWSAM, LookSAM
 from fused_sam.graphs import captured, conditions
 
 pytestmark = pytest.mark.skipif(
@@ -125,6 +125,8 @@ CASES = {
     "clipped": {"max_grad_norm": 0.5, "momentum": 0.9},
     "gsam": {"blend": GSAM(0.4), "momentum": 0.9},
     "gsam-clipped": {"blend": GSAM(0.4), "max_grad_norm": 0.2},
+    "looksam": {"blend": LookSAM(2), "momentum": 0.9},
+    "looksam-clipped": {"blend": LookSAM(2), "max_grad_norm": 0.2},
     "wsam": {"blend": WSAM(0.8, max_norm=0.3), "momentum": 0.9},
     "wsam-clipped": {"blend": CoupledWSAM(0.8), "max_grad_norm": 0.2},
     "p-norm": {"ascent": PNorm(4.0)},
