@@ -66,7 +66,7 @@ def are_others(groups: Groups, pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
     return any([grad is not known.get(param) for param, grad in pairs_of(groups)])
 
 
-def put_back(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+def put_back(pairs: Sequence[tuple[Tensor, Tensor | None]]) -> None:
     """Give the gradients to the parameters again."""
     for param, grad in pairs:
         param.grad = grad

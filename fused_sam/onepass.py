@@ -122,17 +122,22 @@ class OnePass(Climb):
             raise
         facts.versions = facts.writes()
 
+    def _refuse_written(self) -> None:
+        """Raise if weights were written to ahead of w: who returns from there would undo it."""
+        facts = self._facts
+        if facts.perturbed and facts.versions != facts.writes():
+            raise RuntimeError(
+                "weights were written to while they were ahead of w, and the step would undo "
+                "it: call optimizer.eval() before model.load_state_dict() or whatever writes "
+                "to them, and optimizer.train() afterwards"
+            )
+
     def _check_ahead(self) -> None:
         """Raise unless the gradients are those of where the weights should be."""
         facts = self._facts
         layout = facts.engine.layout
+        self._refuse_written()
         if facts.perturbed:
-            if facts.versions != facts.writes():
-                raise RuntimeError(
-                    "weights were written to while they were ahead of w, and the step would undo "
-                    "it: call optimizer.eval() before model.load_state_dict() or whatever writes "
-                    "to them, and optimizer.train() afterwards"
-                )
             return
         comes_and_goes = facts.attached.model is not None and facts.training
         if comes_and_goes and facts.visited and (ascent := self._follows()) is not None:

@@ -99,12 +99,14 @@ class Recording:
         now = [tuple(values()) for values in self._tables]
         if now == self._known:
             return
+        pieces = list(self._pieces)
         for i, (numbers, (dtype, _)) in enumerate(zip(now, self._sizes, strict=True)):
             if not self._known or numbers != self._known[i]:
                 piece = array(CODES[dtype], numbers).tobytes()
-                self._pieces[i] = piece + bytes(-len(piece) % _ALIGNMENT)
-        self._send(b"".join(self._pieces))
-        self._known = now
+                pieces[i] = piece + bytes(-len(piece) % _ALIGNMENT)
+        self._known = []  # until it is sent: Ctrl-C may come between
+        self._send(b"".join(pieces))
+        self._pieces, self._known = pieces, now
 
     def _send(self, data: bytes) -> None:
         assert self._block is not None

@@ -36,11 +36,9 @@ class Log(TorchDispatchMode):
 
 
 class EmulatedGraph:
-    """What ``fused_sam.devicegraph.DeviceGraph`` is, with the CPU's generator."""
+    """What ``fused_sam.graphs.device.DeviceGraph`` is, with the CPU's generator."""
 
-    pool = "a pool"
-
-    def __init__(self, device, pool=None):
+    def __init__(self, device, other=None):
         self._log = None
 
     def warm_up(self, run):

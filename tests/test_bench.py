@@ -393,6 +393,26 @@ def test_a_backend_that_cannot_launch_leaves_the_figures_of_the_next(monkeypatch
     assert rows[-1]["kernel"] == "restore_"
 
 
+def test_a_step_that_cannot_be_captured_leaves_the_figures_of_the_others(monkeypatch):
+    """There is no GPU here, so that of each backend is refused; of the reference it must be."""
+    gpu = pytest.importorskip("bench.gpu")
+    ours = [
+        peer for peer in peers.fused_sam_peers(torch.device("cpu")) if "triton" not in peer.name
+    ]
+    monkeypatch.setattr(gpu, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(gpu, "DRY", False)
+    monkeypatch.setattr(gpu, "fused_sam_peers", lambda device: ours)
+    monkeypatch.setattr(gpu, "peers", lambda device, compiled: [peers.peers(device)[-1]])
+    monkeypatch.setattr(gpu, "captured", lambda works: works[0])
+    monkeypatch.setattr(gpu, "measure", lambda works: {name: [1.0] for name in works})
+    rows = list(gpu.training_graphs())
+    refused = {row["peer"]: row for row in rows if "median" not in row}
+    assert list(refused) == [f"{peer.name}, captured" for peer in ours]
+    for name, row in refused.items():
+        assert "parameters are on cpu" in row["left_out" if "reference" in name else "failed"]
+    assert len(rows) == 2 * len(ours) + 2
+
+
 def test_gpu_table_says_which_aims_are_met(tmp_path):
     """Guards the verdicts, and that figures of other sizes and peers do not enter them."""
     time_ = {"median": 1e-3, "p20": 9e-4, "p80": 2e-3}

@@ -5,8 +5,10 @@ The graph is emulated: see graph_emulator.py. test_gpu.py replays real ones.
 
 import copy
 import re
+import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from graph_emulator import EmulatedGraph, HostRecording
@@ -129,6 +131,8 @@ CASES = {
     "looksam-clipped": {"blend": LookSAM(2), "max_grad_norm": 0.2},
     "wsam": {"blend": WSAM(0.8, max_norm=0.3), "momentum": 0.9},
     "wsam-clipped": {"blend": CoupledWSAM(0.8), "max_grad_norm": 0.2},
+    "looksam": {"blend": LookSAM(2), "momentum": 0.9},
+    "looksam-clipped": {"blend": LookSAM(3), "max_grad_norm": 0.2, "base": ADAMW},
     "p-norm": {"ascent": PNorm(4.0)},
     "usam": {"ascent": USAM()},
     "msam": {"ascent": MSAM(), "momentum": 0.9, "weight_decay": 0.1},
@@ -161,18 +165,23 @@ def test_hyperparameters_are_those_of_the_call():
 
 
 def test_a_scheduler_and_a_loaded_checkpoint_are_followed():
-    """Guards the groups, which load_state_dict replaces: a graph asks those that it knows."""
+    """Guards the groups, which load_state_dict replaces: a graph asks those that it knows.
+
+    The checkpoint knows nothing of a scheduler, and JSON has made a list of its betas.
+    """
     results = []
     for graph in (True, False):
         model, opt = make(base=ADAMW)
         eager(model, opt, BATCHES[0])
         saved = copy.deepcopy((model.state_dict(), opt.state_dict()))
+        saved[1]["param_groups"][0]["betas"] = [0.8, 0.9]
+        opt.param_groups[1]["lr"] = np.float32(0.02)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
         step = (
             graphs.capture(model, loss_fn, opt, BATCHES[0])
             if graph
             else (lambda batch, model=model, opt=opt: eager(model, opt, batch))
         )
-        scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
         for batch in BATCHES[:3]:
             step(batch)
             scheduler.step()
@@ -239,6 +248,15 @@ def test_a_scaler_scales_skips_and_grows_inside():
     assert list(map(float, results[0][0:-1:2])) == [256, 512, 512, 256, 256, 512]
 
 
+def test_gradients_do_not_outlive_their_step():
+    """Guards a table of theirs, which kept them: a copy of the weights in the second pass."""
+    model, opt = make()
+    loss_fn(model, BATCHES[0]).backward()
+    grad = weakref.ref(model[0].weight.grad)
+    opt.first_step(zero_grad=True)
+    assert grad() is None
+
+
 def test_nothing_is_sent_where_nothing_changed():
     model, opt = make(when=schedule.From(100))
     step = graphs.capture(model, loss_fn, opt, BATCHES[0])
@@ -265,6 +283,7 @@ CHANGES = {
     "nesterov": (set_option(nesterov=True), "'nesterov' of group 0 was False and is True"),
     "adaptive": (set_option(adaptive=True), "what group 0 keeps and reads"),
     "momentum": (set_option(momentum=0.0), "what group 0 keeps"),
+    "maximize": (set_option(maximize=1), "what group 0 keeps and reads"),
     "ascent": (set_option(ascent=None), "'ascent' of group 0"),
     "state": (lambda m, o: o.state[m[0].weight].clear(), "state"),
     "groups": (lambda m, o: setattr(o, "param_groups", [dict(g) for g in o.param_groups]), "group"),
@@ -273,7 +292,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_a_graph_has_baked_in_is_an_error_when_it_changes(change):
-    model, opt = make(momentum=0.9)
+    model, opt = make(momentum=0.9, maximize=0)
     step = graphs.capture(model, loss_fn, opt, BATCHES[0])
     step(BATCHES[1])
     act, words = CHANGES[change]
@@ -311,6 +330,7 @@ def test_hooks_half_steps_and_gradients_are_errors():
         ((BATCHES[0][0].double(), BATCHES[0][1]), ValueError),
         ((BATCHES[0][0].to("meta"), BATCHES[0][1]), ValueError),
         ((BATCHES[0][0], 1), TypeError),
+        ((BATCHES[0][0].to_sparse(), BATCHES[0][1]), TypeError),
     ],
 )
 def test_another_batch_is_an_error(batch, error):
@@ -393,3 +413,110 @@ def test_a_parameter_that_is_not_the_optimizers_is_refused():
     opt = FusedSAM(model[3].parameters(), lr=0.1, backend="native")
     with pytest.raises(RuntimeError, match=r"0\.weight gets a gradient"):
         graphs.capture(model, loss_fn, opt, BATCHES[0])
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_gradients_of_parameters_that_are_not_the_optimizers_stay():
+    """Of two that are refused, and one that another backward has left."""
+    model, _ = make()
+    model[0].weight.grad = left = torch.ones(7, 5)
+    opt = FusedSAM(model[3].parameters(), lr=0.1, backend="native")
+    with pytest.raises(RuntimeError, match="is not the optimizer's"):
+        graphs.capture(model, loss_fn, opt, BATCHES[0])
+    assert model[0].weight.grad is left and torch.equal(left, torch.ones(7, 5))
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_momentum_sam_may_be_ahead_when_a_captured_step_begins(attached):
+    """Guards w: a graph begins there, and would take w + epsilon for it."""
+    results = []
+    for mixed in (True, False):
+        model, opt = make(ascent=MSAM(), momentum=0.9)
+        if not attached:
+            model, opt = make(ascent=MSAM(), momentum=0.9, model=None)
+
+        def plain(batch, model=model, opt=opt):
+            opt.train()
+            loss_fn(model, batch).backward()
+            opt.step()
+            opt.zero_grad()
+
+        torch.manual_seed(3)
+        plain(BATCHES[0])
+        plain(BATCHES[1])
+        step = graphs.capture(model, loss_fn, opt, BATCHES[0]) if mixed else plain
+        for each, batch in zip((step, plain, step), BATCHES[2:], strict=False):
+            opt.train()
+            each(batch)
+        opt.eval()
+        results.append(everything(model, opt))
+        if mixed:
+            opt.train()
+            model[0].weight.detach().mul_(2)
+            with pytest.raises(RuntimeError, match="written to while they were ahead"):
+                step(BATCHES[0])
+    assert all(map(same_bits, *results))
+
+
+def test_momentum_sam_with_a_half_done_step_is_refused():
+    model, opt = make(ascent=MSAM(), momentum=0.9)
+    loss_fn(model, BATCHES[0]).backward()
+    opt.first_step(zero_grad=True)
+    with pytest.raises(RuntimeError, match=r"capture\(\) between"):
+        graphs.capture(model, loss_fn, opt, BATCHES[0])
+    assert opt._facts.between
+
+
+def test_momentum_sam_after_a_step_with_other_gradients():
+    """Guards the parameters that the climb leaves out, which a graph has baked in."""
+    model, opt = make(ascent=MSAM(), momentum=0.9)
+    eager(model, opt, BATCHES[0])
+    step = graphs.capture(model, loss_fn, opt, BATCHES[0])
+    loss_fn(model, BATCHES[0]).backward()
+    model[3].bias.grad = None
+    opt.step()
+    opt.zero_grad()
+    with pytest.raises(RuntimeError, match=r"had no gradient for changed\..*capture it again"):
+        step(BATCHES[1])
+
+
+def test_buffers_that_a_step_replaces_are_refused_and_as_before():
+    """Guards what passes from step to step: each replay would begin with that of the capture."""
+    model, opt = make()
+    model[1].register_buffer("expanded", torch.ones(3).expand(2, 3))  # nothing can be put back here
+    first = model[1].running_mean
+
+    def replaces(model, batch):
+        loss = loss_fn(model, batch)
+        model[1].running_mean = model[1].running_mean * 0.5
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"in the place of a buffer.*copy_\(\)"):
+        graphs.capture(model, replaces, opt, BATCHES[0])
+    assert model[1].running_mean is first and torch.equal(first, torch.zeros(7))
+    graphs.capture(model, loss_fn, opt, BATCHES[0])
+
+
+def test_averages_are_put_back(monkeypatch):
+    """Each warm-up moves one in its climb; the capture itself fails here, where torch computes."""
+    monkeypatch.setattr(native.NativeBackend, "bakes_in", lambda *args: None)
+    model, opt = make(ascent=VaSSO())
+    for there in (False, True):
+        before = copy.deepcopy(opt.state_dict()["state"])
+        with pytest.raises(RuntimeError, match="could not be captured"):
+            graphs.capture(model, loss_fn, opt, BATCHES[0])
+        average = opt.state_dict()["state"][0]["sam_average"]
+        assert same_bits(average, before[0]["sam_average"] if there else average * torch.nan)
+        eager(model, opt, BATCHES[0])
+
+
+def test_what_a_scaler_knows_of_other_optimizers_stays():
+    model, opt = make(momentum=0.9)
+    other = nn.Linear(2, 1)
+    others = torch.optim.SGD(other.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(other(torch.ones(1, 2)).sum()).backward()
+    scaler.unscale_(others)
+    graphs.capture(model, loss_fn, opt, BATCHES[0], scaler=scaler)
+    scaler.step(others)
+    assert torch.equal(other.weight.grad, torch.ones(1, 2))  # not unscaled once more

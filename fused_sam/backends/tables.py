@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import weakref
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -109,11 +110,11 @@ class Tables:
         }
         self._hyper: dict[Hashable, tuple[Any, Tensor]] = {}
         self._captured: list[Tensor] = []
-        self._recent: tuple[Gradients, Addresses] | None = None
+        self._recent: tuple[weakref.ref[Gradients], Addresses] | None = None
 
     def addresses(self, grads: Gradients) -> Addresses:
         """Where these gradients are; a missing one is at 0."""
-        if self._recent is not None and self._recent[0] is grads:
+        if self._recent is not None and self._recent[0]() is grads:
             return self._recent[1]
         key = grads.addresses
         if (
@@ -122,7 +123,8 @@ class Tables:
             found = self._addresses(key)
         else:
             found = self._remember("addresses", key, lambda: self._addresses(key))
-        self._recent = (grads, found)
+        # Weakly: else they would stay until the next ones, beside which they are a whole copy.
+        self._recent = (weakref.ref(grads), found)
         return found
 
     def _addresses(self, addresses: tuple[int, ...]) -> Addresses:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import numbers
 import operator
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
 from ..optimizer import FusedSAM
-from ..options import CLIMBS, MISSED
+from ..options import MISSED
 from ..rules import check_options
 from .conditions import refuse_fresh_gradients, refuse_hooks
 
@@ -29,7 +31,7 @@ class Baked:
         self._layout = optimizer._facts.engine.layout
         self._modules = list(model.modules())
         self._facts = self._now()
-        self._parts = self._parts_of_model()
+        self._parts = parts_of(self._modules)
         self._tensors = [part for part in self._parts if isinstance(part, Tensor)]
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
 
@@ -42,14 +44,14 @@ class Baked:
         """
         opt, engine = self._optimizer, self._optimizer._facts.engine
         opt._refuse_away("a captured step")
+        opt._refuse_written()
         groups, layout = opt.param_groups, self._layout
         same = engine.layout is layout and len(groups) == len(self._groups)
         if not (same and layout.is_current(groups) and layout.has_its_looks()):
             _outdated("parameters were added, removed, thawed, moved or restrided")
         if not all(map(operator.is_, groups, self._groups)):
             _outdated("the parameter groups were replaced")
-        parts = self._parts_of_model()
-        same = len(parts) == len(self._parts) and all(map(operator.is_, parts, self._parts))
+        same = are_same(parts_of(self._modules), self._parts)
         if not same or list(map(Tensor.data_ptr, self._tensors)) != self._addresses:
             _outdated("a layer, a parameter or a buffer of the model was moved or replaced")
         refuse_hooks(opt)
@@ -63,15 +65,10 @@ class Baked:
         refuse_fresh_gradients(opt, "a captured step")
 
     def _compare(self, now: dict[str, Any]) -> None:
-        # What was added later, such as a scheduler's initial_lr, is nobody's option.
         for what, value in self._facts.items():
-            if now.get(what) != value:
-                _outdated(f"{what} was {value} and is {now.get(what)}")
-
-    def _parts_of_model(self) -> list[Any]:
-        """Every layer, parameter and buffer of the model, or what stands in its place now."""
-        dicts = [d for m in self._modules for d in (m._modules, m._parameters, m._buffers)]
-        return list(itertools.chain.from_iterable([d.values() for d in dicts]))
+            if (new := now.get(what)) != value:
+                brief = not isinstance(value, list)  # of one thing, and not of each parameter
+                _outdated(f"{what} was {value} and is {new}" if brief else f"{what} changed")
 
     def _now(self) -> dict[str, Any]:
         """By name, all that may change where it is."""
@@ -84,18 +81,21 @@ class Baked:
                 for bucket in layout.buckets
                 for name, buffer in bucket.states.items()
             ],
+            "which parameters the last step had no gradient for": [
+                list(group.get(MISSED, ())) for group in opt.param_groups
+            ],
             "optimizer.measures": opt._facts.measures,
         }
         ascent = opt._facts.reader.read(opt.param_groups).ascent
-        loose = {"params", CLIMBS, MISSED, *opt.when.memory}
         for row, group in enumerate(opt.param_groups):
             facts[f"what group {row} keeps and reads"] = (
                 layout.rule.kept(group) if layout.rule else (),
                 [bool(sums.reads_param(group)) for sums in ascent.sums.chain],
+                bool(group.get("maximize")),
             )
-            for name, value in group.items():
-                if name not in loose:
-                    facts[f"{name!r} of group {row}"] = _kind(value)
+            # What schedulers and others keep in a group is no option.
+            for name in opt.defaults.keys() & group.keys():
+                facts[f"{name!r} of group {row}"] = _kind(group[name])
         if self._scaler is not None:
             facts["the scaler"] = _settings_of(self._scaler)
         return facts
@@ -112,9 +112,20 @@ def _kind(value: Any) -> Any:
     """What of an option must stay: of numbers, that they are numbers."""
     if isinstance(value, Tensor):
         return "a number" if value.device.type == "cpu" else f"the tensor at {value.data_ptr()}"
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
         return "a number"
-    return tuple(map(_kind, value)) if isinstance(value, tuple) else value
+    return tuple(map(_kind, value)) if isinstance(value, (tuple, list)) else value
+
+
+def parts_of(modules: Sequence[nn.Module]) -> list[Any]:
+    """Every layer, parameter and buffer of these, or what stands in its place now."""
+    dicts = [d for m in modules for d in (m._modules, m._parameters, m._buffers)]
+    return list(itertools.chain.from_iterable([d.values() for d in dicts]))
+
+
+def are_same(parts: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether these are the same objects."""
+    return len(parts) == len(others) and all(map(operator.is_, parts, others))
 
 
 def _outdated(why: str) -> NoReturn:

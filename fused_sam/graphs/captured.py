@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from ..batchnorm import frozen_running_stats
 from ..caches import forget_copies
 from ..devices import on
+from ..gradients import put_back
 from ..laststep import LastStep
 from ..modes import working
 from ..optimizer import FusedSAM
@@ -21,8 +22,13 @@ from ..options import CLIMBS, MISSED
 from ..randomness import Randomness
 from ..recording import Recording
 from ..schedule import NO_CLIMB, Always
-from .baked import Baked
-from .conditions import check_can_be_captured, check_leaf, refuse_other_gradients
+from .baked import Baked, are_same, parts_of
+from .conditions import (
+    check_can_be_captured,
+    check_leaf,
+    of_others,
+    refuse_other_gradients,
+)
 from .device import DeviceGraph
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -97,8 +103,8 @@ class CapturedStep:
         self._graphs: dict[bool, _Graph] = {}
         with on(self._device), torch.inference_mode(False), torch.enable_grad(), self._undone():
             for climbs in self._kinds_of_step():
-                pool = next((graph.device.pool for graph in self._graphs.values()), None)
-                self._graphs[climbs] = self._capture(climbs, pool)
+                other = next((graph.device for graph in self._graphs.values()), None)
+                self._graphs[climbs] = self._capture(climbs, other)
         for graph in self._graphs.values():
             graph.recording.skip.zero_()
         self._baked = Baked(model, self._optimizer, self._scaler)
@@ -111,8 +117,8 @@ class CapturedStep:
 
     # ------------------------------------------------------------------------------------- capture
 
-    def _capture(self, climbs: bool, pool: Any) -> _Graph:
-        graph, opt = _Graph(self._device, climbs, pool), self._optimizer
+    def _capture(self, climbs: bool, other: DeviceGraph | None) -> _Graph:
+        graph, opt = _Graph(self._device, climbs, other), self._optimizer
         missed = [group.get(MISSED) for group in opt.param_groups]
         began = bool(opt.state)
 
@@ -138,6 +144,8 @@ class CapturedStep:
                 "one before the capture"
             )
         graph.recording.lay_out()
+        modules = list(self._model.modules())
+        parts = parts_of(modules)
         try:
             graph.device.record(record)
         except BaseException as error:
@@ -150,6 +158,11 @@ class CapturedStep:
                     f"changed"
                 ) from error
             raise
+        if not are_same(parts, parts_of(modules)):
+            raise RuntimeError(
+                "the step puts another tensor in the place of a buffer or parameter of the model, "
+                "and a graph would read the old one each time: write into it, with copy_() or so"
+            )
         graph.keep(opt)
         return graph
 
@@ -191,20 +204,38 @@ class CapturedStep:
 
     @contextlib.contextmanager
     def _undone(self) -> Iterator[None]:
-        """A block after which all that steps change besides weights and state is as before."""
+        """A block after which all that steps change besides weights and state is as before.
+
+        State is there then, which ``found_inf`` keeps as it was.
+        """
         opt, scaler = self._optimizer, self._scaler
         facts = opt._facts
         counts = [dict(group) for group in opt.param_groups]
+        dicts: list[dict[str, Any]] = [
+            d for m in self._model.modules() for d in (m._parameters, m._buffers)
+        ]
+        parts = [dict(each) for each in dicts]
+        others = [(p, p.grad) for p in of_others(self._model, opt).values()]
+        for param, _ in others:
+            param.grad = None
         random = Randomness.now([self._device])
         numbers: list[Tensor] = []
         if scaler is not None:
             scaler.scale(torch.zeros((), device=self._device))  # makes them
             numbers = [scaler._scale, scaler._growth_tracker]
-        tensors = [*dict.fromkeys(self._model.buffers()), *numbers]
+            pending = scaler._per_optimizer_states  # of others, which an update() would forget
+            scaler._per_optimizer_states = type(pending)(pending.default_factory)
+        tensors = [*filter(_can_be_written, dict.fromkeys(self._model.buffers())), *numbers]
         saved = [tensor.detach().clone() for tensor in tensors]
+        buckets = facts.engine.buckets
+        kept = [{name: m.flat.clone() for name, m in b.members.items()} for b in buckets]
         total, norm, last = facts.total, facts.norm, facts.last
         try:
             yield
+        except BaseException:
+            for each, were in zip(dicts, parts, strict=True):
+                each.update(were)
+            raise
         finally:
             with torch.no_grad():
                 for tensor, value in zip(tensors, saved, strict=True):
@@ -215,8 +246,12 @@ class CapturedStep:
                     group.pop(CLIMBS, None)
             random.replay()
             facts.total, facts.norm, facts.last = total, norm, last
+            put_back(others)
+            for bucket, old in zip(buckets, kept, strict=True):
+                for name, member in bucket.members.items():  # a climb moves an average
+                    member.put_back(old.get(name))
             if scaler is not None:
-                scaler._per_optimizer_states.pop(id(opt), None)
+                scaler._per_optimizer_states = pending
 
     # -------------------------------------------------------------------------------------- replay
 
@@ -226,6 +261,7 @@ class CapturedStep:
         with on(self._device), working():
             self._baked.check()
             self._load(batch)
+            opt.restore()  # from where Momentum-SAM lives, if a forward went there
             first = opt.param_groups[0]
             one_pass, when = opt._follows() is not None, opt.when
             counts = {**when.memory, **first}
@@ -267,6 +303,11 @@ class CapturedStep:
             ours.copy_(leaf, non_blocking=True)
 
 
+def _can_be_written(tensor: Tensor) -> bool:
+    """Whether it is no expanded tensor, several of whose elements are one."""
+    return all(n < 2 or step != 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 class _Graph:
     """One graph, its tables, and what it leaves in its own memory for the caller to copy.
 
@@ -281,9 +322,9 @@ class _Graph:
     last: LastStep
     params: list[Tensor]
 
-    def __init__(self, device: torch.device, climbs: bool, pool: Any) -> None:
+    def __init__(self, device: torch.device, climbs: bool, other: DeviceGraph | None) -> None:
         self.recording = Recording(device, climbs)
-        self.device = DeviceGraph(device, pool)
+        self.device = DeviceGraph(device, other)
 
     def keep(self, optimizer: FusedSAM) -> None:
         """The step was captured."""

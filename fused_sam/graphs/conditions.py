@@ -21,14 +21,15 @@ def check_can_be_captured(model: nn.Module, optimizer: FusedSAM, scaler: Any) ->
     """
     groups = optimizer.param_groups
     check_model(model, [param for group in groups for param in group["params"]])
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise RuntimeError(
-            f"capture() takes a model of one process and one device, got "
-            f"{type(model).__name__}: step without a graph"
-        )
-    if optimizer._follows() is not None:
-        optimizer.restore()
+    for module in model.modules():  # torch.compile may be around it
+        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            raise RuntimeError(
+                f"capture() takes a model of one process and one device, got "
+                f"{type(module).__name__}: step without a graph"
+            )
     optimizer._refuse_away("capture()")
+    optimizer._refuse_written()
+    optimizer.restore()  # from where Momentum-SAM lives
     optimizer._refresh()
     optimizer._facts.captures.renew()
     device = _device_of(optimizer)
@@ -111,12 +112,16 @@ def refuse_fresh_gradients(optimizer: FusedSAM, who: str) -> None:
         )
 
 
-def refuse_other_gradients(model: nn.Module, optimizer: FusedSAM) -> None:
-    """Raise if a backward gives gradients to parameters that the optimizer does not have."""
+def of_others(model: nn.Module, optimizer: FusedSAM) -> dict[str, Tensor]:
+    """The parameters of the model that the optimizer does not have, by name."""
     ours = {param for group in optimizer.param_groups for param in group["params"]}
-    for name, param in model.named_parameters():
-        if param not in ours and param.grad is not None:
-            param.grad = None
+    return {name: param for name, param in model.named_parameters() if param not in ours}
+
+
+def refuse_other_gradients(model: nn.Module, optimizer: FusedSAM) -> None:
+    """Raise if a backward has given gradients to parameters that the optimizer does not have."""
+    for name, param in of_others(model, optimizer).items():
+        if param.grad is not None:
             raise RuntimeError(
                 f"{name} gets a gradient and is not the optimizer's: a graph would not add to "
                 f"it as backward() does. Call requires_grad_(False), or add it to a group"
@@ -125,10 +130,10 @@ def refuse_other_gradients(model: nn.Module, optimizer: FusedSAM) -> None:
 
 def check_leaf(leaf: Any, device: torch.device) -> None:
     """Raise unless it can be a part of a batch."""
-    if not isinstance(leaf, Tensor):
+    if not isinstance(leaf, Tensor) or leaf.layout is not torch.strided:
         raise TypeError(
-            f"a batch is a tensor, or tuples, lists and dicts of tensors; got "
-            f"{type(leaf).__name__} in it"
+            f"a batch is a dense tensor, or tuples, lists and dicts of them; got "
+            f"{leaf.layout if isinstance(leaf, Tensor) else type(leaf).__name__} in it"
         )
     if leaf.device != device:
         raise ValueError(

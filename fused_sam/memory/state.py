@@ -79,6 +79,15 @@ class StateBuffer:
         """From now on these slots have it."""
         self.present = list(map(operator.or_, self.present, slots))
 
+    def put_back(self, flat: Tensor | None) -> None:
+        """Let all be what it was; None: as it began. What is shown stays so."""
+        if flat is not None:
+            self.flat.copy_(flat)
+            return
+        there = self.present
+        self.clear()
+        self.show(there)
+
     def clear(self) -> None:
         """Let all begin anew."""
         self.adopt([None] * len(self.windows))
