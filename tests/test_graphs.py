@@ -127,8 +127,6 @@ CASES = {
     "clipped": {"max_grad_norm": 0.5, "momentum": 0.9},
     "gsam": {"blend": GSAM(0.4), "momentum": 0.9},
     "gsam-clipped": {"blend": GSAM(0.4), "max_grad_norm": 0.2},
-    "looksam": {"blend": LookSAM(2), "momentum": 0.9},
-    "looksam-clipped": {"blend": LookSAM(2), "max_grad_norm": 0.2},
     "wsam": {"blend": WSAM(0.8, max_norm=0.3), "momentum": 0.9},
     "wsam-clipped": {"blend": CoupledWSAM(0.8), "max_grad_norm": 0.2},
     "looksam": {"blend": LookSAM(2), "momentum": 0.9},
