@@ -1,9 +1,10 @@
 """Random shapes, strides, dtypes, groups and missing gradients, against the textbook in float64."""
 
 import math
+import random
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from oracle import Textbook
 
@@ -189,58 +190,49 @@ def scaled_steps(textbook, passes, scale, skip):
 
 
 @FEW
-@given(data=st.data(), seed=st.integers(0, 2**16))
-def test_any_member_with_any_options_steps_as_its_formula(data, seed):
+@given(seed=st.integers(2**20, 2**32))
+def test_any_member_with_any_options_steps_as_its_formula(seed):
     """Guards pairs that no test names: every draw is a construction that must work.
 
     Three steps, of which the second may be skipped, with gradients that are missing, and groups
-    that do not climb.
+    that do not climb. All draws are of one seed: those of Hypothesis resemble one another, and
+    80 of them left most pairs out.
     """
-    generator = torch.Generator().manual_seed(seed)
-    draw = data.draw
-    ascent, blend, when = [draw(st.sampled_from(x)) for x in (ASCENTS, BLENDS, WHENS)]
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    ascent, blend, when = rng.choice(ASCENTS), rng.choice(BLENDS), rng.choice(WHENS)
     if isinstance(blend, LookSAM):
         when = Always()  # it says itself when
-    cls, options = draw(st.sampled_from(BASES))
-    dtype, grad_dtype, masters = draw(st.sampled_from(KINDS))
-    scale = draw(st.sampled_from([1.0, 1.0, 8.0]), label="scale")
-    clip = draw(st.sampled_from([None, None, 0.3]), label="max_grad_norm")
+    cls, options = rng.choice(BASES)
+    dtype, grad_dtype, masters = rng.choice(KINDS)
+    scale, clip = rng.choice([1.0, 8.0]), rng.choice([None, 0.3])
     groups, params = [], []
-    for i in range(draw(st.integers(1, 3), label="groups")):
-        shapes = draw(st.lists(st.sampled_from([(), (3,), (65,), (4, 8)]), min_size=1, max_size=2))
+    for i in range(rng.randint(1, 3)):
+        shapes = rng.choices([(), (3,), (65,), (4, 8)], k=rng.randint(1, 2))
         mine = [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
         for p in mine if grad_dtype else ():
             p.grad_dtype = grad_dtype
         params += mine
-        more = draw(
-            st.fixed_dictionaries(
-                {"rho": st.sampled_from([0.05, 0.5]), "lr": st.sampled_from([0.01, 0.1])},
-                optional={"adaptive": st.booleans(), "eta": st.just(0.1)},
-            )
+        groups.append(
+            {"params": mine, "rho": rng.choice([0.05, 0.5]), "lr": rng.choice([0.01, 0.1])}
         )
-        groups.append({"params": mine, **more})
-        if i and draw(st.booleans(), label="stays"):
+        groups[-1].update(rng.choice([{}, {"adaptive": True}, {"adaptive": True, "eta": 0.1}]))
+        if i and rng.random() < 0.4:
             groups[-1]["ascent"] = None
-    opt = FusedSAM(
-        groups,
-        cls,
-        **{"ascent": ascent, "blend": blend, "when": when, "max_grad_norm": clip},
-        master_weights=masters,
-        backend="reference",
-        **options,
-    )
+    members = {"ascent": ascent, "blend": blend, "when": when, "max_grad_norm": clip}
+    note(f"{members}, {cls.__name__}, {options}, {dtype}, {grad_dtype}, masters={masters}")
+    note(f"{scale=}, {groups}")
+    opt = FusedSAM(groups, cls, master_weights=masters, backend="reference", **members, **options)
     textbook = Textbook(opt, opt.when.climbs if opt.when != Always() else lambda number: True)
-    skips = draw(st.booleans(), label="skips") and scale != 1.0
+    skips = rng.random() < 0.5
     for i in range(3):
-        missing = draw(st.sets(st.sampled_from(range(2 * len(params))), max_size=2))
         passes = [
             {
                 p: None
-                if 2 * j + half in missing
+                if rng.random() < 0.1
                 else torch.randn(p.shape, generator=generator).to(p.grad_dtype)
-                for j, p in enumerate(params)
+                for p in params
             }
-            for half in range(2)
+            for _ in range(2)
         ]
         if scale == 1.0:
             textbook.step(*passes)
