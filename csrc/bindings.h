@@ -71,6 +71,7 @@ inline int64_t check_index(int64_t index, int64_t count, const char* what) {
 #define FUSED_SAM_WIDE(value) value::kWide,
 #define FUSED_SAM_READS_KEPT(value) value::kReadsKept,
 #define FUSED_SAM_NUMBERS(value) value::kNumbers,
+#define FUSED_SAM_AVERAGES(value) value::Average::kIs,
 #define FUSED_SAM_AFTER(value) value::kAfter,
 #define FUSED_SAM_DIRECTS(value) value::kDirects,
 constexpr int kSumsColumns[] = {FUSED_SAM_SUMS(FUSED_SAM_COLUMNS)};
@@ -79,12 +80,14 @@ constexpr bool kSumsMax[] = {FUSED_SAM_SUMS(FUSED_SAM_MAX)};
 constexpr int kSumsCount[] = {FUSED_SAM_SUMS(FUSED_SAM_COUNT)};
 constexpr bool kSumsWide[] = {FUSED_SAM_SUMS(FUSED_SAM_WIDE)};
 constexpr bool kSumsReadsKept[] = {FUSED_SAM_SUMS(FUSED_SAM_READS_KEPT)};
+constexpr bool kSumsAverages[] = {FUSED_SAM_SUMS(FUSED_SAM_AVERAGES)};
 constexpr int kBlendColumns[] = {FUSED_SAM_BLENDS(FUSED_SAM_COLUMNS)};
 constexpr int kBlendNumbers[] = {FUSED_SAM_BLENDS(FUSED_SAM_NUMBERS)};
 constexpr bool kBlendAfter[] = {FUSED_SAM_BLENDS(FUSED_SAM_AFTER)};
 constexpr bool kBlendDirects[] = {FUSED_SAM_BLENDS(FUSED_SAM_DIRECTS)};
 constexpr int kAscentNumbers[] = {FUSED_SAM_ASCENTS(FUSED_SAM_NUMBERS)};
 constexpr int kAscentColumns[] = {FUSED_SAM_ASCENTS(FUSED_SAM_COLUMNS)};
+constexpr bool kAscentAverages[] = {FUSED_SAM_ASCENTS(FUSED_SAM_AVERAGES)};
 constexpr int kRuleColumns[] = {FUSED_SAM_RULES(FUSED_SAM_COLUMNS)};
 constexpr unsigned kRuleAlways[] = {FUSED_SAM_RULES(FUSED_SAM_ALWAYS)};
 constexpr int kRuleStates[] = {FUSED_SAM_RULES(FUSED_SAM_STATES)};
@@ -115,6 +118,15 @@ inline void* check_kept(const std::optional<Tensor>& kept, const Tensor& saved, 
     check(*kept, "kept", scalar_type(types.kept), saved.numel(), saved);
   }
   return memory(kept);
+}
+
+// The average of the gradients, in the compute type; null where none is needed.
+inline void* check_average(const std::optional<Tensor>& average, const Tensor& saved,
+                           const Types& types, bool needed) {
+  STD_TORCH_CHECK(average.has_value() == needed,
+                  "fused_sam: average is there where it is needed, and only there");
+  if (average) check(*average, "average", compute_type(types.weights), saved.numel(), saved);
+  return memory(average);
 }
 
 // Where a climb's number is, on the weights' device; null where it is an argument.

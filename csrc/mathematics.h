@@ -333,8 +333,52 @@ struct Lion {
   }
 };
 
+struct NoAverage {
+  static constexpr bool kIs = false;
+};
+
+// a running average of the gradients, and the directions that are made of it
+struct Friendly {
+  static constexpr bool kIs = true;
+
+  template <typename T, typename Group>
+  static FUSED_SAM_INLINE void follow(T grad, T average, const Group& columns_, T& direction_,
+                                      T& new_) {
+    [[maybe_unused]] T unscale = columns_.unscale;
+    [[maybe_unused]] T sigma = columns_.sigma;
+    [[maybe_unused]] T lam = columns_.lam;
+    [[maybe_unused]] T rest = columns_.rest;
+    grad = (unscale * grad);
+    auto there = (average == average);
+    auto direction = words::where(there, (grad - (sigma * average)), grad);
+    direction = words::where((sigma > T(0)), direction, grad);
+    direction_ = direction;
+    new_ = words::where(there, ((lam * average) + (rest * grad)), grad);
+  }
+};
+
+// a running average of the gradients, and the directions that are made of it
+struct Vasso {
+  static constexpr bool kIs = true;
+
+  template <typename T, typename Group>
+  static FUSED_SAM_INLINE void follow(T grad, T average, const Group& columns_, T& direction_,
+                                      T& new_) {
+    [[maybe_unused]] T unscale = columns_.unscale;
+    [[maybe_unused]] T theta = columns_.theta;
+    [[maybe_unused]] T rest = columns_.rest;
+    grad = (unscale * grad);
+    auto there = (average == average);
+    average = words::where(there, ((rest * average) + (theta * grad)), grad);
+    average = words::where((rest > T(0)), average, grad);
+    direction_ = average;
+    new_ = average;
+  }
+};
+
 // summed over all elements
 struct SamNorm {
+  using Average = NoAverage;
   static constexpr int kColumns = 3;
   static constexpr int kEarlier = 0;  // numbers that were reduced before
   static constexpr int kCount = 1;
@@ -372,6 +416,7 @@ struct SamNorm {
 
 // the largest of all elements
 struct PNormMax {
+  using Average = NoAverage;
   static constexpr int kColumns = 5;
   static constexpr int kEarlier = 0;  // numbers that were reduced before
   static constexpr int kCount = 1;
@@ -413,6 +458,7 @@ struct PNormMax {
 
 // summed over all elements
 struct PNormSum {
+  using Average = NoAverage;
   static constexpr int kColumns = 5;
   static constexpr int kEarlier = 1;  // numbers that were reduced before
   static constexpr int kCount = 1;
@@ -457,7 +503,91 @@ struct PNormSum {
 };
 
 // summed over all elements
+struct FriendlySamNorm {
+  using Average = Friendly;
+  static constexpr int kColumns = 7;
+  static constexpr int kEarlier = 0;  // numbers that were reduced before
+  static constexpr int kCount = 1;
+  static constexpr bool kMax = false;
+  static constexpr bool kReadsKept = false;
+  static constexpr bool kWide = false;  // all of it in float64
+  template <typename T>
+  struct Columns {
+    T rho;
+    T adaptive;
+    T eta;
+    T unscale;
+    T sigma;
+    T lam;
+    T rest;
+  };
+  template <typename T>
+  struct Earlier {};
+
+  template <typename T>
+  static FUSED_SAM_INLINE Earlier<T> earlier([[maybe_unused]] const double* numbers_) {
+    return {};
+  }
+
+  template <bool kReads, typename T>
+  static FUSED_SAM_INLINE void terms([[maybe_unused]] T param, T grad,
+                                     [[maybe_unused]] const Columns<T>& columns_,
+                                     [[maybe_unused]] const Earlier<T>& earlier_,
+                                     T (&terms_)[kCount]) {
+    [[maybe_unused]] T rho = columns_.rho;
+    [[maybe_unused]] T adaptive = columns_.adaptive;
+    [[maybe_unused]] T eta = columns_.eta;
+    if constexpr (kReads) {
+      grad = (words::where((adaptive != T(0)), (words::abs(param) + eta), T(1.0)) * grad);
+    }
+    terms_[0] = (grad * grad);
+  }
+};
+
+// summed over all elements
+struct VassoSamNorm {
+  using Average = Vasso;
+  static constexpr int kColumns = 6;
+  static constexpr int kEarlier = 0;  // numbers that were reduced before
+  static constexpr int kCount = 1;
+  static constexpr bool kMax = false;
+  static constexpr bool kReadsKept = false;
+  static constexpr bool kWide = false;  // all of it in float64
+  template <typename T>
+  struct Columns {
+    T rho;
+    T adaptive;
+    T eta;
+    T unscale;
+    T theta;
+    T rest;
+  };
+  template <typename T>
+  struct Earlier {};
+
+  template <typename T>
+  static FUSED_SAM_INLINE Earlier<T> earlier([[maybe_unused]] const double* numbers_) {
+    return {};
+  }
+
+  template <bool kReads, typename T>
+  static FUSED_SAM_INLINE void terms([[maybe_unused]] T param, T grad,
+                                     [[maybe_unused]] const Columns<T>& columns_,
+                                     [[maybe_unused]] const Earlier<T>& earlier_,
+                                     T (&terms_)[kCount]) {
+    [[maybe_unused]] T rho = columns_.rho;
+    [[maybe_unused]] T adaptive = columns_.adaptive;
+    [[maybe_unused]] T eta = columns_.eta;
+    if constexpr (kReads) {
+      grad = (words::where((adaptive != T(0)), (words::abs(param) + eta), T(1.0)) * grad);
+    }
+    terms_[0] = (grad * grad);
+  }
+};
+
+// summed over all elements
 struct Squares {
+  using Average = NoAverage;
   static constexpr int kColumns = 0;
   static constexpr int kEarlier = 0;  // numbers that were reduced before
   static constexpr int kCount = 1;
@@ -485,6 +615,7 @@ struct Squares {
 
 // summed over all elements
 struct Gram {
+  using Average = NoAverage;
   static constexpr int kColumns = 0;
   static constexpr int kEarlier = 0;  // numbers that were reduced before
   static constexpr int kCount = 3;
@@ -520,6 +651,7 @@ struct Gram {
 
 // climbs by the numbers of SamNorm
 struct Sam {
+  using Average = SamNorm::Average;
   static constexpr int kColumns = SamNorm::kColumns;
   static constexpr int kNumbers = 1;  // reduced before it climbs
   template <typename T>
@@ -555,6 +687,7 @@ struct Sam {
 
 // climbs by the numbers of PNormSum
 struct PNorm {
+  using Average = PNormSum::Average;
   static constexpr int kColumns = PNormSum::kColumns;
   static constexpr int kNumbers = 2;  // reduced before it climbs
   template <typename T>
@@ -599,6 +732,7 @@ struct PNorm {
 
 // climbs by the numbers of SamNorm
 struct Usam {
+  using Average = SamNorm::Average;
   static constexpr int kColumns = SamNorm::kColumns;
   static constexpr int kNumbers = 1;  // reduced before it climbs
   template <typename T>
@@ -618,6 +752,78 @@ struct Usam {
     [[maybe_unused]] T adaptive = columns_.adaptive;
     [[maybe_unused]] T eta = columns_.eta;
     return {words::where(words::is_finite(sq_norm), rho, T(0.0)), adaptive, eta};
+  }
+
+  template <typename T>
+  static FUSED_SAM_INLINE T move(T param, T grad, const Scalars<T>& scalars_) {
+    [[maybe_unused]] T scale = scalars_.scale;
+    [[maybe_unused]] T adaptive = scalars_.adaptive;
+    [[maybe_unused]] T eta = scalars_.eta;
+    auto t = words::where((adaptive != T(0)), (words::abs(param) + eta), T(1.0));
+    return (param + (scale * ((t * t) * grad)));
+  }
+};
+
+// climbs by the numbers of FriendlySamNorm
+struct FriendlySam {
+  using Average = FriendlySamNorm::Average;
+  static constexpr int kColumns = FriendlySamNorm::kColumns;
+  static constexpr int kNumbers = 1;  // reduced before it climbs
+  template <typename T>
+  using Columns = FriendlySamNorm::Columns<T>;
+  template <typename T>
+  struct Scalars {
+    T scale;
+    T adaptive;
+    T eta;
+  };
+
+  template <typename T>
+  static FUSED_SAM_INLINE Scalars<T> scalars(const Columns<T>& columns_,
+                                             [[maybe_unused]] const double* numbers_) {
+    [[maybe_unused]] T sq_norm = T(numbers_[0]);
+    [[maybe_unused]] T rho = columns_.rho;
+    [[maybe_unused]] T adaptive = columns_.adaptive;
+    [[maybe_unused]] T eta = columns_.eta;
+    auto norm = words::sqrt(sq_norm);
+    auto climbs = (words::is_finite(norm) && (norm > T(0)));
+    return {words::where(climbs, words::divide(rho, norm), T(0.0)), adaptive, eta};
+  }
+
+  template <typename T>
+  static FUSED_SAM_INLINE T move(T param, T grad, const Scalars<T>& scalars_) {
+    [[maybe_unused]] T scale = scalars_.scale;
+    [[maybe_unused]] T adaptive = scalars_.adaptive;
+    [[maybe_unused]] T eta = scalars_.eta;
+    auto t = words::where((adaptive != T(0)), (words::abs(param) + eta), T(1.0));
+    return (param + (scale * ((t * t) * grad)));
+  }
+};
+
+// climbs by the numbers of VassoSamNorm
+struct VassoSam {
+  using Average = VassoSamNorm::Average;
+  static constexpr int kColumns = VassoSamNorm::kColumns;
+  static constexpr int kNumbers = 1;  // reduced before it climbs
+  template <typename T>
+  using Columns = VassoSamNorm::Columns<T>;
+  template <typename T>
+  struct Scalars {
+    T scale;
+    T adaptive;
+    T eta;
+  };
+
+  template <typename T>
+  static FUSED_SAM_INLINE Scalars<T> scalars(const Columns<T>& columns_,
+                                             [[maybe_unused]] const double* numbers_) {
+    [[maybe_unused]] T sq_norm = T(numbers_[0]);
+    [[maybe_unused]] T rho = columns_.rho;
+    [[maybe_unused]] T adaptive = columns_.adaptive;
+    [[maybe_unused]] T eta = columns_.eta;
+    auto norm = words::sqrt(sq_norm);
+    auto climbs = (words::is_finite(norm) && (norm > T(0)));
+    return {words::where(climbs, words::divide(rho, norm), T(0.0)), adaptive, eta};
   }
 
   template <typename T>
@@ -774,18 +980,19 @@ struct LookSamReuse {
 }  // namespace FUSED_SAM_ISA
 
 constexpr int kNumRules = 5;
-constexpr int kNumSums = 5;
-constexpr int kNumAscents = 3;
+constexpr int kNumSums = 7;
+constexpr int kNumAscents = 5;
 constexpr int kNumBlends = 5;
 
 }  // namespace fused_sam
 
 #define FUSED_SAM_RULES(_) _(Sgd) _(Adam) _(RmsProp) _(Adagrad) _(Lion)
 
-#define FUSED_SAM_SUMS(_) _(SamNorm) _(PNormMax) _(PNormSum) _(Squares) _(Gram)
+#define FUSED_SAM_SUMS(_) \
+  _(SamNorm) _(PNormMax) _(PNormSum) _(FriendlySamNorm) _(VassoSamNorm) _(Squares) _(Gram)
 
-#define FUSED_SAM_ASCENTS(_) _(Sam) _(PNorm) _(Usam)
+#define FUSED_SAM_ASCENTS(_) _(Sam) _(PNorm) _(Usam) _(FriendlySam) _(VassoSam)
 
 #define FUSED_SAM_BLENDS(_) _(Gsam) _(Wsam) _(CoupledWsam) _(LookSam) _(LookSamReuse)
 
-#define FUSED_SAM_MATHEMATICS "50b9d6e10105c6d8"
+#define FUSED_SAM_MATHEMATICS "6a4880b5a9cc7ca1"

@@ -61,6 +61,7 @@ WHEN = ("tests/test_schedule.py", "-k", "not native")
 TOLD = ("tests/test_last_step.py", "-k", "not native")
 AVERAGE = ("tests/test_table.py", "-k", "average and reference")
 AVERAGE_IN_TRITON = ("tests/test_table.py", "-k", "average and triton")
+AVERAGE_IN_NATIVE = ("tests/test_table.py", "-k", "average and native")
 ALONE = ("tests/test_table.py", "-k", "gradient_alone")
 LOOKSAM = ("tests/test_looksam.py", "-k", "reference")
 MASTERS_IN_TRITON = ("tests/test_masters.py", "-k", "triton")
@@ -155,6 +156,11 @@ MUTANTS = [
     Mutant("an-average-begins-in-a-capture", "fused_sam/backends/capture.py",
            "if climb and AVERAGE not in bucket.members:", "if False:",
            ("tests/test_capture.py", "-k", "begun and reference")),
+    Mutant("native-averages-what-is-not-finite", "csrc/cpu/kernels_impl.h",
+           "if (!words::is_finite(T(numbers[0]))) continue;", "", AVERAGE_IN_NATIVE),
+    Mutant("native-follows-the-average-of-the-slots-start", "csrc/cpu/kernels_impl.h",
+           "average_of<T>(p, piece) + i, g, n", "average_of<T>(p, piece), g, n",
+           ("tests/test_native.py", "-k", "many_tiles")),
     # ---- the rules' texts, as torch runs them
     Mutant("sgd-dampens-the-first-gradient", "fused_sam/rules/sgd.py",
            "undampened = where(fresh, 1.0, undampened)", "undampened = undampened", REFERENCE),

@@ -80,14 +80,14 @@ tables = slots, grads, flags, three
 start = cuda, saved
 
 def reduce(name, tables, kept=None, earlier=None):
-    args = *start, kept, earlier, ticket, *tables, 0, 0, _SUMS[name]
+    args = *start, kept, None, earlier, ticket, *tables, 0, 0, _SUMS[name]
     return ops.reduce.default.redispatch(*args)
 
 total = reduce("SamNorm", tables)
 assert total.shape == (1,) and total.dtype == torch.float64
 kept = torch.zeros(128)
 sam = climb, 0, 0, 0, _ASCENTS["Sam"]
-ops.ascend_.default.redispatch(*start, kept, climb, *tables, total, *sam)
+ops.ascend_.default.redispatch(*start, kept, None, climb, *tables, total, *sam)
 
 def update(rule, columns, states, step, *blend):
     numbers, hyper, number = blend or (None, None, -1)
@@ -111,7 +111,7 @@ five = slots, grads, flags, torch.zeros(1, 5)
 largest = reduce("PNormMax", five)
 both = torch.cat([largest, reduce("PNormSum", five, None, largest)])
 p_norm = None, 1, 0, 0, _ASCENTS["PNorm"]
-ops.ascend_.default.redispatch(*start, None, climb, *five, both, *p_norm)
+ops.ascend_.default.redispatch(*start, None, None, climb, *five, both, *p_norm)
 three = reduce("Gram", (slots, grads, flags, torch.zeros(1, 0)), kept)
 assert three.shape == (3,)
 update("Sgd", 5, [None, None, None], None, three, torch.zeros(1, 1), _BLENDS["Gsam"])

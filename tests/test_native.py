@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from fused_sam import FusedSAM, backends, info
-from fused_sam.ascents import ASCENTS
+from fused_sam.ascents import ASCENTS, FriendlySAM, VaSSO
 from fused_sam.backends import native, resolve, tables
 from fused_sam.backends.native import library, operations, translate
 from fused_sam.memory import Bucket
+from fused_sam.memory.members import AVERAGE
 from fused_sam.memory.window import must_stay
 from fused_sam.rules import ADAM, SGD
 
@@ -56,19 +57,23 @@ def test_operations_do_what_their_schemas_say(pinned):
     own = operations._tables(bucket)
     assert sum(slot.pinned for slot in bucket.slots) == pinned
     grads = bucket.gradients()
-    groups = [dict(rho=0.1, eta=0.0, adaptive=False, maximize=False)]
+    group = dict(rho=0.1, eta=0.0, adaptive=False, maximize=False, theta=0.5)
     places = own.slots, own.addresses(grads).table
-    ascent = (
-        own.flags({0: 0}, bucket.perturbed, grads),
-        tables.sums_table(own, bucket, ASCENTS["sam"].sums, groups),
-    )
     start = bucket.saved, None
     ops = torch.ops.fused_sam
-    torch.library.opcheck(ops.reduce.default, (*start, None, None, *places, *ascent, 0, 0, 0))
     total = torch.ones(1, dtype=torch.float64)
-    torch.library.opcheck(
-        ops.ascend_.default, (*start, bucket.climb, *places, *ascent, total, None, 1, 0, 0, 0)
-    )
+    for ascent, average in (
+        (ASCENTS["sam"], None),
+        (ASCENTS["vasso"], bucket.member(AVERAGE).flat),
+    ):
+        table = (
+            own.flags({0: 0}, bucket.perturbed, grads),
+            tables.sums_table(own, bucket, ascent.sums, [group]),
+        )
+        args = *start, average, None, None, *places, *table, 0, 0
+        torch.library.opcheck(ops.reduce.default, (*args, operations._SUMS[ascent.sums.name]))
+        args = *start, average, bucket.climb, *places, *table, total, None, 1, 0, 0
+        torch.library.opcheck(ops.ascend_.default, (*args, operations._ASCENTS[ascent.name]))
     adam = dict(torch.optim.AdamW(params, amsgrad=True).param_groups[0])
     numbers, _ = tables.rule_rows(ADAM, [adam], [0])
     flags = own.flags({0: tables.rule_bits(ADAM, adam, False)}, (True, True), grads)
@@ -108,7 +113,7 @@ def test_operations_refuse_tables_that_do_not_fit():
     grads = bucket.gradients()
     addresses, flags = own.addresses(grads).table, own.flags({0: 0}, bucket.perturbed, grads)
     hyper = tables.sums_table(own, bucket, ASCENTS["sam"].sums, opt.param_groups)
-    good = [bucket.saved, *[None] * 3, own.slots, addresses, flags, hyper, 0, 0]
+    good = [bucket.saved, *[None] * 4, own.slots, addresses, flags, hyper, 0, 0]
     slots = own.slots.clone()
     slots[1] += bucket.size  # numel of the first slot
     overflowing = own.slots.clone()
@@ -118,23 +123,30 @@ def test_operations_refuse_tables_that_do_not_fit():
     for i, wrong in (
         (0, bucket.saved[:-64]),
         (1, bucket.saved[:-64]),  # what is kept
-        (2, torch.zeros(1, dtype=torch.float64)),  # numbers of which the sum needs none
-        (4, slots),
-        (4, overflowing),
-        (4, bad_row),
-        (4, own.slots[:-4]),
-        (5, addresses.int()),
-        (6, flags[1:]),
-        (6, flags.long()),
-        (7, hyper[:-1]),
-        (7, hyper.double()),
-        (8, 1),  # weights of float64 with what is saved of float32
-        (8, 4),
-        (9, -1),
+        (2, bucket.saved),  # an average that the sum does not need
+        (3, torch.zeros(1, dtype=torch.float64)),  # numbers of which the sum needs none
+        (5, slots),
+        (5, overflowing),
+        (5, bad_row),
+        (5, own.slots[:-4]),
+        (6, addresses.int()),
+        (7, flags[1:]),
+        (7, flags.long()),
+        (8, hyper[:-1]),
+        (8, hyper.double()),
+        (9, 1),  # weights of float64 with what is saved of float32
         (9, 4),
+        (10, -1),
+        (10, 4),
     ):
         with pytest.raises(RuntimeError, match="fused_sam"):
             torch.ops.fused_sam.reduce.default(*good[:i], wrong, *good[i + 1 :], 0)
+    averaged = good.copy()
+    averaged[8] = torch.zeros(1, 6)
+    for average in (None, bucket.saved[:-64], bucket.saved.double()):
+        averaged[2] = average
+        with pytest.raises(RuntimeError, match="fused_sam: average"):
+            torch.ops.fused_sam.reduce.default(*averaged, operations._SUMS["VassoSamNorm"])
     for number in (-1, len(operations._SUMS)):
         with pytest.raises(RuntimeError, match="unknown sums"):
             torch.ops.fused_sam.reduce.default(*good, number)
@@ -345,6 +357,29 @@ def test_many_parameters_in_many_groups_step_as_the_reference():
         runs[backend] = torch.cat([p.detach() for p in params])
     # A handful of roundings of numbers up to 8.
     assert torch.allclose(*runs.values(), rtol=0, atol=8 * 8 * 2**-24)
+
+
+@needs_native
+@pytest.mark.parametrize("ascent", [FriendlySAM(), VaSSO()], ids=lambda ascent: ascent.key)
+def test_averages_of_many_tiles_are_the_references(ascent):
+    """Guards each tile's place in the average, and checkpoints between backends."""
+    runs = []
+    for backend, other in (("native", "reference"), ("reference", "native")):
+        params, opt = make(dtype=torch.float64, backend=backend, ascent=ascent, rho=0.3)
+        for i in range(4):
+            if i == 2:
+                twin = make(dtype=torch.float64, backend=other, ascent=ascent)
+                for p, w in zip(twin[0], params, strict=True):
+                    p.data.copy_(w.detach())
+                twin[1].load_state_dict(opt.state_dict())
+                params, opt = twin
+            for half in (opt.first_step, opt.second_step):
+                for j, p in enumerate(params):
+                    p.grad = torch.cos(p.detach() * (j + 1) + i)
+                half()
+        entries = opt.state_dict()["state"].values()
+        runs.append([p.detach() for p in params] + [entry[AVERAGE] for entry in entries])
+    torch.testing.assert_close(*runs, rtol=1e-12, atol=1e-12)
 
 
 @needs_native

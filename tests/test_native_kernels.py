@@ -156,7 +156,10 @@ def cuobjdump(*arguments):
     return done.stdout
 
 
-VALUES = [value.name for value in (*rules(), *SUMS, *KERNELS)]
+CUDA_SUMS = [sums for sums in SUMS if sums.average is None]
+CUDA_ASCENTS = [ascent for ascent in KERNELS if ascent.average is None]
+"""On CUDA torch serves those along an average so far."""
+VALUES = [value.name for value in (*rules(), *CUDA_SUMS, *CUDA_ASCENTS)]
 
 
 def kernel_name(mangled):
@@ -190,11 +193,11 @@ def budget(architecture):
     counts = {}
     copy = 2 + 1
     for dtype in DTYPES:
-        for sums in SUMS:
+        for sums in CUDA_SUMS:
             # g; and g and w, or what is kept. The squares read g, whether the bit is set or not.
             operands = 1 + 1 if sums is SQUARES else 1 + 2
             counts[f"reduce {sums.name} {dtype}"] = (4 + 1) * operands, 0
-        for ascent in KERNELS:
+        for ascent in CUDA_ASCENTS:
             # w, g -> w, saved, and where g is kept
             counts[f"ascend {ascent.name} {dtype}"] = (2 + 1) * 2, (2 + 1) * 3
         counts[f"restore {dtype}"] = 2 * copy, 2 * copy  # where nothing else is, it stands twice

@@ -302,8 +302,6 @@ def test_a_climb_along_the_gradient_alone_is_sams(ascent, masters, dtype, backen
     """
     if masters and dtype == torch.float32:
         pytest.skip("float32 weights have no masters")
-    if backend == "native":
-        pytest.skip("its climbs along an average run in torch's operations so far")
     runs = []
     for chosen in (SAM(), ascent):
         torch.manual_seed(1)

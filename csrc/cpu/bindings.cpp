@@ -63,9 +63,10 @@ double all_of(const void* values, int64_t n, bool max) {
   return static_cast<double>(static_cast<T>(all));
 }
 
-Tensor reduce(Tensor saved, std::optional<Tensor> kept, std::optional<Tensor> earlier,
-              std::optional<Tensor> /*ticket*/, Tensor slots, Tensor grads, Tensor flags,
-              Tensor hyper, int64_t weight_dtype, int64_t grad_dtype, int64_t sums) {
+Tensor reduce(Tensor saved, std::optional<Tensor> kept, std::optional<Tensor> average,
+              std::optional<Tensor> earlier, std::optional<Tensor> /*ticket*/, Tensor slots,
+              Tensor grads, Tensor flags, Tensor hyper, int64_t weight_dtype, int64_t grad_dtype,
+              int64_t sums) {
   check_index(sums, kNumSums, "sums");
   const Types types = types_of(weight_dtype, grad_dtype, saved);
   Bucket bucket(saved, slots, grads, flags, hyper, types, kSumsColumns[sums]);
@@ -75,6 +76,7 @@ Tensor reduce(Tensor saved, std::optional<Tensor> kept, std::optional<Tensor> ea
   Tensor total = torch::stable::new_zeros(saved, {count}, ScalarType::Double);
   STD_TORCH_CHECK(!kSumsReadsKept[sums] || kept, "fused_sam: the sum needs kept");
   p.kept = check_kept(kept, saved, p.types);
+  p.average = check_average(average, saved, types, kSumsAverages[sums]);
   const int64_t spans = num_spans(p.size);
   std::vector<double> partials(spans * count);  // of float or double
   const auto kernel = kernels().reduce[sums][compute_of(types)];
@@ -90,15 +92,17 @@ Tensor reduce(Tensor saved, std::optional<Tensor> kept, std::optional<Tensor> ea
   return total;
 }
 
-void ascend_(Tensor saved, std::optional<Tensor> kept, Tensor climb, Tensor slots, Tensor grads,
-             Tensor flags, Tensor hyper, Tensor total, std::optional<Tensor> number_at,
-             int64_t number, int64_t weight_dtype, int64_t grad_dtype, int64_t ascent) {
+void ascend_(Tensor saved, std::optional<Tensor> kept, std::optional<Tensor> average, Tensor climb,
+             Tensor slots, Tensor grads, Tensor flags, Tensor hyper, Tensor total,
+             std::optional<Tensor> number_at, int64_t number, int64_t weight_dtype,
+             int64_t grad_dtype, int64_t ascent) {
   check_index(ascent, kNumAscents, "ascent");
   const Types types = types_of(weight_dtype, grad_dtype, saved);
   Bucket bucket(saved, slots, grads, flags, hyper, types, kAscentColumns[ascent]);
   check(total, "total", ScalarType::Double, kAscentNumbers[ascent], saved);
   const double* numbers = static_cast<const double*>(total.const_data_ptr());
   bucket.problem.kept = check_kept(kept, saved, bucket.problem.types);
+  bucket.problem.average = check_average(average, saved, types, kAscentAverages[ascent]);
   STD_TORCH_CHECK(!kept || bucket.problem.types.kept == types.grads,
                   "fused_sam: kept has a wrong dtype: it gets the gradients");
   if (const int64_t* at = check_number(number_at, saved)) number = *at;
@@ -177,12 +181,14 @@ std::string mathematics() { return FUSED_SAM_MATHEMATICS; }
 // of `hyper` in mathematics.h (Columns), the operations in fused_sam/backends/base.py.
 STABLE_TORCH_LIBRARY(fused_sam, m) {
   m.def(
-      "reduce(Tensor saved, Tensor? kept, Tensor? earlier, Tensor(a!)? ticket, Tensor slots, "
-      "Tensor grads, Tensor flags, Tensor hyper, int weight_dtype, int grad_dtype, int sums) "
+      "reduce(Tensor saved, Tensor? kept, Tensor? average, Tensor? earlier, Tensor(a!)? ticket, "
+      "Tensor slots, Tensor grads, Tensor flags, Tensor hyper, int weight_dtype, int grad_dtype, "
+      "int sums) "
       "-> Tensor");
   m.def(
-      "ascend_(Tensor(a!) saved, Tensor(b!)? kept, Tensor(c!) climb, Tensor slots, Tensor grads, "
-      "Tensor flags, Tensor hyper, Tensor total, Tensor? number_at, int number, int weight_dtype, "
+      "ascend_(Tensor(a!) saved, Tensor(b!)? kept, Tensor(c!)? average, Tensor(d!) climb, "
+      "Tensor slots, Tensor grads, Tensor flags, Tensor hyper, Tensor total, Tensor? number_at, "
+      "int number, int weight_dtype, "
       "int grad_dtype, int ascent) -> ()");
   m.def(
       "update_(Tensor(a!)? state0, Tensor(b!)? state1, Tensor(c!)? state2, Tensor(d!)? step, "

@@ -19,6 +19,7 @@ constexpr int64_t kSpan = 16384;
 struct Problem {
   void* saved;               // (size,), the weights w, or the masters
   void* kept;                // (size,), gradients at w, or null
+  void* average;             // T (size,), of the gradients at w, or null
   void* direction;           // (size,) T, where the blend goes, or null: then the rule sees it
   void* states[3];           // (size,) or null
   float* step;               // (num_slots,) or null

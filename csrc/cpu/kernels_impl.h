@@ -105,6 +105,11 @@ FUSED_SAM_INLINE Memory kept_of(const Problem& p, const Piece& piece) {
   return Memory(p.kept, p.types.kept) + piece.at;
 }
 
+template <typename T>
+FUSED_SAM_INLINE T* average_of(const Problem& p, const Piece& piece) {
+  return static_cast<T*>(p.average) + piece.at;
+}
+
 FUSED_SAM_INLINE bool has_masters(const Problem& p) { return p.types.saved != p.types.weights; }
 
 // The hyperparameters of a group. A copy: no store can change it, which the compiler does not know
@@ -313,14 +318,27 @@ using TermOf = std::conditional_t<Sums::kWide, double, T>;
 // Elements that are added up in the compute type.
 constexpr int64_t kRunTile = kRun * kLanes;
 
+// What the terms get in the gradient's place.
+template <typename Term, typename Average, typename T, typename Group>
+FUSED_SAM_INLINE Term direction_of(const T* grad, const T* average, int64_t i, const Group& group) {
+  if constexpr (Average::kIs) {
+    T direction, unused;
+    Average::follow(grad[i], average[i], group, direction, unused);
+    return direction;
+  } else {
+    return Term(grad[i]);
+  }
+}
+
 // other: the weights, or what is kept of the gradients at w. n <= kRunTile. next: memory that is
 // read soon, of `step` bytes for each kLanes elements; or null.
 template <typename Sums, bool kReads, typename T>
 FUSED_SAM_INLINE void add_terms(double (&sums)[Sums::kCount][kLanes], const T* other, const T* grad,
-                                int64_t n, const char* next, int64_t step,
+                                const T* average, int64_t n, const char* next, int64_t step,
                                 const typename Sums::template Columns<TermOf<Sums, T>>& group,
                                 const typename Sums::template Earlier<TermOf<Sums, T>>& earlier) {
   using Term = TermOf<Sums, T>;
+  using Average = typename Sums::Average;
   using words::add;
   constexpr int kCount = Sums::kCount;
   alignas(64) Term run[kCount][kLanes] = {};
@@ -331,14 +349,16 @@ FUSED_SAM_INLINE void add_terms(double (&sums)[Sums::kCount][kLanes], const T* o
     for (int lane = 0; lane < kLanes; ++lane) {
       const Term x = kReads ? Term(other[i + lane]) : Term(0);
       Term terms[kCount];
-      Sums::template terms<kReads>(x, Term(grad[i + lane]), group, earlier, terms);
+      const Term g = direction_of<Term, Average>(grad, average, i + lane, group);
+      Sums::template terms<kReads>(x, g, group, earlier, terms);
       for (int c = 0; c < kCount; ++c) run[c][lane] = add<Sums::kMax>(run[c][lane], terms[c]);
     }
   }
   for (int lane = 0; i < n; ++lane, ++i) {
     const Term x = kReads ? Term(other[i]) : Term(0);
     Term terms[kCount];
-    Sums::template terms<kReads>(x, Term(grad[i]), group, earlier, terms);
+    const Term g = direction_of<Term, Average>(grad, average, i, group);
+    Sums::template terms<kReads>(x, g, group, earlier, terms);
     for (int c = 0; c < kCount; ++c) run[c][lane] = add<Sums::kMax>(run[c][lane], terms[c]);
   }
   for (int c = 0; c < kCount; ++c) {
@@ -351,7 +371,7 @@ FUSED_SAM_INLINE void add_terms(double (&sums)[Sums::kCount][kLanes], const T* o
 
 template <typename Sums, bool kReads, typename T>
 FUSED_SAM_INLINE void add_piece(double (&sums)[Sums::kCount][kLanes], Memory other, Memory grad,
-                                int64_t numel,
+                                const T* average, int64_t numel,
                                 const typename Sums::template Columns<TermOf<Sums, T>>& group,
                                 const typename Sums::template Earlier<TermOf<Sums, T>>& earlier) {
   alignas(64) T others[kReads ? kRunTile : 1], grads[kRunTile];
@@ -361,7 +381,8 @@ FUSED_SAM_INLINE void add_piece(double (&sums)[Sums::kCount][kLanes], Memory oth
     const bool there = next + grad.bytes(n) <= grad.at + grad.bytes(numel);
     const T* x = kReads ? load_tile<T>(other + i, others, n) : nullptr;
     const T* g = load_tile<T>(grad + i, grads, n);
-    add_terms<Sums, kReads, T>(sums, x, g, n, there ? next : nullptr, grad.bytes(kLanes), group,
+    const T* m = Sums::Average::kIs ? average + i : nullptr;
+    add_terms<Sums, kReads, T>(sums, x, g, m, n, there ? next : nullptr, grad.bytes(kLanes), group,
                                earlier);
   }
 }
@@ -377,10 +398,11 @@ void reduce(const Problem& p, void* partials, int64_t begin, int64_t end) {
       if (!piece.grad.at) return;
       const auto group = columns_of<Sums, Term>(p, *piece.slot);
       const Memory other = Sums::kReadsKept ? kept_of(p, piece) : piece.weights;
+      const T* average = Sums::Average::kIs ? average_of<T>(p, piece) : nullptr;
       if (piece.flags & (Sums::kReadsKept ? kHeld : kReadsParam)) {
-        add_piece<Sums, true, T>(sums, other, piece.grad, piece.numel, group, earlier);
+        add_piece<Sums, true, T>(sums, other, piece.grad, average, piece.numel, group, earlier);
       } else {
-        add_piece<Sums, false, T>(sums, other, piece.grad, piece.numel, group, earlier);
+        add_piece<Sums, false, T>(sums, other, piece.grad, average, piece.numel, group, earlier);
       }
     });
     for (int c = 0; c < Sums::kCount; ++c) {
@@ -401,6 +423,20 @@ FUSED_SAM_INLINE void climb(T* moved, const T* weights, const T* grad, int64_t n
   for (int64_t i = 0; i < n; ++i) moved[i] = Ascent::move(weights[i], grad[i], scalars);
 }
 
+// The average takes the gradients in; `direction` may be `grad`.
+template <typename Average, typename T, typename Group>
+FUSED_SAM_INLINE void follow(T* direction, T* average, const T* grad, int64_t n,
+                             const Group& group_) {
+  const auto group = group_;
+  FUSED_SAM_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) {
+    T along, next;
+    Average::follow(grad[i], average[i], group, along, next);
+    direction[i] = along;
+    average[i] = next;
+  }
+}
+
 template <typename Ascent, typename T>
 void ascend_(const Problem& p, const double* numbers, int64_t number, int64_t begin, int64_t end) {
   const uint32_t seed = hash(uint32_t(number));
@@ -409,7 +445,8 @@ void ascend_(const Problem& p, const double* numbers, int64_t number, int64_t be
   // and loses more than it finds.
   for_each_piece(p, begin * kSpan, end * kSpan, [&](const Piece& piece) {
     if (!piece.grad.at) return;
-    const auto scalars = Ascent::scalars(columns_of<Ascent, T>(p, *piece.slot), numbers);
+    const auto group = columns_of<Ascent, T>(p, *piece.slot);
+    const auto scalars = Ascent::scalars(group, numbers);
     alignas(64) T at_w[kTile], moved[kTile], grads[kTile];
     for (int64_t i = 0; i < piece.numel; i += kTile) {
       const int64_t n = piece.numel - i < kTile ? piece.numel - i : kTile;
@@ -423,10 +460,18 @@ void ascend_(const Problem& p, const double* numbers, int64_t number, int64_t be
         copy(saved, Memory(at_w, saved.dtype), n, false);
       }
       if (p.kept) copy(kept_of(p, piece) + i, grad, n, p.stream);
+      const T* along = nullptr;
+      if constexpr (Ascent::Average::kIs) {
+        if (!words::is_finite(T(numbers[0]))) continue;  // no climb, and nothing to take in
+        const T* g = load_tile<T>(grad, grads, n);
+        follow<typename Ascent::Average, T>(grads, average_of<T>(p, piece) + i, g, n, group);
+        along = grads;
+      }
       // 0 * inf is NaN, and a scale of 0 must move nothing.
       if (scalars.scale == T(0)) continue;
+      if constexpr (!Ascent::Average::kIs) along = load_tile<T>(grad, grads, n);
       T* to = place_of<T>(weights, moved, false);
-      climb<Ascent, T>(to, w, load_tile<T>(grad, grads, n), n, scalars);
+      climb<Ascent, T>(to, w, along, n, scalars);
       store_at_random<T>(weights, to, n, piece.at + i, seed);
     }
   });

@@ -68,9 +68,10 @@ int64_t* climb_of(const Tensor& climb, const Tensor& saved) {
   return static_cast<int64_t*>(climb.mutable_data_ptr());
 }
 
-Tensor reduce(Tensor saved, std::optional<Tensor> kept, std::optional<Tensor> earlier,
-              std::optional<Tensor> ticket, Tensor slots, Tensor grads, Tensor flags, Tensor hyper,
-              int64_t weight_dtype, int64_t grad_dtype, int64_t sums) {
+Tensor reduce(Tensor saved, std::optional<Tensor> kept, std::optional<Tensor> /*average*/,
+              std::optional<Tensor> earlier, std::optional<Tensor> ticket, Tensor slots,
+              Tensor grads, Tensor flags, Tensor hyper, int64_t weight_dtype, int64_t grad_dtype,
+              int64_t sums) {
   check_index(sums, kNumSums, "sums");
   const Types types = types_of(weight_dtype, grad_dtype, saved);
   Bucket bucket(saved, slots, grads, flags, hyper, types, kSumsColumns[sums]);
@@ -87,9 +88,10 @@ Tensor reduce(Tensor saved, std::optional<Tensor> kept, std::optional<Tensor> ea
   return total;
 }
 
-void ascend_(Tensor saved, std::optional<Tensor> kept, Tensor climb, Tensor slots, Tensor grads,
-             Tensor flags, Tensor hyper, Tensor total, std::optional<Tensor> number_at,
-             int64_t number, int64_t weight_dtype, int64_t grad_dtype, int64_t ascent) {
+void ascend_(Tensor saved, std::optional<Tensor> kept, std::optional<Tensor> /*average*/,
+             Tensor climb, Tensor slots, Tensor grads, Tensor flags, Tensor hyper, Tensor total,
+             std::optional<Tensor> number_at, int64_t number, int64_t weight_dtype,
+             int64_t grad_dtype, int64_t ascent) {
   check_index(ascent, kNumAscents, "ascent");
   const Types types = types_of(weight_dtype, grad_dtype, saved);
   Bucket bucket(saved, slots, grads, flags, hyper, types, kAscentColumns[ascent]);

@@ -46,9 +46,7 @@ ASCENTS: Mapping[str, Ascent] = {
 }
 """By the value of a group's ``ascent``."""
 
-KERNELS: tuple[Ascent, ...] = tuple(
-    {ascent.name: ascent for ascent in ASCENTS.values() if ascent.average is None}.values()
-)
+KERNELS: tuple[Ascent, ...] = tuple({ascent.name: ascent for ascent in ASCENTS.values()}.values())
 """Those that have mathematics of their own."""
 
 SUMS: tuple[Sums, ...] = (

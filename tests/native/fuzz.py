@@ -47,10 +47,11 @@ class Arguments:
             "step": random.choice((None, torch.ones(len(sizes)))),
             "grad_scale": random.choice((None, torch.ones((), dtype=self.compute))),
             "found_inf": random.choice((None, torch.zeros(()))),
-            "number": random.randrange(8),
+            "number": random.randrange(10),
         }
         kept_dtype = random.choice((grad_dtype, random.choice(DTYPES)))
         self.values["kept"] = random.choice((None, self.buffer(start, kept_dtype)))
+        self.values["average"] = random.choice((None, self.buffer(start, self.compute)))
         self.values["earlier"] = random.choice((None, self.numbers()))
         self.values["numbers"] = random.choice((None, self.numbers()))
         self.values["blend_hyper"] = random.choice(
@@ -96,11 +97,11 @@ class Arguments:
         dtypes = v["weight_dtype"], v["grad_dtype"]
         arguments = {
             "reduce": (
-                *(v["saved"], v["kept"], v["earlier"], None, *tables),
+                *(v["saved"], v["kept"], v["average"], v["earlier"], None, *tables),
                 *(hyper, *dtypes, v["number"]),
             ),
             "ascend_": (
-                *(v["saved"], v["kept"], v["climb"], *tables, hyper),
+                *(v["saved"], v["kept"], v["average"], v["climb"], *tables, hyper),
                 *(v["total"], None, 1, *dtypes, v["number"]),
             ),
             "update_": (

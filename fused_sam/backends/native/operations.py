@@ -10,6 +10,7 @@ from ...blends import KERNELS as BLENDS
 from ...blends import Blend, Blending
 from ...memory import Bucket, Gradients
 from ...memory.bucket import Kept
+from ...memory.members import AVERAGE
 from ...rules import STEP, Rule
 from ..base import Backend, Groups
 from ..tables import READS_PARAM, Tables, blend_table, rule_bits, rule_rows, sums_table
@@ -44,14 +45,16 @@ def _tables(bucket: Bucket) -> _Native:
     return tables
 
 
-def _serves(bucket: Bucket, kept: Kept | None = None, directs: bool = False) -> bool:
+def _serves(
+    bucket: Bucket, kept: Kept | None = None, average: bool = False, directs: bool = False
+) -> bool:
     """Whether there are kernels for these dtypes; torch does the others: right, and slower.
 
-    ``directs``: whether an update is to leave a direction.
+    ``average``: whether a climb is along one. ``directs``: whether an update leaves a direction.
     """
     if bucket.device.type == "cpu":
         return True
-    served = not directs or bucket.dtype == torch.float32
+    served = not average and (not directs or bucket.dtype == torch.float32)
     return served and bucket.is_uniform and (kept is None or kept.flat.dtype == bucket.dtype)
 
 
@@ -63,7 +66,7 @@ class NativeBackend(Backend):
     def bakes_in(self, bucket: Bucket, ascent: Ascent, blend: Blend | None) -> str | None:
         """As ``Backend.bakes_in``."""
         directs = blend is not None and blend.reuse is not None
-        if _serves(bucket, directs=directs) and ascent.average is None:
+        if _serves(bucket, average=ascent.average is not None, directs=directs):
             return None
         return super().bakes_in(bucket, ascent, blend)
 
@@ -78,13 +81,14 @@ class NativeBackend(Backend):
         kept: Kept | None = None,
     ) -> Tensor:
         """As ``Backend.reduce``, in one launch."""
-        if not _serves(bucket, kept) or sums.average is not None:
+        if not _serves(bucket, kept, sums.average is not None):
             return super().reduce(bucket, sums, grads, groups, earlier, unscale, kept)
         tables = _tables(bucket)
         bits = {row: READS_PARAM * sums.reads_param(groups[row]) for row in bucket.rows}
         total: Tensor = torch.ops.fused_sam.reduce.default(
             bucket.saved,
             None if kept is None else kept.flat,
+            None if sums.average is None else bucket.member(AVERAGE).flat,
             earlier,
             tables.ticket,
             tables.slots,
@@ -109,12 +113,13 @@ class NativeBackend(Backend):
         unscale: float = 1.0,
     ) -> None:
         """As ``Backend.ascend_``, in one launch."""
-        if not _serves(bucket) or ascent.average is not None:
+        if not _serves(bucket, None, ascent.average is not None):
             return super().ascend_(bucket, ascent, grads, groups, total, number, kept, unscale)
         tables = _tables(bucket)
         torch.ops.fused_sam.ascend_.default(
             bucket.saved,
             kept,
+            None if ascent.average is None else bucket.member(AVERAGE).flat,
             bucket.climb,
             tables.slots,
             tables.addresses(grads).table,
@@ -141,7 +146,7 @@ class NativeBackend(Backend):
         """As ``Backend.update_``, in one launch."""
         blend, kept = (None, None) if blending is None else (blending.blend, blending.kept)
         direction = None if blending is None else blending.direction
-        if not _serves(bucket, kept, direction is not None):
+        if not _serves(bucket, kept, directs=direction is not None):
             scaling = {"grad_scale": grad_scale, "found_inf": found_inf}
             return super().update_(bucket, rule, blending, grads, groups, **scaling)
         tables = _tables(bucket)

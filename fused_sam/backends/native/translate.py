@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from ... import text as words
-from ...ascents import KERNELS, SUMS, Ascent, Sums
+from ...ascents import KERNELS, SUMS, Ascent, Average, Sums
 from ...blends import KERNELS as BLENDS
 from ...blends import Blend
 from ...rules import RULES, Rule
@@ -24,7 +24,7 @@ from ...text import Text
 MAX_STATES = 3
 """States that the operation ``update_`` takes."""
 
-TABLES = 6
+TABLES = 7
 """Goes up with every change of the operations' arguments or of the tables that they read."""
 
 _OPERATORS: dict[type[ast.AST], str] = {
@@ -197,10 +197,35 @@ def _rule(rule: Rule) -> str:
     )
 
 
+def _average(average: Average) -> str:
+    follow, columns = _Translator(average.follow, {}), average.column_names
+    grad, kept = follow.arguments[:2]
+    direction, new = follow.results
+    return _struct(
+        average.name,
+        "a running average of the gradients, and the directions that are made of it",
+        [
+            "static constexpr bool kIs = true;",
+            "",
+            *_function(
+                "template <typename T, typename Group>\nstatic FUSED_SAM_INLINE void follow("
+                f"T {grad}, T {kept}, const Group& columns_, T& direction_, T& new_)",
+                [
+                    *_unpack(columns, "columns_"),
+                    *follow.statements(),
+                    f"direction_ = {direction};",
+                    f"new_ = {new};",
+                ],
+            ),
+        ],
+    )
+
+
 def _sums(sums: Sums) -> str:
     other = next(iter(inspect.signature(sums.terms).parameters))
     terms = _Translator(sums.terms, {other: "kReads"})
     earlier, columns = terms.arguments[2 : 2 + sums.earlier], sums.column_names
+    average = sums.average.column_names if sums.average else ()
     results = [f"terms_[{i}] = {value};" for i, value in enumerate(terms.results)]
     given = ["[[maybe_unused]] const Columns<T>& columns_"]
     given += ["[[maybe_unused]] const Earlier<T>& earlier_"]
@@ -208,13 +233,14 @@ def _sums(sums: Sums) -> str:
         sums.name,
         "summed over all elements" if sums.how == "sum" else "the largest of all elements",
         [
-            f"static constexpr int kColumns = {len(columns)};",
+            f"using Average = {sums.average.name if sums.average else 'NoAverage'};",
+            f"static constexpr int kColumns = {len(columns) + len(average)};",
             f"static constexpr int kEarlier = {len(earlier)};  // numbers that were reduced before",
             f"static constexpr int kCount = {sums.count};",
             f"static constexpr bool kMax = {str(sums.how == 'max').lower()};",
             f"static constexpr bool kReadsKept = {str(sums.reads_kept).lower()};",
             f"static constexpr bool kWide = {str(sums.wide).lower()};  // all of it in float64",
-            f"template <typename T>\n  struct Columns {{ {_fields(columns)} }};",
+            f"template <typename T>\n  struct Columns {{ {_fields((*columns, *average))} }};",
             f"template <typename T>\n  struct Earlier {{ {_fields(earlier)} }};",
             "",
             *_function(
@@ -278,6 +304,7 @@ def _ascent(ascent: Ascent) -> str:
         ascent.name,
         f"climbs by the numbers of {ascent.sums.name}",
         [
+            f"using Average = {ascent.sums.name}::Average;",
             f"static constexpr int kColumns = {ascent.sums.name}::kColumns;",
             f"static constexpr int kNumbers = {len(numbers)};  // reduced before it climbs",
             f"template <typename T>\n  using Columns = {ascent.sums.name}::Columns<T>;",
@@ -329,6 +356,8 @@ def header() -> str:
         *map(_helper, _TEXTS),
         "}  // namespace words\n",
         *map(_rule, rules()),
+        "struct NoAverage {\n  static constexpr bool kIs = false;\n};\n",
+        *[_average(ascent.average) for ascent in KERNELS if ascent.average],
         *map(_sums, SUMS),
         *map(_ascent, KERNELS),
         "struct Coefficients {\n  double a, b, c = 0, d = 0;\n};\n",
