@@ -425,7 +425,7 @@ def test_looksam_is_skipped_clipped_and_unscaled(max_grad_norm, skipped, backend
     cls, options = RULES["sgd-nesterov"]
     params = [p for t in (torch.float32, torch.bfloat16) for p in make_params(t, backend)]
     groups = [{"params": params[:12]}, {"params": params[12:], "ascent": None}]
-    options |= {"max_grad_norm": max_grad_norm, "blend": LookSAM(k=2, alpha=0.6)}
+    options = options | {"max_grad_norm": max_grad_norm, "blend": LookSAM(k=2, alpha=0.6)}
     opt = FusedSAM(groups, cls, backend=backend, lr=0.05, **options)
     opt.grad_scale = torch.tensor(4.0)
     look(Textbook(opt), skipped=[skipped], grad_scale=4.0)
