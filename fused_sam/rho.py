@@ -6,6 +6,7 @@ what takes a scheduler of torch takes them.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,32 @@ from torch.optim.lr_scheduler import LRScheduler
 from .options import RHO, check_size
 
 
-class ProportionalRho(LRScheduler):
+class _Around(LRScheduler):
+    """A scheduler that goes around another one, whose numbers it passes on to rho."""
+
+    scheduler: LRScheduler
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "scheduler":  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.scheduler, name)
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Step the scheduler inside; rho follows."""
+        self.scheduler.step(*args, **kwargs)
+        self._pass_on()
+
+    def get_last_lr(self) -> list[Any]:
+        """What the scheduler inside has computed last: learning rates, or values of rho."""
+        values: list[Any] = self.scheduler.get_last_lr()
+        return values
+
+    @abstractmethod
+    def _pass_on(self) -> None:
+        """Give each group its rho."""
+
+
+class ProportionalRho(_Around):
     """A scheduler that lets rho follow the learning rate, as GSAM's authors do.
 
     In each group, whenever the learning rate has changed (Zhuang et al., ICLR 2022, section 4)::
@@ -63,17 +89,7 @@ class ProportionalRho(LRScheduler):
         _check_optimizer("ProportionalRho", scheduler.optimizer)
         self.scheduler = scheduler
         self._line = (rho_max, rho_min, lr_max, lr_min)
-        self._follow()
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "scheduler":  # while it is unpickled
-            raise AttributeError(name)
-        return getattr(self.scheduler, name)
-
-    def step(self, *args: Any, **kwargs: Any) -> None:
-        """Step the scheduler; rho follows."""
-        self.scheduler.step(*args, **kwargs)
-        self._follow()
+        self._pass_on()
 
     def state_dict(self) -> dict[str, Any]:
         """That of the scheduler; rho itself is in the optimizer's."""
@@ -84,19 +100,14 @@ class ProportionalRho(LRScheduler):
         """Load a state of the scheduler."""
         self.scheduler.load_state_dict(dict(state_dict))
 
-    def get_last_lr(self) -> list[Any]:
-        """The learning rates."""
-        rates: list[Any] = self.scheduler.get_last_lr()
-        return rates
-
-    def _follow(self) -> None:
+    def _pass_on(self) -> None:
         rho_max, rho_min, lr_max, lr_min = self._line
         for group in self.scheduler.optimizer.param_groups:
             part = (float(group["lr"]) - lr_min) / (lr_max - lr_min)
             group[RHO.name] = max(0.0, rho_min + (rho_max - rho_min) * part)
 
 
-class RhoScheduler(LRScheduler):
+class RhoScheduler(_Around):
     """Any scheduler of torch, for rho instead of the learning rate.
 
     ::
@@ -131,16 +142,6 @@ class RhoScheduler(LRScheduler):
         self._stand_in._opt_called = True  # type: ignore[attr-defined]
         self._pass_on()
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "scheduler":  # while it is unpickled
-            raise AttributeError(name)
-        return getattr(self.scheduler, name)
-
-    def step(self, *args: Any, **kwargs: Any) -> None:
-        """Step the scheduler."""
-        self.scheduler.step(*args, **kwargs)
-        self._pass_on()
-
     def state_dict(self) -> dict[str, Any]:
         """The scheduler's, and each group's rho."""
         rhos = [group["lr"] for group in self._stand_in.param_groups]
@@ -152,11 +153,6 @@ class RhoScheduler(LRScheduler):
         for group, rho in zip(self._stand_in.param_groups, state_dict["rho"], strict=True):
             group["lr"] = rho
         self._pass_on()
-
-    def get_last_lr(self) -> list[Any]:
-        """The values of rho: all that this scheduler computes."""
-        rhos: list[Any] = self.scheduler.get_last_lr()
-        return rhos
 
     def _pass_on(self) -> None:
         # A group that was added since keeps its rho.
