@@ -324,19 +324,24 @@ def test_a_climb_along_the_gradient_alone_is_sams(ascent, masters, dtype, backen
         assert_same_bits(other, sam)
 
 
+def groups_for_a_blend(params, options):
+    """One that does not climb among those that do, and one that goes the other way."""
+    flip = not options.get("maximize", False)
+    return [
+        {"params": params[:3], "lr": 0.01},
+        {"params": params[3:5], "ascent": None},
+        {"params": params[5:7], "maximize": flip, "rho": 0.1},
+        {"params": params[7:]},
+    ]
+
+
 @pytest.mark.parametrize("dtype", DTYPES + COMPLEX, ids=str)
 @pytest.mark.parametrize("rule", REPRESENTATIVES)
 def test_gsam(rule, dtype, backend):
     """Guards both gradients' way into the rule, with groups, missing ones, changes of alpha."""
     cls, options = RULES[rule]
     params = make_params(dtype, backend)
-    flip = not options.get("maximize", False)
-    groups = [
-        {"params": params[:3], "lr": 0.01},
-        {"params": params[3:5], "ascent": None},
-        {"params": params[5:7], "maximize": flip, "rho": 0.1},
-        {"params": params[7:]},
-    ]
+    groups = groups_for_a_blend(params, options)
     blend = GSAM(alpha=0.4)
     opt = FusedSAM(groups, cls, rho=0.3, backend=backend, lr=0.04, blend=blend, **options)
 
@@ -403,13 +408,7 @@ def test_looksam(rule, dtype, backend):
     """
     cls, options = RULES[rule]
     params = make_params(dtype, backend)
-    flip = not options.get("maximize", False)
-    groups = [
-        {"params": params[:3], "lr": 0.01},
-        {"params": params[3:5], "ascent": None},
-        {"params": params[5:7], "maximize": flip, "rho": 0.1},
-        {"params": params[7:]},
-    ]
+    groups = groups_for_a_blend(params, options)
     blend = LookSAM(k=2, alpha=0.6)
     opt = FusedSAM(groups, cls, rho=0.3, backend=backend, lr=0.04, blend=blend, **options)
     look(Textbook(opt))
