@@ -22,13 +22,18 @@ CODES = {torch.int32: "i", torch.int64: "q", torch.float32: "f", torch.float64: 
 """What Python's arrays call the dtypes of tables."""
 
 _ALIGNMENT = 16
-_local = threading.local()
+
+
+class _Local(threading.local):
+    recording: Recording | None = None
+
+
+_local = _Local()
 
 
 def recording() -> Recording | None:
     """The recording that this thread's step belongs to; None outside of one."""
-    found: Recording | None = getattr(_local, "recording", None)
-    return found
+    return _local.recording
 
 
 def followed(values: Values, dtype: torch.dtype) -> Sequence[float | Tensor]:
