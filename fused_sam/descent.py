@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .ascents import SQUARES
-from .blends import Blending
+from .blends import Blend, Blending
 from .caches import forget_copies
 from .compiling import WRITES, opaque
 from .facts import Facts
@@ -119,20 +119,14 @@ class Descent(OnePass):
         there = are_there(groups)
         if between:
             self._refuse_unknown_scale()
-        ahead, away = self._follows(), climbed
+        ahead = self._follows()
         blend = facts.blend if between and ahead is None else None
         keeps = facts.keeps and climbed and ahead is None
         if ahead is not None:
             self._check_ahead()
-            away = facts.perturbed
-        elif climbed:
-            facts.scaler.check_descent()
-            if blend is not None:
-                facts.scaler.check_blend(blend.key)
-            if there:
-                facts.record.check_complete()
-        elif are_others(groups, facts.aside):
-            facts.scaler.check_descent()
+        else:
+            self._check_second(blend, there)
+        away = facts.perturbed
         if facts.aside and not there:
             put_back(facts.aside)
         max_grad_norm = self.max_grad_norm
@@ -216,6 +210,23 @@ class Descent(OnePass):
         # Learning-rate schedulers, of either optimizer, look for this.
         for optimizer in (self, facts.owner(), base):
             optimizer._opt_called = True  # type: ignore[union-attr]
+
+    def _check_second(self, blend: Blend | None, there: bool) -> None:
+        """Raise unless the gradients are such as the second half of a step may use.
+
+        Args:
+            blend: what the step blends.
+            there: whether there are any.
+        """
+        facts = self._facts
+        if facts.perturbed:
+            facts.scaler.check_descent()
+            if blend is not None:
+                facts.scaler.check_blend(blend.key)
+            if there:
+                facts.record.check_complete()
+        elif are_others(self.param_groups, facts.aside):
+            facts.scaler.check_descent()
 
     def _square_of_climbing(
         self, square: Tensor | None, grads: Sequence[Gradients]
