@@ -121,9 +121,8 @@ class Tables:
         if self._recent is not None and self._recent[0]() is grads:
             return self._recent[1]
         key = grads.addresses
-        if (
-            self.device.type == "cpu" or recording() is not None
-        ):  # nothing is uploaded: making it is cheaper than finding it
+        # Where nothing is uploaded now, making it is cheaper than finding it.
+        if self.device.type == "cpu" or recording() is not None:
             found = self._addresses(key)
         else:
             found = self._remember("addresses", key, lambda: self._addresses(key))
