@@ -825,3 +825,17 @@ def test_an_operation_that_fails_leaves_the_way_back(operation, when, backend):
     for i, (p, w) in enumerate(zip(params, expected, strict=True)):
         assert_same_bits(p, w.detach(), f"weights {i}")
     run(opt, MISSING[:1])
+
+
+def test_a_first_update_that_fails_says_why(backend):
+    """Guards state that is not there yet, as missing memory leaves it: a KeyError hid the error."""
+    params = make_params(torch.float32, backend)[3:5]
+    opt = FusedSAM(params, SGD, backend=backend, lr=0.1, momentum=0.9)
+    backends = opt._facts.engine.backends
+    working, backends[0] = backends[0], Failing(backends[0], "update_", "before")
+    inject(random_grads(params, 6))
+    with pytest.raises(MemoryError):
+        opt.second_step()
+    assert not opt.state
+    backends[0] = working
+    run(opt, MISSING[:1])

@@ -227,7 +227,11 @@ class StateView:
         if bucket.states and all(all(buffer.present) for buffer in bucket.states.values()):
             return
         more = (MASTER,) if bucket.masters else ()
-        names = {row: (*self._rule.kept(groups[row]), *more) for row in bucket.rows}
+        # An update that failed may not have made all of it.
+        names = {
+            row: [name for name in (*self._rule.kept(groups[row]), *more) if name in bucket.states]
+            for row in bucket.rows
+        }
         if all(False not in bucket.states[name].present for row in names.values() for name in row):
             return
         new = [
