@@ -30,7 +30,7 @@ HAS_GPU_TORCH := $(PYTHON) -c 'import sys, torch; sys.exit(not (torch.cuda.is_av
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-frameworks bench bench-quick bench-report check format clean distclean
+.PHONY: help demo test test-long test-frameworks bench bench-quick bench-report check format clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -39,7 +39,11 @@ demo: $(VENV)/.demo ## train with SGD and with SAM on real data, print a table, 
 	$(BIN)/python -m fused_sam.demo $(ARGS)
 
 test: $(VENV)/.dev ## run the tests; fails under 95 % coverage by lines and branches
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --cov $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -m "not long" --cov \
+		$(ARGS)
+
+test-long: $(VENV)/.dev ## the rest: machine code, sanitizers, an exception at every line
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -m long $(ARGS)
 
 test-frameworks: $(FRAMEWORKS_VENV)/.ready ## test the adapters with the real Lightning, transformers, ...; CPU
 	PYTHONPATH=. $(FRAMEWORKS_VENV)/bin/python -m pytest -c tests/frameworks/pytest.ini \

@@ -38,6 +38,9 @@ def pytest_generate_tests(metafunc):
 BUILDING = {"test_codegen", "test_cuda_library", "test_demo", "test_native_kernels"}
 """Modules that build something once for all of their tests: one process runs them."""
 
+LONG = {"test_codegen", "test_cuda_library", "test_injection", "test_native_kernels"}
+"""Modules that take as long as all others together: ``make test-long``."""
+
 MANY_TIMES = {"test_injection", "test_stateful"}
 """Modules that run the same lines thousands of times. Counting them would double their time, and
 the others run them too."""
@@ -48,6 +51,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.module.__name__ in MANY_TIMES:
             item.add_marker("no_cover")
+        if item.module.__name__ in LONG:
+            item.add_marker("long")
         if item.module.__name__ in BUILDING:
             item.add_marker(pytest.mark.xdist_group(item.module.__name__))
 
