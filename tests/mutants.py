@@ -468,7 +468,7 @@ MUTANTS = [
            ("tests/test_blends.py", "-k", "uphill and reference")),
     Mutant("triton-wsam-after-goes-downhill", "fused_sam/backends/triton/kernels.py",
            "rate = tl.where((flags & MAXIMIZE) != 0, -lr, lr)", "rate = lr",
-           ("tests/test_blends.py", "-k", "uphill and triton")),
+           table("triton", "test_wsam")),
     Mutant("cpu-wsam-after-goes-downhill", "csrc/cpu/kernels_impl.h",
            "piece.flags & kMaximize ? -double(group.lr) : double(group.lr)", "double(group.lr)",
            ("tests/test_blends.py", "-k", "uphill and native")),
