@@ -229,6 +229,8 @@ MUTANTS = [
            "data_ptr() if slot.numel else 0 for slot in bucket.slots[::-1]]", TRITON),
     Mutant("misaligned-weights", "fused_sam/backends/tables.py",
            "weights and address % _ACCESS == 0", "address % _ACCESS == 0", ALIGNMENT),
+    Mutant("weights-are-aligned", "fused_sam/backends/tables.py",
+           "address % _ACCESS == 0 for address in weights", "True for _ in weights", ALIGNMENT),
     Mutant("misaligned-gradients", "fused_sam/backends/tables.py",
            "weights and address % _ACCESS == 0", "weights", ALIGNMENT),
     Mutant("never-fresh", "fused_sam/backends/tables.py",

@@ -416,6 +416,7 @@ def test_after_eval_an_attached_model_stays_at_w_until_train():
     for each, params in ((opt, model), (twin, others)):
         plain(each, params, surface, 0)
     opt.eval()
+    opt.eval()
     model()
     assert not opt.is_perturbed
     with pytest.raises(RuntimeError, match=r"optimizer\.train\(\)"):
