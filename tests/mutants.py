@@ -57,6 +57,7 @@ MASTERS = ("tests/test_masters.py", "-k", "reference and not hundred")
 MEMBERS = ("tests/test_properties.py", "-k", "any_member")
 FORMULAS = ("tests/test_family.py", "-k", "reference and formulas and sgd")
 AVERAGES = ("tests/test_averages.py", "-k", "not native")
+AHEAD = ("tests/test_native.py", "-k", "two_launches")
 WHEN = ("tests/test_schedule.py", "-k", "not native")
 TOLD = ("tests/test_last_step.py", "-k", "not native")
 AVERAGE = ("tests/test_table.py", "-k", "average and reference")
@@ -306,6 +307,14 @@ MUTANTS = [
            "set_climb(climb, saved, number);", "", table("native", FAILS)),
     Mutant("cpu-stale-saved", "csrc/cpu/kernels_impl.h",
            "const bool away = (piece.flags & kPerturbed) != 0;", "const bool away = true;", NATIVE),
+    Mutant("cpu-climb-of-zero-stays-ahead", "csrc/cpu/kernels_impl.h",
+           "if (is_saved && scalars.scale == T(0)) restore(p, piece);", "",
+           ("tests/test_msam.py", "-k", "native and is_zero")),
+    Mutant("cpu-decay-ahead-is-scaled", "csrc/cpu/kernels_impl.h",
+           "descent * grad[i] + decay * (ahead[i] - at_w[i])",
+           "descent * (grad[i] + decay * (ahead[i] - at_w[i]))", AHEAD),
+    Mutant("cpu-sums-what-does-not-climb", "csrc/cpu/kernels_impl.h",
+           "!piece.grad.at || !(piece.flags & kSummed)", "!piece.grad.at", AHEAD),
     Mutant("cpu-missing-gradients-count", "csrc/cpu/bindings.cpp",
            "if (!(p.flags[i] & kMissing)) p.step[i] += 1.0f;", "p.step[i] += 1.0f;", NATIVE),
     Mutant("cpu-skipped-step-counts", "csrc/cpu/bindings.cpp",
