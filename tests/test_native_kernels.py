@@ -203,12 +203,16 @@ def budget(architecture):
         counts[f"restore {dtype}"] = 2 * copy, 2 * copy  # where nothing else is, it stands twice
         for rule in rules():
             loads = stores = copy
+            copies = 0
             for states in variants(rule):
                 loops = 2 + 1 if dtype == "float" and 2 not in states else 1
+                copies += loops
                 loads += loops * (3 + len(states))  # saved, g', what is kept, states
                 stores += loops * (1 + len(states))  # w, states
-            for after in ("", " after"):
-                counts[f"update {rule.name} {dtype}{after}"] = loads, stores
+            counts[f"update {rule.name} {dtype}"] = loads, stores
+            if dtype == "float":
+                stores += copies  # the direction
+            counts[f"update {rule.name} {dtype} after"] = loads, stores
     _split(counts, architecture < 100)
     return counts
 

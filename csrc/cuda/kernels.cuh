@@ -335,11 +335,13 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
 // ----------------------------------------------------------------------------------------- update_
 
-// v = a * grad + b * kept, and c * grad + d * kept is subtracted after the rule's step. What has
-// the factor 0 may be anything; kept is null where all of its are.
+// v = a * grad + b * kept, and c * grad + d * kept is subtracted after the rule's step; or it is
+// the direction, if `directs`. What has the factor 0 may be anything; kept is null where all of its
+// are.
 template <typename S>
 struct Blended {
   const S* kept;
+  bool directs;
   ComputeOf<S> a, b, c, d;
 };
 
@@ -353,7 +355,7 @@ template <typename S>
 __device__ __forceinline__ Blended<S> blended_of(const DeviceProblem& p, const Piece<S>& piece,
                                                  ComputeOf<S> lr) {
   using T = ComputeOf<S>;
-  if (!piece.has(kBlends)) return {nullptr, T(1), T(0), T(0), T(0)};
+  if (!piece.has(kBlends)) return {nullptr, false, T(1), T(0), T(0), T(0)};
   const double scale = p.loss_scale ? *p.loss_scale : 1;
   Coefficients found = {1, 0};
   int number = 0;
@@ -364,10 +366,18 @@ __device__ __forceinline__ Blended<S> blended_of(const DeviceProblem& p, const P
   }
   FUSED_SAM_BLENDS(FUSED_SAM_COEFFICIENTS)
 #undef FUSED_SAM_COEFFICIENTS
+  double rate = piece.has(kMaximize) ? -double(lr) : double(lr);
+  if (p.direction) {
+    found = {1, 0, found.a, found.b};  // the rule sees the gradient
+    rate = 1;
+  }
   const bool looks = piece.has(kHeld) && (found.b != 0 || found.d != 0);
-  const double rate = piece.has(kMaximize) ? -double(lr) : double(lr);
-  return {looks ? static_cast<const S*>(p.kept) + piece.at : nullptr, T(found.a), T(found.b),
-          T(rate * found.c), T(rate * found.d)};
+  return {looks ? static_cast<const S*>(p.kept) + piece.at : nullptr,
+          p.direction != nullptr,
+          T(found.a),
+          T(found.b),
+          T(rate * found.c),
+          T(rate * found.d)};
 }
 
 // weights and from may be the same memory.
@@ -388,6 +398,8 @@ __device__ __forceinline__ void update_piece(
     constexpr int kWidth = decltype(width)::value, kUnroll = decltype(unroll)::value;
     constexpr int kStride = kThreads * kWidth;
     Pack<S, kWidth> weights[kUnroll], grad[kUnroll], kept[kUnroll], state[kMaxStates][kUnroll];
+    // float64 has no register left for it; the bindings refuse the others.
+    constexpr bool kDirects = kAfter && std::is_same_v<S, float>;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       weights[u] = read<kWidth>(from + i + u * kStride);
@@ -418,6 +430,12 @@ __device__ __forceinline__ void update_piece(
           if (kAfter) after += scaled(blended.d, first);
         }
         T stepped = Rule::template update<kKept>(load(old), descent * gradient, buffers, scalars);
+        if constexpr (kDirects) {
+          if (blended.directs) {
+            grad[u].at[k] = after;
+            after = T(0);
+          }
+        }
         if (kAfter) stepped -= after;
         const S updated = round_to<S>(stepped);
 #pragma unroll
@@ -428,6 +446,11 @@ __device__ __forceinline__ void update_piece(
         weights[u].at[k] = frozen ? old : updated;
       }
       write(piece.weights + i + u * kStride, weights[u]);
+      if constexpr (kDirects) {
+        if (blended.directs) {
+          write(static_cast<T*>(p.direction) + piece.at + i + u * kStride, grad[u]);
+        }
+      }
 #pragma unroll
       for (int s = 0; s < kMaxStates; ++s) {
         if (kKept & 1u << s) write(states[s] + i + u * kStride, state[s][u]);

@@ -23,6 +23,7 @@ struct Chunk {
 struct DeviceProblem {
   void* saved;
   void* kept;
+  void* direction;
   void* states[3];
   float* step;
   const Slot* slots;
@@ -35,7 +36,7 @@ struct DeviceProblem {
   const void* blend_hyper;
   const double* loss_scale;
   int blend;
-  bool after;  // the blend subtracts something after the rule's step
+  bool after;  // the blend subtracts something after the rule's step, or leaves a direction
   int num_slots;
   int num_chunks;
 };
