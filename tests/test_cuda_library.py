@@ -92,8 +92,9 @@ ops.ascend_.default.redispatch(*start, kept, None, climb, *tables, total, *sam)
 def update(rule, columns, states, step, *blend):
     numbers, hyper, number = blend or (None, None, -1)
     direction = torch.zeros(128) if number == _BLENDS["LookSam"] else None
-    args = *states, step, ticket, climb, saved, kept, direction, slots, grads, flags
-    more = torch.zeros(1, columns), numbers, hyper, None, None, None, 0, 0, _RULES[rule], number
+    args = *states, step, ticket, climb, saved, kept, direction, None, slots, grads, flags
+    more = torch.zeros(1, columns), None, numbers, hyper, None, None, None, 0, 0, _RULES[rule]
+    more = *more, number
     args = *args, *more
     ops.update_.default.redispatch(cuda, *args)
 

@@ -106,8 +106,9 @@ void ascend_(Tensor saved, std::optional<Tensor> kept, std::optional<Tensor> /*a
 void update_(std::optional<Tensor> state0, std::optional<Tensor> state1,
              std::optional<Tensor> state2, std::optional<Tensor> step, std::optional<Tensor> ticket,
              Tensor climb, Tensor saved, std::optional<Tensor> kept,
-             std::optional<Tensor> direction, Tensor slots, Tensor grads, Tensor flags,
-             Tensor hyper, std::optional<Tensor> numbers, std::optional<Tensor> blend_hyper,
+             std::optional<Tensor> direction, std::optional<Tensor> total, Tensor slots,
+             Tensor grads, Tensor flags, Tensor hyper, std::optional<Tensor> decay,
+             std::optional<Tensor> numbers, std::optional<Tensor> blend_hyper,
              std::optional<Tensor> loss_scale, std::optional<Tensor> grad_scale,
              std::optional<Tensor> found_inf, int64_t weight_dtype, int64_t grad_dtype,
              int64_t rule, int64_t blend) {
@@ -126,6 +127,7 @@ void update_(std::optional<Tensor> state0, std::optional<Tensor> state1,
               hyper.numel() / kRuleColumns[rule], blend);
   STD_TORCH_CHECK(!direction || bucket.dtype == Dtype::kFloat32,
                   "fused_sam: the CUDA kernels leave no direction of this dtype");
+  STD_TORCH_CHECK(!total && !decay, "fused_sam: the CUDA kernels climb along no momentum");
   p.direction = memory(direction);
   p.kept = bucket.kept(kept, saved, types);
   p.numbers = memory<double>(numbers);

@@ -335,6 +335,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
 // ----------------------------------------------------------------------------------------- update_
 
+// Whether an update may leave a direction: float64 has no register left for it, and half precision
+// has none in its own dtype. Only the variant that subtracts does, so that the others pay nothing.
+template <bool kAfter, typename S>
+constexpr bool kDirects = kAfter && std::is_same_v<S, float>;
+
 // v = a * grad + b * kept, and c * grad + d * kept is subtracted after the rule's step; or it is
 // the direction, if `directs`. What has the factor 0 may be anything; kept is null where all of its
 // are.
@@ -351,7 +356,7 @@ __device__ __forceinline__ T scaled(T factor, T x) {
 }
 
 // What a blend makes of the gradients of a piece.
-template <typename S>
+template <bool kAfter, typename S>
 __device__ __forceinline__ Blended<S> blended_of(const DeviceProblem& p, const Piece<S>& piece,
                                                  ComputeOf<S> lr) {
   using T = ComputeOf<S>;
@@ -367,13 +372,14 @@ __device__ __forceinline__ Blended<S> blended_of(const DeviceProblem& p, const P
   FUSED_SAM_BLENDS(FUSED_SAM_COEFFICIENTS)
 #undef FUSED_SAM_COEFFICIENTS
   double rate = piece.has(kMaximize) ? -double(lr) : double(lr);
-  if (p.direction) {
+  const bool directs = kDirects<kAfter, S> && p.direction;
+  if (directs) {
     found = {1, 0, found.a, found.b};  // the rule sees the gradient
     rate = 1;
   }
   const bool looks = piece.has(kHeld) && (found.b != 0 || found.d != 0);
   return {looks ? static_cast<const S*>(p.kept) + piece.at : nullptr,
-          p.direction != nullptr,
+          directs,
           T(found.a),
           T(found.b),
           T(rate * found.c),
@@ -398,8 +404,6 @@ __device__ __forceinline__ void update_piece(
     constexpr int kWidth = decltype(width)::value, kUnroll = decltype(unroll)::value;
     constexpr int kStride = kThreads * kWidth;
     Pack<S, kWidth> weights[kUnroll], grad[kUnroll], kept[kUnroll], state[kMaxStates][kUnroll];
-    // float64 has no register left for it; the bindings refuse the others.
-    constexpr bool kDirects = kAfter && std::is_same_v<S, float>;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       weights[u] = read<kWidth>(from + i + u * kStride);
@@ -430,7 +434,7 @@ __device__ __forceinline__ void update_piece(
           if (kAfter) after += scaled(blended.d, first);
         }
         T stepped = Rule::template update<kKept>(load(old), descent * gradient, buffers, scalars);
-        if constexpr (kDirects) {
+        if constexpr (kDirects<kAfter, S>) {
           if (blended.directs) {
             grad[u].at[k] = after;
             after = T(0);
@@ -446,7 +450,7 @@ __device__ __forceinline__ void update_piece(
         weights[u].at[k] = frozen ? old : updated;
       }
       write(piece.weights + i + u * kStride, weights[u]);
-      if constexpr (kDirects) {
+      if constexpr (kDirects<kAfter, S>) {
         if (blended.directs) {
           write(static_cast<T*>(p.direction) + piece.at + i + u * kStride, grad[u]);
         }
@@ -480,7 +484,7 @@ __device__ __forceinline__ void update_chunk(const DeviceProblem& p, ComputeOf<S
   const T descent = (piece.has(kMaximize) ? T(-1) : T(1)) / grad_scale;
   const S* from = piece.has(kPerturbed) ? static_cast<const S*>(p.saved) + piece.at : piece.weights;
   FUSED_SAM_ASSUME_GLOBAL(from);
-  const auto blended = blended_of(p, piece, group.lr);
+  const auto blended = blended_of<kAfter>(p, piece, group.lr);
   with_kept<Rule>(unsigned(piece.flags) >> kKeptShift, [&](auto kept) {
     update_piece<Rule, kAfter, kept.value>(p, piece, from, blended, descent, group.lr == T(0),
                                            scalars);

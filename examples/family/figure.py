@@ -32,12 +32,13 @@ def save(path: Path, shown: Sequence[tuple[str, Block]], gets: Gets) -> None:
     lines = -(-len(shown) // _COLUMNS)
     most = max(len(block.results) for _, block in shown)
     figure = Figure(figsize=(11, lines * (1.2 + 0.36 * most)), layout="constrained")
-    panels = figure.subplots(lines, _COLUMNS, squeeze=False).flat
+    panels = list(figure.subplots(lines, _COLUMNS, squeeze=False).flat)
     for axes, (title, block) in zip(panels, shown, strict=False):
         _draw(axes, block, gets)
         axes.set_title(title)
-    for axes in list(panels)[len(shown) :]:
+    for axes in panels[len(shown) :]:
         axes.set_visible(False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     figure.savefig(path, dpi=130, format="png", metadata={"Software": None})
 
 
@@ -64,4 +65,3 @@ def _draw(axes: Axes, block: Block, gets: Gets) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("test accuracy less SGD's [points], 95 % interval")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend()

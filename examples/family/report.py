@@ -139,8 +139,8 @@ def _block(block: Block) -> str:
     lines += [
         "",
         "| method | loss, last | loss, best | training labels read [%] | sharpness | rise "
-        "| passes |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| passes | time |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     lines += [
         f"| {result.cell.method.name} | {' | '.join(_other(result))} |" for result in block.results
@@ -157,7 +157,13 @@ def _other(result: Result) -> list[str]:
         (lambda row: row["rise"], 3),
     ]
     texts = [_number(result.mean(get), digits) for get, digits in columns]
-    return [*texts, f"{result.ratio(lambda row: row['passes']):.2f} ×"]
+    ratios = [result.ratio(get) for get in (lambda row: row["passes"], _seconds)]
+    return [*texts, *[f"{ratio:.2f} ×" for ratio in ratios]]
+
+
+def _seconds(row: Row) -> float:
+    """How long its steps took; on a CPU of one thread its own time, which others do not share."""
+    return float(row["cpu_seconds" if row["device"] == "cpu" else "wall_seconds"])
 
 
 def _gap(result: Result, get: Callable[[Row], float | None]) -> str:
@@ -218,9 +224,10 @@ _METHOD = """\
   filter norms along {directions} random filter-normalised directions, which does without the
   weights' size. Both on {images} training images (all, if they are fewer), with the labels trained
   on.
-- **Passes**: forward and backward on a batch, relative to SGD. The rows have the time of the
-  training steps too, by the clock and of the CPU, but the machine had other work: for the time of a
-  step see [the family's benchmark](family.md#what-a-step-costs).
+- **Passes**: forward and backward on a batch, relative to SGD. **Time**: of the training steps,
+  relative to SGD: the median of the seeds, on one thread. It is time of the CPU, because the
+  machine had other work, which slows a thread down all the same: so it is coarse, and [the family's
+  benchmark](family.md#what-a-step-costs) is not. On a GPU it is time by the clock.
 - **Intervals** are Student's, of the differences to SGD with the same seed. They tell of other
   seeds: first weights, training images, flips. The test images are the same ones.
 """

@@ -29,7 +29,7 @@ from .plan import Run
 from .tasks import BATCH_SIZE
 
 LOOKS = 25
-"""How often a run looks at the validation images."""
+"""How often a run that is reported looks at the validation images; one that tunes looks once."""
 RADIUS = 0.2
 """Of the ball in which the loss is climbed."""
 DIRECTIONS, DISTANCE = 5, 0.5
@@ -52,7 +52,8 @@ def train(run: Run, parts: Parts, device: torch.device) -> dict[str, Any]:
     epochs = task.epochs * run.method.epochs
     scheduler = CosineAnnealingLR(optimizer, T_max=epochs)
     generator = torch.Generator().manual_seed(seed)
-    every, watch, passes = max(1, epochs // LOOKS), _Stopwatch(device), 0
+    every = max(1, epochs // LOOKS) if run.test else epochs  # tuning goes by the last epoch
+    watch, passes = _Stopwatch(device), 0
     curve: list[tuple[int, dict[str, float | None]]] = []
     best, best_weights = -1.0, None
 

@@ -11,10 +11,10 @@ import functools
 import operator
 import weakref
 from array import array
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from ..memory import Bucket, Gradients
 from ..recording import CODES, recording
 from ..rules import Group, Rule
 from . import capture
-from .ahead import Groups
+from .ahead import Ahead, Groups, coupled, decays
 
 # The bits of a slot, as csrc/tables.h has them.
 PERTURBED = 1
@@ -54,6 +54,8 @@ STAYS = 1 << 17
 _ACCESS = 16
 _REMEMBERED = {"addresses": 64, "flags": 16}
 """Tables of each kind that a bucket remembers."""
+_STEP_FLAGS = 4
+"""Of flags, how many a step asks for; and with a way back."""
 
 
 @dataclass(frozen=True)
@@ -115,17 +117,14 @@ class Tables:
         self._hyper: dict[Hashable, tuple[Any, Tensor]] = {}
         self._captured: list[Tensor] = []
         self._recent: tuple[weakref.ref[Gradients], Addresses] | None = None
+        self._flags: deque[tuple[Any, ...]] = deque(maxlen=_STEP_FLAGS)
 
     def addresses(self, grads: Gradients) -> Addresses:
         """Where these gradients are; a missing one is at 0."""
         if self._recent is not None and self._recent[0]() is grads:
             return self._recent[1]
         key = grads.addresses
-        # Where nothing is uploaded now, making it is cheaper than finding it.
-        if self.device.type == "cpu" or recording() is not None:
-            found = self._addresses(key)
-        else:
-            found = self._remember("addresses", key, lambda: self._addresses(key))
+        found: Addresses = self._remember("addresses", key, lambda: self._addresses(key))
         # Weakly: else they would stay until the next ones, beside which they are a whole copy.
         self._recent = (weakref.ref(grads), found)
         return found
@@ -158,7 +157,12 @@ class Tables:
         """
         present = grads.present if grads is not None else (False,) * len(perturbed)
         aligned = self._weights_aligned if grads is None else self.addresses(grads).aligned
-        key = (tuple(bits.items()), perturbed, present, fresh, held, aligned)
+        recorded = self._is_recorded()
+        marks = perturbed, present, fresh, held, aligned
+        # Most steps ask with the very objects of the last one: that is told without a look at them.
+        for found, known_bits, *known in () if recorded else self._flags:
+            if known_bits == bits and all(map(operator.is_, known, marks)):
+                return cast(Tensor, found)
 
         def make() -> Tensor:
             values = [
@@ -172,7 +176,9 @@ class Tables:
             ]
             return self._made(lambda: values, torch.int32)
 
-        flags: Tensor = self._remember("flags", key, make)
+        flags: Tensor = self._remember("flags", (tuple(bits.items()), *marks), make)
+        if not recorded:
+            self._flags.append((flags, dict(bits), *marks))
         return flags
 
     def hyper(
@@ -209,9 +215,13 @@ class Tables:
         _copy_rates(table, num_groups, rates)
         return table
 
+    def _is_recorded(self) -> bool:
+        """Whether a CUDA graph will run what is done now: its tables are its own."""
+        return capture.is_capturing(self.device) or recording() is not None
+
     def _remember(self, kind: str, key: Hashable, make: Callable[[], Any]) -> Any:
         """What ``make`` makes, or made before of the same."""
-        if capture.is_capturing(self.device) or recording() is not None:
+        if self._is_recorded():
             return make()
         known = self._known[kind]
         if key not in known:
@@ -288,6 +298,23 @@ def sums_table(
     rows = bucket.rows
     return tables.hyper(
         sums.name, len(groups), lambda: {row: sums.numbers(groups[row], unscale) for row in rows}
+    )
+
+
+def ahead_table(
+    tables: Tables, bucket: Bucket, ahead: Ahead, groups: Groups, bits: dict[int, int]
+) -> Tensor | None:
+    """The weight decay that each group's weights have ahead of w; None where none has any.
+
+    ``bits``, those of each group's slots, get what a climb along the momentum asks of an update.
+    """
+    climbs, rows = SUMMED | STAYS * any(ahead.stays), bucket.rows
+    for row in rows:
+        bits[row] |= climbs * (groups[row]["ascent"] is not None)
+    if not any([decays(groups[row]) for row in rows]):
+        return None
+    return tables.hyper(
+        "decay", len(groups), lambda: {row: (coupled(groups[row]),) for row in rows}
     )
 
 

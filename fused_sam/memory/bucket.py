@@ -210,7 +210,10 @@ class Bucket:
         """
         if keep:
             self.make_kept()
-        self._coming = number, tuple(map(operator.or_, self.perturbed, grads.present))
+        away = grads.present  # the same object in each step, if that can be
+        if self.perturbed is not self._at_w:
+            away = tuple(map(operator.or_, self.perturbed, away))
+        self._coming = number, away
         self.held = grads.present if keep else self._at_w
         return self.kept if keep else None
 

@@ -21,7 +21,7 @@ class Runner {
  public:
   using S = typename K::W;  // of all
   using T = typename K::T;
-  static constexpr bool kDirects = std::is_same_v<S, float>;
+  static constexpr bool kDirects = std::is_same_v<S, float>, kFollows = false;
 
   std::vector<double> reduce(cases::Bucket<K>& bucket, const Options& o, SumsId id,
                              const double* earlier = nullptr) {
@@ -66,8 +66,8 @@ class Runner {
     });
   }
 
-  void update_(cases::Bucket<K>& bucket, const Options& o, bool skip) {
-    in_every_order(bucket, {3}, [&](unsigned blocks, Order order) {
+  double update_(cases::Bucket<K>& bucket, const Options& o, bool skip) {
+    return in_every_order(bucket, {3}, [&](unsigned blocks, Order order) {
       DeviceProblem p = problem(bucket, o, false);
       const T scale = T(o.grad_scale);
       const T* grad_scale = o.grad_scale == 1 ? nullptr : &scale;

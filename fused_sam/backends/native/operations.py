@@ -14,7 +14,7 @@ from ...memory.members import AVERAGE
 from ...rules import STEP, Rule
 from ..ahead import Ahead, Groups, climbing, decay_ahead, momentum_of
 from ..base import Backend
-from ..tables import READS_PARAM, Tables, blend_table, rule_bits, rule_rows, sums_table
+from ..tables import READS_PARAM, Tables, ahead_table, blend_table, rule_bits, rule_rows, sums_table
 from .translate import MAX_STATES, rules
 
 CHUNK = 4096
@@ -65,6 +65,10 @@ class NativeBackend(Backend):
     """See ``Backend`` for what the operations do."""
 
     name = "native"
+
+    def stays(self, bucket: Bucket) -> bool:
+        """As ``Backend.stays``."""
+        return bucket.device.type == "cpu"
 
     def bakes_in(self, bucket: Bucket, ascent: Ascent, blend: Blend | None) -> str | None:
         """As ``Backend.bakes_in``."""
@@ -147,7 +151,7 @@ class NativeBackend(Backend):
         found_inf: Tensor | None = None,
         ahead: Ahead | None = None,
     ) -> Tensor | None:
-        """As ``Backend.update_``, in one launch; the sum in another one."""
+        """As ``Backend.update_``, in one launch; on CUDA the sum in another one."""
         blend, kept = (None, None) if blending is None else (blending.blend, blending.kept)
         direction = None if blending is None else blending.direction
         if not _serves(bucket, kept, directs=direction is not None):
@@ -157,13 +161,19 @@ class NativeBackend(Backend):
                 found_inf=found_inf,
                 ahead=ahead,
             )
-        if ahead is not None:
-            grads = decay_ahead(bucket, grads, groups, grad_scale)
         tables = _tables(bucket)
+        total = decay = None
+        reduces = ahead is not None and bucket.device.type != "cpu"
+        if reduces:
+            grads = decay_ahead(bucket, grads, groups, grad_scale)
         names = {name for row in bucket.rows for name in rule.kept(groups[row])}
         fresh = bucket.fresh(names)
-        states = [bucket.state(s.name).flat if s.name in names else None for s in rule.states]
         bits = {row: rule_bits(rule, groups[row], blend is not None) for row in bucket.rows}
+        if ahead is not None and not reduces:
+            total = torch.empty(1, dtype=torch.float64, device=bucket.device)
+            names.add(ahead.momentum)
+            decay = ahead_table(tables, bucket, ahead, groups, bits)
+        states = [bucket.state(s.name).flat if s.name in names else None for s in rule.states]
         numbers, rates = rule_rows(rule, groups, bucket.rows)
         torch.ops.fused_sam.update_.default(
             *states,
@@ -174,10 +184,12 @@ class NativeBackend(Backend):
             bucket.saved,
             None if kept is None else kept.flat,
             direction,
+            total,
             tables.slots,
             tables.addresses(grads).table,
             tables.flags(bits, bucket.perturbed, grads, fresh, () if kept is None else kept.held),
             tables.hyper(rule.name, len(groups), numbers, rates),
+            decay,
             None if blending is None else blending.numbers,
             None if blend is None else blend_table(tables, bucket, blend, groups),
             None if blending is None else blending.scale,
@@ -188,8 +200,8 @@ class NativeBackend(Backend):
             _RULES[rule.name],
             -1 if blend is None else _BLENDS[blend.name],
         )
-        if ahead is None:
-            return None
+        if ahead is None or not reduces:
+            return total
         summed = momentum_of(bucket, ahead.momentum, climbing(bucket, grads, groups))
         return self.reduce(bucket, SQUARES, summed, groups)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -16,9 +18,9 @@ from ...memory import Bucket, Gradients
 from ...memory.bucket import Kept
 from ...memory.members import AVERAGE
 from ...rules import STEP, Rule
-from ..ahead import Ahead, Groups, coupled, decays
+from ..ahead import Ahead, Groups
 from ..base import Backend
-from ..tables import STAYS, SUMMED, Tables, blend_table, rule_bits, rule_rows, sums_table
+from ..tables import Tables, ahead_table, blend_table, rule_bits, rule_rows, sums_table
 from . import kernels
 from .words import compiled
 
@@ -65,7 +67,7 @@ class _Launcher(Tables):
         held = (bucket.dtype, bucket.grad_dtype, bucket.saved.dtype)
         self.itemsize = max([dtype.itemsize for dtype in held])
         self.half = bucket.dtype.itemsize == 2
-        self.types = TYPES[bucket.dtype], TYPES[bucket.grad_dtype]
+        self.dtypes = bucket.dtype, bucket.grad_dtype
         self.programs = max(1, min(self.num_chunks, _max_programs(self.device)))
         self.partials: dict[Any, Tensor] = {}
         self.ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
@@ -95,7 +97,8 @@ class _Launcher(Tables):
             kernel: one of ``kernels``.
             args: its run-time arguments but the last two, how many chunks and slots there are; a
                 pointer that it does without is None.
-            constants: its compile-time arguments but the last two, BLOCK and TILES.
+            constants: its compile-time arguments but the last two, BLOCK and TILES, with texts and
+                torch's dtypes, which are cheap to look up, in place of Triton's.
             roomy: whether it gets MANY_REGISTERS; follows from dtype and constants.
             wide: whether its sums are in float64; follows from the constants.
             others: of its arguments those that may be wider than all that the bucket has.
@@ -111,7 +114,7 @@ class _Launcher(Tables):
         tile = WIDE_TILE_BYTES if wide else TILE_BYTES[kernel.fn.__name__]
         itemsize = max([self.itemsize, *[o.dtype.itemsize for o in others if o is not None]])
         block = min(tile // itemsize, CHUNK)
-        full = (*constants, block, CHUNK // block)
+        full = (*map(_as_triton, constants), block, CHUNK // block)
         function = kernel[grid](*args, *full, **_options(self.device, roomy))
         # Everything that Triton specializes on is in the key: the rest is the same for a bucket, or
         # declared do_not_specialize. So its own look-up, several times the cost, can be left out.
@@ -142,11 +145,21 @@ def _options(device: torch.device, roomy: bool) -> dict[str, Any]:
     return {"num_warps": THREADS // 32, **CUDA_OPTIONS, **(MANY_REGISTERS if roomy else {})}
 
 
+def _as_triton(constant: Any) -> Any:
+    """A compile-time argument as kernels take it."""
+    if isinstance(constant, FunctionType):
+        return compiled(constant)
+    return TYPES.get(constant, constant)
+
+
 class TritonBackend(Backend):
     """See ``Backend`` for what the operations do."""
 
     name = "triton"
-    stays = True
+
+    def stays(self, bucket: Bucket) -> bool:
+        """As ``Backend.stays``."""
+        return True
 
     def bakes_in(self, bucket: Bucket, ascent: Ascent, blend: Blend | None) -> str | None:
         """As ``Backend.bakes_in``."""
@@ -178,9 +191,9 @@ class TritonBackend(Backend):
                 sums_table(launcher, bucket, sums, groups, unscale),
             )
             constants = (
-                *(compiled(sums.terms), _follow(sums), sums.count, sums.how == "max"),
-                *(sums.earlier, *_widths(sums), reads, launcher.types[0]),
-                TYPES[grads.dtype or bucket.grad_dtype],
+                *(sums.terms, _follow(sums), sums.count, sums.how == "max"),
+                *(sums.earlier, *_widths(sums), reads, launcher.dtypes[0]),
+                grads.dtype or bucket.grad_dtype,
             )
             wide = sums.wide
             launcher.launch(kernels.reduce_kernel, args, constants, wide, wide, *args[3:5])
@@ -198,14 +211,14 @@ class TritonBackend(Backend):
         unscale: float = 1.0,
     ) -> None:
         """As ``Backend.ascend_``, in one launch; in two where only some are perturbed."""
-        pairs = list(zip(bucket.perturbed, grads.present, strict=True))
-        away = any([perturbed and there for perturbed, there in pairs])
-        if away and any([there and not perturbed for perturbed, there in pairs]):
+        perturbed = bucket.perturbed
+        away = any(perturbed) and any(map(operator.and_, perturbed, grads.present))
+        if away and any(map(operator.gt, grads.present, perturbed)):
             # What has to be saved comes first: it is in `saved` when the number is written.
             for wanted in (False, True):
                 part = [
-                    grad if perturbed is wanted else None
-                    for perturbed, grad in zip(bucket.perturbed, grads.tensors, strict=True)
+                    grad if is_away is wanted else None
+                    for is_away, grad in zip(perturbed, grads.tensors, strict=True)
                 ]
                 args = Gradients.of(part), groups, total, number, kept, unscale
                 self.ascend_(bucket, ascent, *args)
@@ -221,9 +234,9 @@ class TritonBackend(Backend):
                 *((number, 0) if isinstance(number, Tensor) else (None, number)),
             )
             constants = (
-                *(compiled(ascent.scalars), compiled(ascent.move), _follow(ascent.sums)),
+                *(ascent.scalars, ascent.move, _follow(ascent.sums)),
                 *(len(ascent.sums.chain), *_widths(ascent.sums)),
-                *(bucket.masters, away, launcher.types[0], TYPES[grads.dtype or bucket.grad_dtype]),
+                *(bucket.masters, away, launcher.dtypes[0], grads.dtype or bucket.grad_dtype),
             )
             launcher.launch(kernels.ascend_kernel, args, constants, False, False, args[2])
 
@@ -254,14 +267,7 @@ class TritonBackend(Backend):
             decay = None
             if ahead is not None:
                 total = torch.empty(1, dtype=torch.float64, device=bucket.device)
-                climbs = SUMMED | STAYS * any(ahead.stays)
-                for row in bucket.rows:
-                    bits[row] |= climbs * (groups[row]["ascent"] is not None)
-                if any([decays(groups[row]) for row in bucket.rows]):
-                    rows = bucket.rows
-                    decay = launcher.hyper(
-                        "decay", len(groups), lambda: {row: (coupled(groups[row]),) for row in rows}
-                    )
+                decay = ahead_table(launcher, bucket, ahead, groups, bits)
             args = (
                 *(total, None if total is None else launcher.scratch(SQUARES), decay),
                 bucket.saved,
@@ -278,15 +284,15 @@ class TritonBackend(Backend):
                 *(None if blending is None else blending.scale, grad_scale, found_inf),
             )
             constants = (
-                *(compiled(rule.scalars), compiled(rule.update)),
-                None if blend is None else compiled(blend.coefficients),
+                *(rule.scalars, rule.update),
+                None if blend is None else blend.coefficients,
                 1 + len(rule.column_names),
                 *((0, 0) if blend is None else (blend.count, len(blend.column_names))),
                 *(tuple([buffer is not None for buffer in buffers]), mixed, bucket.masters),
                 blend is not None and blend.after,
-                None if ahead is None else compiled(SQUARES.terms),
+                None if ahead is None else SQUARES.terms,
                 0 if ahead is None else [s.name for s in rule.states].index(ahead.momentum),
-                *launcher.types,
+                *launcher.dtypes,
             )
             keeps = blend is not None and blend.reuse is not None
             crowded = ahead is not None and len(names) > 1
@@ -301,7 +307,7 @@ class TritonBackend(Backend):
         with on(bucket.device):
             flags = launcher.flags(dict.fromkeys(bucket.rows, 0), bucket.perturbed)
             args = (bucket.saved, bucket.climb, launcher.slots, flags)
-            launcher.launch(kernels.restore_kernel, args, launcher.types[:1])
+            launcher.launch(kernels.restore_kernel, args, launcher.dtypes[:1])
 
 
 def _average(bucket: Bucket, sums: Sums) -> Tensor | None:
@@ -309,7 +315,7 @@ def _average(bucket: Bucket, sums: Sums) -> Tensor | None:
 
 
 def _follow(sums: Sums) -> Any:
-    return None if sums.average is None else compiled(sums.average.follow)
+    return None if sums.average is None else sums.average.follow
 
 
 def _widths(sums: Sums) -> tuple[int, int]:
