@@ -56,7 +56,7 @@ def _serves(
     """
     if bucket.device.type == "cpu":
         return True
-    if averages or directs and bucket.dtype != torch.float32:
+    if averages or (directs and bucket.dtype != torch.float32):
         return False
     return bucket.is_uniform and (kept is None or kept.flat.dtype == bucket.dtype)
 
