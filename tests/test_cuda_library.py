@@ -89,17 +89,19 @@ kept = torch.zeros(128)
 sam = climb, 0, 0, 0, _ASCENTS["Sam"]
 ops.ascend_.default.redispatch(*start, kept, None, climb, *tables, total, *sam)
 
-def update(rule, columns, states, step, *blend):
+def update(rule, columns, states, step, *blend, ahead=(None, None)):
     numbers, hyper, number = blend or (None, None, -1)
     direction = torch.zeros(128) if number == _BLENDS["LookSam"] else None
-    args = *states, step, ticket, climb, saved, kept, direction, None, slots, grads, flags
-    more = torch.zeros(1, columns), None, numbers, hyper, None, None, None, 0, 0, _RULES[rule]
+    args = *states, step, ticket, climb, saved, kept, direction, ahead[0], slots, grads, flags
+    more = torch.zeros(1, columns), ahead[1], numbers, hyper, None, None, None, 0, 0, _RULES[rule]
     more = *more, number
     args = *args, *more
     ops.update_.default.redispatch(cuda, *args)
 
 update("Sgd", 5, [None, None, None], None)
 update("Adam", 10, [state, state, None], torch.zeros(1))
+update("Sgd", 5, [state, None, None], None, ahead=(total, torch.zeros(1)))
+update("Adam", 10, [state, state, None], torch.zeros(1), ahead=(total, None))
 missing = ("Adam", 10, [state, None, None]), ("RmsProp", 7, [None, state, state])
 for rule, columns, states in missing:
     try:
@@ -164,7 +166,7 @@ def test_kernels_are_launched_on_the_tensors_device_and_its_stream(stubs, needed
     kernels = [re.search(r"(reduce|ascend|update|restore)_kernel", line)[1] for line in launches]
     step = ["reduce", "ascend", "update"]
     blended = ["reduce", *["update"] * 4]
-    assert kernels == [*step, "update", "reduce", "reduce", "ascend", *blended, "restore"]
+    assert kernels == [*step, *["update"] * 3, "reduce", "reduce", "ascend", *blended, "restore"]
     for line in launches:
         assert line.endswith(" grid 1 block 256 device 1 stream 71")
 

@@ -116,8 +116,8 @@ void update_(std::optional<Tensor> state0, std::optional<Tensor> state1,
   Types types = types_of(weight_dtype, grad_dtype, saved);
   Bucket bucket(saved, slots, grads, flags, hyper, types, kRuleColumns[rule]);
   DeviceProblem& p = bucket.problem;
-  check_update(state0, state1, state2, step, grad_scale, found_inf, saved, p.num_slots, rule, types,
-               p.states);
+  const unsigned has = check_update(state0, state1, state2, step, grad_scale, found_inf, saved,
+                                    p.num_slots, rule, types, p.states);
   for (int k = 0; k < kMaxStates; ++k) {
     STD_TORCH_CHECK(!p.states[k] || types.states[k] == types.weights,
                     "fused_sam: a state has a wrong dtype");
@@ -127,8 +127,14 @@ void update_(std::optional<Tensor> state0, std::optional<Tensor> state1,
               hyper.numel() / kRuleColumns[rule], blend);
   STD_TORCH_CHECK(!direction || bucket.dtype == Dtype::kFloat32,
                   "fused_sam: the CUDA kernels leave no direction of this dtype");
-  STD_TORCH_CHECK(!total && !decay, "fused_sam: the CUDA kernels climb along no momentum");
   p.direction = memory(direction);
+  check_ahead(total, decay, saved, hyper.numel() / kRuleColumns[rule], rule, has);
+  STD_TORCH_CHECK(!total || blend < 0, "fused_sam: a climb along the momentum takes no blend");
+  std::optional<Tensor> partials;
+  if (total) partials = torch::stable::new_empty(saved, {kPartials}, ScalarType::Double);
+  p.partials = memory<double>(partials);
+  p.total = memory<double>(total);
+  p.decay = memory(decay);
   p.kept = bucket.kept(kept, saved, types);
   p.numbers = memory<double>(numbers);
   p.blend_hyper = memory(blend_hyper);

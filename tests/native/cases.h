@@ -517,11 +517,11 @@ auto as_weight(typename K::M w) {
   }
 }
 
-// sq_norm: what the kernel was given. 0 or not finite: w is saved and nothing moves. from_saved:
-// perturbed slots have their w there.
+// sq_norm: what the kernel was given. 0 or not finite: w is saved and nothing moves. Perturbed
+// slots have their w in `saved` already.
 template <typename K>
 void expect_perturbed(Bucket<K>& bucket, const typename Bucket<K>::Copy& before,
-                      const Options& options, double sq_norm, bool from_saved) {
+                      const Options& options, double sq_norm) {
   using W = typename K::W;
   using T = typename K::T;
   const double norm = std::sqrt(sq_norm);
@@ -537,7 +537,7 @@ void expect_perturbed(Bucket<K>& bucket, const typename Bucket<K>::Copy& before,
         EXPECT(same_bits(now, old), "moved without a gradient");
         continue;
       }
-      const bool away = from_saved && bucket.flags[i] & kPerturbed;
+      const bool away = bucket.flags[i] & kPerturbed;
       const auto w = before.at_w(i, k, slot.start + k, away);
       EXPECT(same_bits(saved, w), "slot %zu, element %ld was not saved", i, long(k));
       const auto kept = o.blends() ? bucket.grads[i].data[k] : before.kept[slot.start + k];
@@ -729,9 +729,9 @@ void run_sums(R& runner, Bucket<K>& bucket, const Options& options) {
   }
 }
 
-// Runner<K>: kDirects, whether it leaves directions; kFollows, whether it climbs along a momentum;
-// reduce(bucket, options, SumsId, earlier) -> vector of double, ascend_(bucket, options, total),
-// update_(bucket, options, skip) -> sum of the squares of the momentum, restore_(bucket, options).
+// Runner<K>: kDirects, whether it leaves directions; reduce(bucket, options, SumsId, earlier) ->
+// vector of double, ascend_(bucket, options, total), update_(bucket, options, skip) -> sum of the
+// squares of the momentum, restore_(bucket, options).
 template <typename K, template <typename> class Runner>
 void run_all(const std::vector<int64_t>& sizes) {
   constexpr double kInf = std::numeric_limits<double>::infinity();
@@ -740,7 +740,6 @@ void run_all(const std::vector<int64_t>& sizes) {
   const std::vector<Options> all = all_options();
   for (const Options& options : all) {
     if (options.looks && !Runner<K>::kDirects) continue;
-    if (options.follows && !Runner<K>::kFollows) continue;
     {
       Bucket<K> bucket(sizes, 1);
       const auto before = bucket.copy();
@@ -754,7 +753,7 @@ void run_all(const std::vector<int64_t>& sizes) {
       hidden.hides_param = true;
       expect_sq_norm<T>(runner.reduce(bucket, hidden, SumsId::kSamNorm)[0], plain);
       runner.ascend_(bucket, options, 9.0);
-      expect_perturbed(bucket, before, options, 9.0, Runner<K>::kFollows);
+      expect_perturbed(bucket, before, options, 9.0);
     }
     for (bool skip : {false, true}) {
       Bucket<K> bucket(sizes, 3);
@@ -774,7 +773,7 @@ void run_all(const std::vector<int64_t>& sizes) {
       Bucket<K> bucket(sizes, 4);
       const auto before = bucket.copy();
       runner.ascend_(bucket, options, bad);
-      expect_perturbed(bucket, before, options, bad, Runner<K>::kFollows);
+      expect_perturbed(bucket, before, options, bad);
     }
     {
       // With lr 0 the saved bits come back, whatever the gradients.

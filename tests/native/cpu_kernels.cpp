@@ -31,7 +31,7 @@ template <typename K>
 class Runner {
  public:
   using T = typename K::T;
-  static constexpr bool kDirects = true, kFollows = true;
+  static constexpr bool kDirects = true;
 
   std::vector<double> reduce(cases::Bucket<K>& bucket, const Options& o, SumsId id,
                              const double* earlier = nullptr) {

@@ -21,7 +21,7 @@ class Runner {
  public:
   using S = typename K::W;  // of all
   using T = typename K::T;
-  static constexpr bool kDirects = std::is_same_v<S, float>, kFollows = false;
+  static constexpr bool kDirects = std::is_same_v<S, float>;
 
   std::vector<double> reduce(cases::Bucket<K>& bucket, const Options& o, SumsId id,
                              const double* earlier = nullptr) {
@@ -75,6 +75,10 @@ class Runner {
       const float* found_inf = skip || o.rule != RuleId::kRmsProp ? &found : nullptr;
       unsigned ticket = 0;
       int64_t climbed = 7;
+      std::vector<double> partials(kPartials, NAN);
+      double total = o.follows ? NAN : 0.0;
+      p.partials = partials.data();
+      p.total = o.follows ? &total : nullptr;
       launch(blocks, order, [&] {
         switch (o.rule) {
           case RuleId::kSgd:
@@ -87,7 +91,7 @@ class Runner {
       });
       EXPECT(ticket == 0, "the ticket is %u afterwards", ticket);
       EXPECT(climbed == 0, "the climb's number is %ld afterwards", long(climbed));
-      return 0.0;
+      return std::isnan(total) ? 0.0 : total;
     });
   }
 
@@ -105,6 +109,9 @@ class Runner {
  private:
   template <typename Rule, typename... Arguments>
   static void update(const DeviceProblem& p, Arguments... arguments) {
+    if constexpr (Rule::kMomentum >= 0) {
+      if (p.total) return update_kernel<Rule, S, false, true>(p, arguments...);
+    }
     if (p.after) return update_kernel<Rule, S, true>(p, arguments...);
     update_kernel<Rule, S, false>(p, arguments...);
   }
@@ -195,6 +202,7 @@ class Runner {
     p.grads = bucket.addresses.data();
     p.flags = flags_.data();
     p.hyper = ascent ? hyper_->ascent : hyper_->of(o.rule);
+    p.decay = o.follows ? hyper_->decay : nullptr;
     p.num_slots = static_cast<int>(bucket.slots.size());
     p.num_chunks = static_cast<int>(chunks_.size());
     return p;

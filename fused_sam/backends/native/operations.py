@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...ascents import KERNELS, SQUARES, SUMS, Ascent, Sums
+from ...ascents import KERNELS, SUMS, Ascent, Sums
 from ...blends import KERNELS as BLENDS
 from ...blends import Blend, Blending
 from ...memory import Bucket, Gradients
 from ...memory.bucket import Kept
 from ...memory.members import AVERAGE
 from ...rules import STEP, Rule
-from ..ahead import Ahead, Groups, climbing, decay_ahead, momentum_of
+from ..ahead import Ahead, Groups
 from ..base import Backend
 from ..tables import READS_PARAM, Tables, ahead_table, blend_table, rule_bits, rule_rows, sums_table
 from .translate import MAX_STATES, rules
@@ -68,7 +68,7 @@ class NativeBackend(Backend):
 
     def stays(self, bucket: Bucket) -> bool:
         """As ``Backend.stays``."""
-        return bucket.device.type == "cpu"
+        return _serves(bucket)
 
     def bakes_in(self, bucket: Bucket, ascent: Ascent, blend: Blend | None) -> str | None:
         """As ``Backend.bakes_in``."""
@@ -151,7 +151,7 @@ class NativeBackend(Backend):
         found_inf: Tensor | None = None,
         ahead: Ahead | None = None,
     ) -> Tensor | None:
-        """As ``Backend.update_``, in one launch; on CUDA the sum in another one."""
+        """As ``Backend.update_``, in one launch."""
         blend, kept = (None, None) if blending is None else (blending.blend, blending.kept)
         direction = None if blending is None else blending.direction
         if not _serves(bucket, kept, directs=direction is not None):
@@ -163,13 +163,10 @@ class NativeBackend(Backend):
             )
         tables = _tables(bucket)
         total = decay = None
-        reduces = ahead is not None and bucket.device.type != "cpu"
-        if reduces:
-            grads = decay_ahead(bucket, grads, groups, grad_scale)
         names = {name for row in bucket.rows for name in rule.kept(groups[row])}
         fresh = bucket.fresh(names)
         bits = {row: rule_bits(rule, groups[row], blend is not None) for row in bucket.rows}
-        if ahead is not None and not reduces:
+        if ahead is not None:
             total = torch.empty(1, dtype=torch.float64, device=bucket.device)
             names.add(ahead.momentum)
             decay = ahead_table(tables, bucket, ahead, groups, bits)
@@ -200,10 +197,7 @@ class NativeBackend(Backend):
             _RULES[rule.name],
             -1 if blend is None else _BLENDS[blend.name],
         )
-        if ahead is None or not reduces:
-            return total
-        summed = momentum_of(bucket, ahead.momentum, climbing(bucket, grads, groups))
-        return self.reduce(bucket, SQUARES, summed, groups)
+        return total
 
     def restore_(self, bucket: Bucket) -> None:
         """As ``Backend.restore_``, in one launch."""
