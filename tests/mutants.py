@@ -344,6 +344,8 @@ MUTANTS = [
     Mutant("cuda-stale-kept", "csrc/cuda/kernels.cuh",
            "piece.has(kHeld) && (found.b != 0 || found.d != 0)",
            "found.b != 0 || found.d != 0", CUDA),
+    Mutant("cuda-direction-is-subtracted", "csrc/cuda/kernels.cuh",
+           "grad[u].at[k] = after;\n            after = T(0);", "grad[u].at[k] = after;", CUDA),
     # ---- maxima and blends
     Mutant("buckets-maxima-are-added", "fused_sam/backends/combine.py",
            'every.amax(0) if how == "max" else every.sum(0)', "every.sum(0)",

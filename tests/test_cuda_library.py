@@ -91,7 +91,8 @@ ops.ascend_.default.redispatch(*start, kept, None, climb, *tables, total, *sam)
 
 def update(rule, columns, states, step, *blend, ahead=(None, None)):
     numbers, hyper, number = blend or (None, None, -1)
-    args = *states, step, ticket, climb, saved, kept, None, ahead[0], slots, grads, flags
+    direction = torch.zeros(128) if number == _BLENDS["LookSam"] else None
+    args = *states, step, ticket, climb, saved, kept, direction, ahead[0], slots, grads, flags
     more = torch.zeros(1, columns), ahead[1], numbers, hyper, None, None, None, 0, 0, _RULES[rule]
     more = *more, number
     args = *args, *more
@@ -118,6 +119,7 @@ three = reduce("Gram", (slots, grads, flags, torch.zeros(1, 0)), kept)
 assert three.shape == (3,)
 update("Sgd", 5, [None, None, None], None, three, torch.zeros(1, 1), _BLENDS["Gsam"])
 update("Sgd", 5, [None, None, None], None, three, torch.zeros(1, 2), _BLENDS["Wsam"])
+update("Sgd", 5, [None, None, None], None, three, torch.zeros(1, 1), _BLENDS["LookSam"])
 update("Sgd", 5, [None, None, None], None, total, torch.zeros(1, 1), _BLENDS["LookSamReuse"])
 ops.restore_.default.redispatch(cuda, climb, saved, slots, flags, 0)
 assert runtime.stub_device() == 0
@@ -163,7 +165,7 @@ def test_kernels_are_launched_on_the_tensors_device_and_its_stream(stubs, needed
     launches = python(stubs, LOAD + LAUNCH, runtime).splitlines()
     kernels = [re.search(r"(reduce|ascend|update|restore)_kernel", line)[1] for line in launches]
     step = ["reduce", "ascend", "update"]
-    blended = ["reduce", *["update"] * 3]
+    blended = ["reduce", *["update"] * 4]
     assert kernels == [*step, *["update"] * 3, "reduce", "reduce", "ascend", *blended, "restore"]
     for line in launches:
         assert line.endswith(" grid 1 block 256 device 1 stream 71")

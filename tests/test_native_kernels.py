@@ -207,12 +207,16 @@ def budget(architecture):
         counts[f"restore {dtype}"] = 2 * copy, 2 * copy  # where nothing else is, it stands twice
         for rule in rules():
             loads = stores = copy
+            copies = 0
             for states in variants(rule):
                 loops = 2 + 1 if dtype == "float" and 2 not in states else 1
+                copies += loops
                 loads += loops * (3 + len(states))  # saved, g', what is kept, states
                 stores += loops * (1 + len(states))  # w, states
-            for after in ("", " after"):
-                counts[f"update {rule.name} {dtype}{after}"] = loads, stores
+            counts[f"update {rule.name} {dtype}"] = loads, stores
+            # A direction has a store of its own.
+            directed = stores + (copies if dtype == "float" else 0)
+            counts[f"update {rule.name} {dtype} after"] = loads, directed
             if rule.momentum is not None:
                 # What is ahead of w is read, and nothing is kept; the squares of a skipped step.
                 counts[f"update {rule.name} {dtype} ahead"] = loads + 4 + 1, stores

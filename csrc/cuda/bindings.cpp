@@ -125,7 +125,9 @@ void update_(std::optional<Tensor> state0, std::optional<Tensor> state1,
   p.step = memory<float>(step);
   check_blend(kept, direction, numbers, blend_hyper, loss_scale, saved,
               hyper.numel() / kRuleColumns[rule], blend);
-  STD_TORCH_CHECK(!direction, "fused_sam: the CUDA kernels leave no direction");
+  STD_TORCH_CHECK(!direction || bucket.dtype == Dtype::kFloat32,
+                  "fused_sam: the CUDA kernels leave no direction of this dtype");
+  p.direction = memory(direction);
   check_ahead(total, decay, saved, hyper.numel() / kRuleColumns[rule], rule, has);
   STD_TORCH_CHECK(!total || blend < 0, "fused_sam: a climb along the momentum takes no blend");
   std::optional<Tensor> partials;
@@ -138,7 +140,7 @@ void update_(std::optional<Tensor> state0, std::optional<Tensor> state1,
   p.blend_hyper = memory(blend_hyper);
   p.loss_scale = memory<double>(loss_scale);
   p.blend = static_cast<int>(blend);
-  p.after = blend >= 0 && kBlendAfter[blend];
+  p.after = blend >= 0 && (kBlendAfter[blend] || kBlendDirects[blend]);
   check_launch(launch_update_(bucket.dtype, rule, p, memory(grad_scale), memory<float>(found_inf),
                               ticket_of(ticket, saved), climb_of(climb, saved), bucket.device,
                               bucket.stream));

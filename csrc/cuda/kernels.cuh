@@ -348,11 +348,18 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
 // ----------------------------------------------------------------------------------------- update_
 
-// v = a * grad + b * kept, and c * grad + d * kept is subtracted after the rule's step. What has
-// the factor 0 may be anything; kept is null where all of its are.
+// Whether an update may leave a direction: float64 has no register left for it, and half precision
+// has none in its own dtype. Only the variant that subtracts does, so that the others pay nothing.
+template <bool kAfter, typename S>
+constexpr bool kDirects = kAfter && std::is_same_v<S, float>;
+
+// v = a * grad + b * kept, and c * grad + d * kept is subtracted after the rule's step; or it is
+// the direction, if `directs`. What has the factor 0 may be anything; kept is null where all of its
+// are.
 template <typename S>
 struct Blended {
   const S* kept;
+  bool directs;
   ComputeOf<S> a, b, c, d;
 };
 
@@ -362,11 +369,11 @@ __device__ __forceinline__ T scaled(T factor, T x) {
 }
 
 // What a blend makes of the gradients of a piece.
-template <typename S>
+template <bool kAfter, typename S>
 __device__ __forceinline__ Blended<S> blended_of(const DeviceProblem& p, const Piece<S>& piece,
                                                  ComputeOf<S> lr) {
   using T = ComputeOf<S>;
-  if (!piece.has(kBlends)) return {nullptr, T(1), T(0), T(0), T(0)};
+  if (!piece.has(kBlends)) return {nullptr, false, T(1), T(0), T(0), T(0)};
   const double scale = p.loss_scale ? *p.loss_scale : 1;
   Coefficients found = {1, 0};
   int number = 0;
@@ -377,10 +384,19 @@ __device__ __forceinline__ Blended<S> blended_of(const DeviceProblem& p, const P
   }
   FUSED_SAM_BLENDS(FUSED_SAM_COEFFICIENTS)
 #undef FUSED_SAM_COEFFICIENTS
+  double rate = piece.has(kMaximize) ? -double(lr) : double(lr);
+  const bool directs = kDirects<kAfter, S> && p.direction;
+  if (directs) {
+    found = {1, 0, found.a, found.b};  // the rule sees the gradient
+    rate = 1;
+  }
   const bool looks = piece.has(kHeld) && (found.b != 0 || found.d != 0);
-  const double rate = piece.has(kMaximize) ? -double(lr) : double(lr);
-  return {looks ? static_cast<const S*>(p.kept) + piece.at : nullptr, T(found.a), T(found.b),
-          T(rate * found.c), T(rate * found.d)};
+  return {looks ? static_cast<const S*>(p.kept) + piece.at : nullptr,
+          directs,
+          T(found.a),
+          T(found.b),
+          T(rate * found.c),
+          T(rate * found.d)};
 }
 
 // What an update does besides, where a climb along the momentum comes next.
@@ -444,6 +460,12 @@ __device__ __forceinline__ void update_piece(
         T downhill = descent * gradient;
         if (kAhead && decays) downhill += ahead.decay * (load(there[u].at[k]) - load(old));
         T stepped = Rule::template update<kKept>(load(old), downhill, buffers, scalars);
+        if constexpr (kDirects<kAfter, S>) {
+          if (blended.directs) {
+            grad[u].at[k] = after;
+            after = T(0);
+          }
+        }
         if (kAfter) stepped -= after;
         const S updated = round_to<S>(stepped);
 #pragma unroll
@@ -460,6 +482,11 @@ __device__ __forceinline__ void update_piece(
         weights[u].at[k] = frozen ? old : updated;
       }
       write((kAhead ? ahead.to : piece.weights) + i + u * kStride, weights[u]);
+      if constexpr (kDirects<kAfter, S>) {
+        if (blended.directs) {
+          write(static_cast<T*>(p.direction) + piece.at + i + u * kStride, grad[u]);
+        }
+      }
 #pragma unroll
       for (int s = 0; s < kMaxStates; ++s) {
         if (kKept & 1u << s) write(states[s] + i + u * kStride, state[s][u]);
@@ -514,7 +541,7 @@ __device__ __forceinline__ void update_chunk(const DeviceProblem& p, ComputeOf<S
     const bool decays = p.decay && piece.has(kPerturbed);
     ahead.decay = decays ? static_cast<const T*>(p.decay)[piece.slot.row] : T(0);
   } else {
-    blended = blended_of(p, piece, group.lr);
+    blended = blended_of<kAfter>(p, piece, group.lr);
   }
   with_kept<Rule>(unsigned(piece.flags) >> kKeptShift & kKeptMask, [&](auto kept) {
     update_piece<Rule, kAfter, kAhead, kept.value>(p, piece, from, blended, ahead, descent,

@@ -23,6 +23,7 @@ struct Chunk {
 struct DeviceProblem {
   void* saved;
   void* kept;
+  void* direction;
   void* states[3];
   float* step;
   const Slot* slots;
@@ -38,7 +39,7 @@ struct DeviceProblem {
   double* partials;  // (kPartials,), scratch, if there is total
   double* total;     // the squares of the momentum, where a climb along it comes next, or null
   int blend;
-  bool after;  // the blend subtracts something after the rule's step
+  bool after;  // the blend subtracts something after the rule's step, or leaves a direction
   int num_slots;
   int num_chunks;
 };

@@ -21,7 +21,7 @@ class Runner {
  public:
   using S = typename K::W;  // of all
   using T = typename K::T;
-  static constexpr bool kDirects = false;
+  static constexpr bool kDirects = std::is_same_v<S, float>;
 
   std::vector<double> reduce(cases::Bucket<K>& bucket, const Options& o, SumsId id,
                              const double* earlier = nullptr) {
@@ -149,6 +149,7 @@ class Runner {
     }
     std::copy(copy.saved.begin(), copy.saved.end(), bucket.saved);
     std::copy(copy.kept.begin(), copy.kept.end(), bucket.kept);
+    std::copy(copy.direction.begin(), copy.direction.end(), bucket.direction);
     for (int k = 0; k < 3; ++k) {
       std::copy(copy.states[k].begin(), copy.states[k].end(), bucket.states[k]);
     }
@@ -165,6 +166,8 @@ class Runner {
     }
     EXPECT(same(a.saved, b.saved), "saved differs");
     EXPECT(same(a.kept, b.kept), "kept differs");
+    EXPECT(!std::memcmp(a.direction.data(), b.direction.data(), a.direction.size() * sizeof(T)),
+           "the direction differs");
     for (int k = 0; k < 3; ++k) EXPECT(same(a.states[k], b.states[k]), "state %d differs", k);
     EXPECT(a.step == b.step, "step differs");
   }
@@ -185,12 +188,13 @@ class Runner {
     DeviceProblem p = {};
     p.saved = bucket.saved;
     p.kept = o.blends() ? bucket.kept : nullptr;
+    p.direction = o.looks ? bucket.direction : nullptr;
     p.numbers = kNumbers;
     p.blend_hyper = hyper_->of_blend(o);
     p.blend = o.blend();
     loss_scale_ = o.grad_scale;
     p.loss_scale = &loss_scale_;
-    p.after = o.weight >= 0;
+    p.after = o.weight >= 0 || o.looks;
     bucket.give_states(p.states, o);
     p.step = o.rule == RuleId::kSgd ? nullptr : bucket.step.data();
     p.slots = bucket.slots.data();

@@ -46,14 +46,19 @@ def _tables(bucket: Bucket) -> _Native:
     return tables
 
 
-def _serves(bucket: Bucket, kept: Kept | None = None, rare: bool = False) -> bool:
+def _serves(
+    bucket: Bucket, kept: Kept | None = None, *, averages: bool = False, directs: bool = False
+) -> bool:
     """Whether there are kernels for these dtypes; torch does the others: right, and slower.
 
-    ``rare``: whether a climb is along an average, or an update is to leave a direction.
+    ``averages``: whether a climb is along an average; ``directs``: whether an update is to leave a
+    direction.
     """
     if bucket.device.type == "cpu":
         return True
-    return not rare and bucket.is_uniform and (kept is None or kept.flat.dtype == bucket.dtype)
+    if averages or (directs and bucket.dtype != torch.float32):
+        return False
+    return bucket.is_uniform and (kept is None or kept.flat.dtype == bucket.dtype)
 
 
 class NativeBackend(Backend):
@@ -68,7 +73,7 @@ class NativeBackend(Backend):
     def bakes_in(self, bucket: Bucket, ascent: Ascent, blend: Blend | None) -> str | None:
         """As ``Backend.bakes_in``."""
         directs = blend is not None and blend.reuse is not None
-        if _serves(bucket, rare=directs or ascent.average is not None):
+        if _serves(bucket, averages=ascent.average is not None, directs=directs):
             return None
         return super().bakes_in(bucket, ascent, blend)
 
@@ -83,7 +88,7 @@ class NativeBackend(Backend):
         kept: Kept | None = None,
     ) -> Tensor:
         """As ``Backend.reduce``, in one launch."""
-        if not _serves(bucket, kept, sums.average is not None):
+        if not _serves(bucket, kept, averages=sums.average is not None):
             return super().reduce(bucket, sums, grads, groups, earlier, unscale, kept)
         tables = _tables(bucket)
         bits = {row: READS_PARAM * sums.reads_param(groups[row]) for row in bucket.rows}
@@ -115,7 +120,7 @@ class NativeBackend(Backend):
         unscale: float = 1.0,
     ) -> None:
         """As ``Backend.ascend_``, in one launch."""
-        if not _serves(bucket, None, ascent.average is not None):
+        if not _serves(bucket, averages=ascent.average is not None):
             return super().ascend_(bucket, ascent, grads, groups, total, number, kept, unscale)
         tables = _tables(bucket)
         torch.ops.fused_sam.ascend_.default(
@@ -149,7 +154,7 @@ class NativeBackend(Backend):
         """As ``Backend.update_``, in one launch."""
         blend, kept = (None, None) if blending is None else (blending.blend, blending.kept)
         direction = None if blending is None else blending.direction
-        if not _serves(bucket, kept, direction is not None):
+        if not _serves(bucket, kept, directs=direction is not None):
             return super().update_(
                 *(bucket, rule, blending, grads, groups),
                 grad_scale=grad_scale,
