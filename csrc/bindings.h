@@ -65,6 +65,7 @@ inline int64_t check_index(int64_t index, int64_t count, const char* what) {
 #define FUSED_SAM_ALWAYS(value) value::kAlways,
 #define FUSED_SAM_STATES(value) value::kStates,
 #define FUSED_SAM_COUNTS(value) value::kCounts,
+#define FUSED_SAM_MOMENTUM(value) value::kMomentum,
 #define FUSED_SAM_EARLIER(value) value::kEarlier,
 #define FUSED_SAM_MAX(value) value::kMax,
 #define FUSED_SAM_COUNT(value) value::kCount,
@@ -92,6 +93,7 @@ constexpr int kRuleColumns[] = {FUSED_SAM_RULES(FUSED_SAM_COLUMNS)};
 constexpr unsigned kRuleAlways[] = {FUSED_SAM_RULES(FUSED_SAM_ALWAYS)};
 constexpr int kRuleStates[] = {FUSED_SAM_RULES(FUSED_SAM_STATES)};
 constexpr bool kRuleCounts[] = {FUSED_SAM_RULES(FUSED_SAM_COUNTS)};
+constexpr int kRuleMomentum[] = {FUSED_SAM_RULES(FUSED_SAM_MOMENTUM)};
 
 inline ScalarType scalar_type(Dtype dtype) {
   constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16,
@@ -195,6 +197,18 @@ inline unsigned check_update(const std::optional<Tensor>& state0,
   }
   if (found_inf) check(*found_inf, "found_inf", ScalarType::Float, 1, saved);
   return has;
+}
+
+// What an update does besides, where a climb along the momentum comes next. has: which states are
+// there.
+inline void check_ahead(const std::optional<Tensor>& total, const std::optional<Tensor>& decay,
+                        const Tensor& saved, int64_t rows, int64_t rule, unsigned has) {
+  if (total) {
+    check(*total, "total", ScalarType::Double, 1, saved);
+    STD_TORCH_CHECK(kRuleMomentum[rule] >= 0 && (has & 1u << kRuleMomentum[rule]),
+                    "fused_sam: total is asked for, and there is no momentum");
+  }
+  if (decay) check(*decay, "decay", compute_type(dtype_of(saved)), rows, saved);
 }
 
 }  // namespace fused_sam

@@ -37,6 +37,7 @@ struct Sgd {
   static constexpr int kStates = 1;
   static constexpr unsigned kAlways = 0;  // states that every group keeps
   static constexpr bool kCounts = false;
+  static constexpr int kMomentum = 0;  // which state it is; negative: none
   template <typename T>
   struct Columns {
     T lr;
@@ -93,6 +94,7 @@ struct Adam {
   static constexpr int kStates = 3;
   static constexpr unsigned kAlways = 3;  // states that every group keeps
   static constexpr bool kCounts = true;
+  static constexpr int kMomentum = 0;  // which state it is; negative: none
   template <typename T>
   struct Columns {
     T lr;
@@ -176,6 +178,7 @@ struct RmsProp {
   static constexpr int kStates = 3;
   static constexpr unsigned kAlways = 1;  // states that every group keeps
   static constexpr bool kCounts = true;
+  static constexpr int kMomentum = -1;  // which state it is; negative: none
   template <typename T>
   struct Columns {
     T lr;
@@ -250,6 +253,7 @@ struct Adagrad {
   static constexpr int kStates = 1;
   static constexpr unsigned kAlways = 1;  // states that every group keeps
   static constexpr bool kCounts = true;
+  static constexpr int kMomentum = -1;  // which state it is; negative: none
   template <typename T>
   struct Columns {
     T lr;
@@ -294,6 +298,7 @@ struct Lion {
   static constexpr int kStates = 1;
   static constexpr unsigned kAlways = 1;  // states that every group keeps
   static constexpr bool kCounts = false;
+  static constexpr int kMomentum = -1;  // which state it is; negative: none
   template <typename T>
   struct Columns {
     T lr;
@@ -995,4 +1000,4 @@ constexpr int kNumBlends = 5;
 
 #define FUSED_SAM_BLENDS(_) _(Gsam) _(Wsam) _(CoupledWsam) _(LookSam) _(LookSamReuse)
 
-#define FUSED_SAM_MATHEMATICS "6a4880b5a9cc7ca1"
+#define FUSED_SAM_MATHEMATICS "38784466911371d6"

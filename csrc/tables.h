@@ -36,5 +36,8 @@ constexpr int32_t kReadsParam = 32;  // the terms of the sum need the weights
 constexpr int32_t kHeld = 64;        // the gradient at w is in `kept`
 constexpr int32_t kBlends = 128;     // the rule sees a blend of the gradients
 constexpr int kKeptShift = 8;        // from here on: which of the rule's states the group keeps
+constexpr unsigned kKeptMask = 255;
+constexpr int32_t kSummed = 1 << 16;  // the sum of its new momentum's squares is wanted
+constexpr int32_t kStays = 1 << 17;   // perturbed: the new weights go to `saved`, and only there
 
 }  // namespace fused_sam

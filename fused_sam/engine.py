@@ -204,7 +204,7 @@ class Engine:
             away, ahead = bucket.perturbed, None
             if stays is not None:
                 assert rule.momentum is not None
-                stay = stays and backend.stays
+                stay = stays and backend.stays(bucket)
                 ahead = Ahead.of(bucket, rule.momentum, bucket_grads, groups, stay)
             bucket.begin_return(None if ahead is None else ahead.stays)
             try:

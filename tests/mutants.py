@@ -57,6 +57,7 @@ MASTERS = ("tests/test_masters.py", "-k", "reference and not hundred")
 MEMBERS = ("tests/test_properties.py", "-k", "any_member")
 FORMULAS = ("tests/test_family.py", "-k", "reference and formulas and sgd")
 AVERAGES = ("tests/test_averages.py", "-k", "not native")
+AHEAD = ("tests/test_native.py", "-k", "two_launches")
 WHEN = ("tests/test_schedule.py", "-k", "not native")
 TOLD = ("tests/test_last_step.py", "-k", "not native")
 AVERAGE = ("tests/test_table.py", "-k", "average and reference")
@@ -64,6 +65,8 @@ AVERAGE_IN_TRITON = ("tests/test_table.py", "-k", "average and triton")
 AVERAGE_IN_NATIVE = ("tests/test_table.py", "-k", "average and native")
 ALONE = ("tests/test_table.py", "-k", "gradient_alone")
 LOOKSAM = ("tests/test_looksam.py", "-k", "reference")
+MSAM = ("tests/test_msam.py", "-k", "not native")
+MSAM_IN_TRITON = ("tests/test_triton.py", "-k", "two_launches")
 MASTERS_IN_TRITON = ("tests/test_masters.py", "-k", "triton")
 # fmt: off
 MUTANTS = [
@@ -227,6 +230,8 @@ MUTANTS = [
            "data_ptr() if slot.numel else 0 for slot in bucket.slots[::-1]]", TRITON),
     Mutant("misaligned-weights", "fused_sam/backends/tables.py",
            "weights and address % _ACCESS == 0", "address % _ACCESS == 0", ALIGNMENT),
+    Mutant("weights-are-aligned", "fused_sam/backends/tables.py",
+           "address % _ACCESS == 0 for address in weights", "True for _ in weights", ALIGNMENT),
     Mutant("misaligned-gradients", "fused_sam/backends/tables.py",
            "weights and address % _ACCESS == 0", "weights", ALIGNMENT),
     Mutant("never-fresh", "fused_sam/backends/tables.py",
@@ -302,6 +307,14 @@ MUTANTS = [
            "set_climb(climb, saved, number);", "", table("native", FAILS)),
     Mutant("cpu-stale-saved", "csrc/cpu/kernels_impl.h",
            "const bool away = (piece.flags & kPerturbed) != 0;", "const bool away = true;", NATIVE),
+    Mutant("cpu-climb-of-zero-stays-ahead", "csrc/cpu/kernels_impl.h",
+           "if (is_saved && scalars.scale == T(0)) restore(p, piece);", "",
+           ("tests/test_msam.py", "-k", "native and is_zero")),
+    Mutant("cpu-decay-ahead-is-scaled", "csrc/cpu/kernels_impl.h",
+           "descent * grad[i] + decay * (ahead[i] - at_w[i])",
+           "descent * (grad[i] + decay * (ahead[i] - at_w[i]))", AHEAD),
+    Mutant("cpu-sums-what-does-not-climb", "csrc/cpu/kernels_impl.h",
+           "!piece.grad.at || !(piece.flags & kSummed)", "!piece.grad.at", AHEAD),
     Mutant("cpu-missing-gradients-count", "csrc/cpu/bindings.cpp",
            "if (!(p.flags[i] & kMissing)) p.step[i] += 1.0f;", "p.step[i] += 1.0f;", NATIVE),
     Mutant("cpu-skipped-step-counts", "csrc/cpu/bindings.cpp",
@@ -331,6 +344,8 @@ MUTANTS = [
     Mutant("cuda-stale-kept", "csrc/cuda/kernels.cuh",
            "piece.has(kHeld) && (found.b != 0 || found.d != 0)",
            "found.b != 0 || found.d != 0", CUDA),
+    Mutant("cuda-direction-is-subtracted", "csrc/cuda/kernels.cuh",
+           "grad[u].at[k] = after;\n            after = T(0);", "grad[u].at[k] = after;", CUDA),
     # ---- maxima and blends
     Mutant("buckets-maxima-are-added", "fused_sam/backends/combine.py",
            'every.amax(0) if how == "max" else every.sum(0)', "every.sum(0)",
@@ -468,7 +483,7 @@ MUTANTS = [
            ("tests/test_blends.py", "-k", "uphill and reference")),
     Mutant("triton-wsam-after-goes-downhill", "fused_sam/backends/triton/kernels.py",
            "rate = tl.where((flags & MAXIMIZE) != 0, -lr, lr)", "rate = lr",
-           ("tests/test_blends.py", "-k", "uphill and triton")),
+           table("triton", "test_wsam")),
     Mutant("cpu-wsam-after-goes-downhill", "csrc/cpu/kernels_impl.h",
            "piece.flags & kMaximize ? -double(group.lr) : double(group.lr)", "double(group.lr)",
            ("tests/test_blends.py", "-k", "uphill and native")),
@@ -507,8 +522,59 @@ MUTANTS = [
            "if name in MEMBER_STATES:", 'if name == "sam_average":', LOOKSAM),
     Mutant("looksam-trial-does-not-climb", "fused_sam/checkup.py",
            "group[BLEND.name] = None", "pass", LOOKSAM),
+    Mutant("looksam-begins-with-a-plain-step", "fused_sam/schedule.py",
+           "= {STEP: 0}\n", "= {STEP: 1}\n", LOOKSAM),
+    Mutant("looksam-saves-no-norm", "fused_sam/memory/members.py",
+           "entries[0] = {**entries[0], **members.numbers}", "pass", LOOKSAM),
+    Mutant("looksam-carries-a-coarse-norm", "fused_sam/memory/members.py",
+           "torch.zeros((), dtype=torch.float64", "torch.zeros((), dtype=torch.float32",
+           table("reference", "looksam")),
+    Mutant("cpu-looksam-steps-with-the-direction", "csrc/cpu/kernels_impl.h",
+           "if (!direction) grad = mixed;", "grad = mixed;", table("native", "looksam")),
     Mutant("triton-keeps-no-direction", "fused_sam/backends/triton/kernels.py",
            "_store(direction + at + offs, mixed, mask)", "pass", table("triton", "looksam")),
+    # ---- ahead of w
+    Mutant("msam-climbs-with-the-momentum", "fused_sam/onepass.py",
+           'return -self._group[name] if name == "rho" else self._group[name]',
+           "return self._group[name]", MSAM),
+    Mutant("msam-returns-by-the-new-rho", "fused_sam/onepass.py",
+           "            self.restore()\n            self._facts.training = False",
+           "            if self._facts.perturbed:\n"
+           "                length = self.grad_norm.item()\n"
+           "                self._facts.forget_climb()\n"
+           "                for group in self.param_groups:\n"
+           "                    for p in group['params'] if length else ():\n"
+           "                        step = group['rho'] / length\n"
+           "                        p.data.add_(self.state[p]['momentum_buffer'], alpha=step)\n"
+           "            self._facts.training = False",
+           ("tests/test_msam.py", "-k", "way_back and not native")),
+    Mutant("msam-goes-along-a-momentum-that-rests", "fused_sam/onepass.py",
+           " and id(slot.param) not in missed", "", MSAM),
+    Mutant("msam-sums-a-momentum-that-rests", "fused_sam/backends/base.py",
+           "summed = momentum_of(bucket, ahead.momentum, climbing(bucket, grads, groups))",
+           "summed = momentum_of(bucket, ahead.momentum, bucket.state(ahead.momentum).present)",
+           MSAM),
+    Mutant("msam-decays-w", "fused_sam/backends/ahead.py",
+           "if not any([decays(groups[row]) for row in bucket.rows]):", "if True:", MSAM),
+    Mutant("msam-unscales-no-decay", "fused_sam/backends/ahead.py",
+           "if grad_scale is not None:", "if False:", MSAM),
+    Mutant("msam-eval-twice-is-train", "fused_sam/onepass.py",
+           "self._facts.training = False", "self._facts.training = not self._facts.training",
+           MSAM),
+    Mutant("msam-train-twice-goes-farther", "fused_sam/onepass.py",
+           "        if not facts.perturbed:\n            self._leave(ascent)",
+           "        self._leave(ascent)", MSAM),
+    Mutant("msam-trains-after-loading-without-train", "fused_sam/onepass.py",
+           "if not facts.training or any([name in entry for entry in self.state.values()]):",
+           "if not facts.training:", MSAM),
+    Mutant("msam-forgets-which-were-missing", "fused_sam/onepass.py",
+           "if ids or MISSED in group:", "if ids:", MSAM),
+    Mutant("triton-msam-sum-leaves-a-slot-out", "fused_sam/backends/triton/kernels.py",
+           "summed = ((flags & SUMMED) != 0) & ((flags & MISSING) == 0)",
+           "summed = ((flags & SUMMED) != 0) & ((flags & MISSING) == 0) & (slot != 1)",
+           MSAM_IN_TRITON),
+    Mutant("triton-msam-sums-nothing-of-a-skipped-step", "fused_sam/backends/triton/kernels.py",
+           "if summed & (steps == 0):", "if summed & (steps != steps):", MSAM_IN_TRITON),
     # ---- memory
     Mutant("skipped-first-step-loses-fresh", "fused_sam/memory/state.py",
            "if found_inf is not None and dampened and found_inf.item():", "if False:",

@@ -41,7 +41,7 @@ HALVES = (torch.bfloat16, torch.float16)
 ASCENT = tuple(OPTIONS)
 
 
-def _computed_in(p):
+def computed_in(p):
     dtype = torch.float64 if p.dtype.to_real() == torch.float64 else torch.float32
     return dtype.to_complex() if p.is_complex() else dtype
 
@@ -258,7 +258,7 @@ def afterwards(groups, first, second, scale=1.0):
 
 
 def across(groups, first, second):
-    """LookSAM's direction, {param: Expected}, and its norm: Liu et al. 2022, algorithm 1.
+    """LookSAM's direction, {param: Expected}, and its norm, Expected: Liu et al. 2022, algorithm 1.
 
     Args:
         first, second: as for ``blend``.
@@ -269,20 +269,25 @@ def across(groups, first, second):
         for p in (group["params"] if group["ascent"] else ())
         if second.get(p) is not None
     }
-    both |= {p: (real(exact(first[p])), h) for p, (_, h) in both.items() if first[p] is not None}
-    square = sum(g.square().sum().item() for g, _ in both.values())
-    share = sum((g * h).sum().item() for g, h in both.values()) / square if square else 0.0
+    was = {p: g for p, g in first.items() if g is not None}
+    both |= {p: (real(exact(was[p])), h) for p, (_, h) in both.items() if p in was}
+    square = sum(g.square().sum().item() for g, _ in both.values()) or math.inf
+    share = sum((g * h).sum().item() for g, h in both.values()) / square
+    terms = sum((g * h).abs().sum().item() for g, h in both.values()) / square
     found = {}
     for p, (g, h) in both.items():
         value = h - share * g
         shaped = torch.view_as_complex(value) if p.is_complex() else value
-        found[p] = Expected(shaped, h.abs() + abs(share) * g.abs())
+        found[p] = Expected(shaped, h.abs() + terms * g.abs())
     norm = math.sqrt(sum(real(d.value).square().sum().item() for d in found.values()))
     if not math.isfinite(norm):
-        return {p: Expected(torch.zeros_like(d.value), 0.0) for p, d in found.items()}, 0.0
-    # Of two that are parallel only rounding is left.
+        nothing = {p: Expected(torch.zeros_like(d.value), 0.0) for p, d in found.items()}
+        return nothing, Expected(torch.zeros(()), 0.0)
+    # Of two that are parallel only rounding is left: the square is a difference of numbers as
+    # large as this one.
     whole = sum(h.square().sum().item() for _, h in both.values())
-    return found, norm if norm**2 > 1e-13 * whole else 0.0
+    norm = torch.tensor(norm if norm**2 > 1e-13 * whole else 0.0, dtype=torch.float64)
+    return found, Expected(norm, whole / norm if norm else 0.0)
 
 
 def reuse(groups, direction, norm, grads):
@@ -514,12 +519,12 @@ class Textbook:
             if p in self.masters and "master_weight" in shown:
                 assert_same_bits(shown["master_weight"], self.masters[p], f"master {i}")
             self._check_names(i, p, shown, mine)
-        if self.averages:
-            kept = self.opt._facts.engine.layout.members.values()
+        for name, values in (("average", self.averages), ("direction", self.direction)):
+            kept = self.opt._facts.engine.layout.members.values() if values else {}
             for i, p in enumerate(params_of(self.opt)):
-                if p in self.averages:
-                    mine = self.averages[p] = self.averages[p].to(_computed_in(p))
-                    assert_same_bits(kept[p]["sam_average"].to(mine.dtype), mine, f"average {i}")
+                if p in values:
+                    mine = values[p] = values[p].to(computed_in(p))
+                    assert_same_bits(kept[p][f"sam_{name}"].to(mine.dtype), mine, f"{name} {i}")
 
     def kept_dtype(self, name, p):
         """The dtype of a state of this parameter."""
@@ -554,12 +559,9 @@ class Textbook:
         self.check()
         names = dict(zip(params_of(self.opt), params_of(opt), strict=True))
         self.opt, self._skipped = opt, {names[p] for p in self._skipped if p in names}
-        self.weights = {new: self.weights[old] for old, new in names.items()}
-        self.state = {new: self.state[old] for old, new in names.items()}
-        self.masters = {new: self.masters[old] for old, new in names.items() if old in self.masters}
-        self.averages = {
-            new: self.averages[old] for old, new in names.items() if old in self.averages
-        }
+        for kind in ("weights", "state", "masters", "averages", "direction"):
+            mine = getattr(self, kind)
+            setattr(self, kind, {new: mine[old] for old, new in names.items() if old in mine})
         self.check()
 
     def restore(self):
@@ -583,37 +585,52 @@ class Textbook:
         opt, params = self.opt, params_of(self.opt)
         grads = {p: grads.get(p) for p in params}
         inject(grads)
-        # A group added to the base optimizer takes the defaults.
-        groups = [{**{k: opt.defaults[k] for k in ASCENT}, **group} for group in groups_of(opt)]
-        homes = {p: self.home(p) for p in params}
+        groups, before = self._groups(), opt.is_perturbed
         along, averages = formulas.directions(groups, grads, self.averages, 1 / scale)
-        shown = {p: exact(self.weights[p]) for p in params}
-        expected, norm = climb(groups, homes, along, 1 / scale, shown)
-        climbed = opt.first_step(scaler=SimpleNamespace(get_scale=lambda: scale))
-        assert climbed == opt.is_perturbed == self.climbs(self.number)
+        climbs = self.climbs(self.number)
+        assert opt.first_step(scaler=SimpleNamespace(get_scale=lambda: scale)) == climbs
+        assert opt.is_perturbed == (climbs or before)
         self.between = True
-        if not climbed:
+        if not climbs:
             self.aside = grads
             self.check()
             return
+        norm = self._check_climb(along, 1 / scale)
+        assert_close(opt.grad_norm, norm, "grad_norm")
+        climbing = {p for group in groups if group["ascent"] for p in group["params"]}
+        self.climbed = {p for p in climbing if grads[p] is not None}
+        self.first = {p: grads[p] for p in climbing}
+        if norm.value.isfinite():
+            kept = opt._facts.engine.layout.members.values()
+            for p, average in averages.items():
+                shown = kept[p]["sam_average"]
+                assert shown.dtype == computed_in(p)
+                assert_close(shown, average, "average", p.dtype)
+                self.averages[p] = shown.clone()
+
+    def _groups(self):
+        """The groups; one that was added to the base optimizer takes the defaults."""
+        defaults = {k: self.opt.defaults[k] for k in ASCENT}
+        return [{**defaults, **group} for group in groups_of(self.opt)]
+
+    def _check_climb(self, along, unscale=1.0):
+        """The optimizer has climbed along this, {param: Expected}, from w.
+
+        Returns:
+            The norm that it has gone by, Expected.
+        """
+        params = params_of(self.opt)
+        homes = {p: self.home(p) for p in params}
+        shown = {p: exact(self.weights[p]) for p in params}
+        expected, norm = climb(self._groups(), homes, along, unscale, shown)
         for i, p in enumerate(params):
             if isinstance(expected[p].magnitude, float):
                 assert_same_bits(p, self.weights[p], f"weights {i}, which must not have moved")
             else:
                 assert_close(p, expected[p], f"perturbed weights {i}")
-        assert_close(opt.grad_norm, norm, "grad_norm")
-        climbing = {p for group in groups if group["ascent"] for p in group["params"]}
-        self.climbed = {p for p in climbing if grads[p] is not None}
-        self.first = {p: grads[p] for p in climbing}
-        for p in self.climbed & self.masters.keys():
+        for p in along.keys() & self.masters.keys():
             self.masters[p] = homes[p].float()
-        if norm.value.isfinite():
-            kept = opt._facts.engine.layout.members.values()
-            for p, average in averages.items():
-                shown = kept[p]["sam_average"]
-                assert shown.dtype == _computed_in(p)
-                assert_close(shown, average, "average", p.dtype)
-                self.averages[p] = shown.clone()
+        return norm
 
     def plain_step(self, grads, **options):
         """A step that does not climb, with these gradients and no others, checked."""
@@ -627,8 +644,8 @@ class Textbook:
         """The optimizer keeps this; from here on it is the textbook's own."""
         members = self.opt._facts.engine.layout.members
         kept = members.values()
-        assert abs(members.numbers["sam_direction_norm"].item() - norm) <= 1e-12 * norm
-        self.length = norm
+        assert_close(members.numbers["sam_direction_norm"], norm, "norm of the direction")
+        self.length = members.numbers["sam_direction_norm"].item()
         for p in params_of(self.opt):
             shown = kept.get(p, {}).get("sam_direction")
             if p in found:
@@ -637,6 +654,22 @@ class Textbook:
             else:
                 assert shown is None or not shown.any()
                 self.direction.pop(p, None)
+
+    # What a member of one pass does otherwise: tests/ahead.py.
+
+    def seen(self, groups, first, second, scale, plain):
+        """What the base optimizer sees: see ``blend``; ``plain``: in a step that does not climb."""
+        if plain:
+            return reuse(groups, self.direction, self.length, second)
+        return blend(groups, first, second, scale)
+
+    def goes_ahead(self):
+        """Whether the weights leave w after a step."""
+        return False
+
+    def w(self, p):
+        """The optimizer's w of a parameter."""
+        return p.detach()
 
     def second_step(self, grads, run=None, *, grad_scale=1.0, found_inf=False, plain=False):
         """``opt.second_step()``, or ``run()``, with these gradients and no others, checked."""
@@ -648,9 +681,7 @@ class Textbook:
         if self.aside is not None and all(g is None for g in grads.values()):
             grads = {p: self.aside.get(p) for p in params}
         both = groups_of(opt), self.first, grads, grad_scale
-        seen = blend(*both)
-        if plain:
-            seen = reuse(groups_of(opt), self.direction, self.length, grads)
+        seen = self.seen(*both, plain)
         looks = bool(self.first) and any(g["blend"] == "looksam" for g in opt.param_groups)
         found = across(groups_of(opt), self.first, grads) if looks else None
         expected, expected_state = descend(
@@ -665,29 +696,32 @@ class Textbook:
             after=afterwards(*both),
         )
         (run or opt.second_step)()
-        assert not opt.is_perturbed
+        assert opt.is_perturbed == self.goes_ahead()
         self.number += self.between
         self.arrive()
         if found is not None and not found_inf:
             self._check_direction(*found)
-        stepped = {p for p in params if grads[p] is not None}
+        self.stepped = stepped = {p for p in params if grads[p] is not None}
         if found_inf:
             self._skipped |= {p for p in stepped if not self.state[p]}
         else:
             self._skipped -= stepped
         for i, p in enumerate(params):
+            w = self.w(p)
             if isinstance(expected[p].magnitude, float):
-                assert_same_bits(p, self.weights[p], f"weights {i}, which must not have moved")
+                assert_same_bits(w, self.weights[p], f"weights {i}, which must not have moved")
             elif p not in self.masters:
-                assert_close(p, expected[p], f"weights {i}")
-                self.weights[p] = p.detach().clone()
+                assert_close(w, expected[p], f"weights {i}")
+                self.weights[p] = w.clone()
             shown = opt.state.get(p, {})
-            if p in self.masters and p in stepped and not found_inf:
+            if p in self.masters and p in stepped and found_inf:
+                self.masters[p] = self.home(p).float()  # it has looked at the weights
+            elif p in self.masters and p in stepped:
                 master = shown["master_weight"]
                 assert master.dtype == torch.float32
                 assert_close(master, expected[p], f"master {i}", p.dtype)
-                assert_same_bits(p, master.to(p.dtype), f"weights {i}")
-                self.masters[p], self.weights[p] = master.clone(), p.detach().clone()
+                assert_same_bits(w, master.to(p.dtype), f"weights {i}")
+                self.masters[p], self.weights[p] = master.clone(), w.clone()
             for name, value in expected_state[p].items():
                 assert_close(shown[name], value, f"{name} {i}", p.dtype)
                 kind = self.kept_dtype(name, p)

@@ -89,15 +89,19 @@ kept = torch.zeros(128)
 sam = climb, 0, 0, 0, _ASCENTS["Sam"]
 ops.ascend_.default.redispatch(*start, kept, None, climb, *tables, total, *sam)
 
-def update(rule, columns, states, step, *blend):
+def update(rule, columns, states, step, *blend, ahead=(None, None)):
     numbers, hyper, number = blend or (None, None, -1)
-    args = *states, step, ticket, climb, saved, kept, None, slots, grads, flags
-    more = torch.zeros(1, columns), numbers, hyper, None, None, None, 0, 0, _RULES[rule], number
+    direction = torch.zeros(128) if number == _BLENDS["LookSam"] else None
+    args = *states, step, ticket, climb, saved, kept, direction, ahead[0], slots, grads, flags
+    more = torch.zeros(1, columns), ahead[1], numbers, hyper, None, None, None, 0, 0, _RULES[rule]
+    more = *more, number
     args = *args, *more
     ops.update_.default.redispatch(cuda, *args)
 
 update("Sgd", 5, [None, None, None], None)
 update("Adam", 10, [state, state, None], torch.zeros(1))
+update("Sgd", 5, [state, None, None], None, ahead=(total, torch.zeros(1)))
+update("Adam", 10, [state, state, None], torch.zeros(1), ahead=(total, None))
 missing = ("Adam", 10, [state, None, None]), ("RmsProp", 7, [None, state, state])
 for rule, columns, states in missing:
     try:
@@ -115,6 +119,7 @@ three = reduce("Gram", (slots, grads, flags, torch.zeros(1, 0)), kept)
 assert three.shape == (3,)
 update("Sgd", 5, [None, None, None], None, three, torch.zeros(1, 1), _BLENDS["Gsam"])
 update("Sgd", 5, [None, None, None], None, three, torch.zeros(1, 2), _BLENDS["Wsam"])
+update("Sgd", 5, [None, None, None], None, three, torch.zeros(1, 1), _BLENDS["LookSam"])
 update("Sgd", 5, [None, None, None], None, total, torch.zeros(1, 1), _BLENDS["LookSamReuse"])
 ops.restore_.default.redispatch(cuda, climb, saved, slots, flags, 0)
 assert runtime.stub_device() == 0
@@ -160,8 +165,8 @@ def test_kernels_are_launched_on_the_tensors_device_and_its_stream(stubs, needed
     launches = python(stubs, LOAD + LAUNCH, runtime).splitlines()
     kernels = [re.search(r"(reduce|ascend|update|restore)_kernel", line)[1] for line in launches]
     step = ["reduce", "ascend", "update"]
-    blended = ["reduce", *["update"] * 3]
-    assert kernels == [*step, "update", "reduce", "reduce", "ascend", *blended, "restore"]
+    blended = ["reduce", *["update"] * 4]
+    assert kernels == [*step, *["update"] * 3, "reduce", "reduce", "ascend", *blended, "restore"]
     for line in launches:
         assert line.endswith(" grid 1 block 256 device 1 stream 71")
 

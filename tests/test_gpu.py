@@ -14,7 +14,7 @@ from oracle import Textbook, same_bits
 from fused_sam import FusedSAM
 from fused_sam.ascents import MSAM
 from fused_sam.backends import native
-from fused_sam.blends import GSAM
+from fused_sam.blends import GSAM, LookSAM
 from fused_sam.graphs import capture
 from fused_sam.schedule import Every
 
@@ -164,6 +164,27 @@ def test_found_inf_restores_exactly(max_grad_norm, gpu_backend):
             grad_scale=4.0,
             found_inf=found_inf != 0,
         )
+
+
+def test_looksam_steps_as_the_reference(gpu_backend):
+    """Guards the direction that a SAM step leaves, which the textbook here does not know."""
+    options = {"rho": 0.3, "momentum": 0.9, "blend": LookSAM(k=2)}
+    params, opt = make(backend=gpu_backend, **options)
+    twins, twin = make(backend="reference", **options)
+    for p, q in zip(params, twins, strict=True):
+        q.data.copy_(p.data)
+    for step in range(4):
+        missing = ((2,), (4,)) if step == 2 else ((), ())
+        for half, absent in zip(("first_step", "second_step"), missing, strict=True):
+            for p, q in zip(params, twins, strict=True):
+                p.grad = q.grad = torch.randn_like(p)
+            for i in absent:
+                params[i].grad = twins[i].grad = None
+            for one in (opt, twin):
+                getattr(one, half)(zero_grad=True)
+    # Some 10 roundings in each of 4 steps, on numbers no larger than 8.
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=40 * 8 * 2**-24)
 
 
 def test_lr_zero_returns_the_same_bits(gpu_backend):

@@ -266,6 +266,20 @@ def test_what_is_written_ahead_of_w_is_not_lost_silently(backend):
     assert 0 < (params[1] - 2.0).abs().max() < 1.0
 
 
+def test_along_a_momentum_that_is_zero_there_is_no_climb(backend):
+    """Guards a climb of weights that were ahead of w, and are to be at w."""
+    opt, params = make("sgd", backend, momentum=0.5)  # 0.9 v - 0.9 v, fused, is not 0
+    plain(opt, params, Surface(SHAPES), 0)
+    opt.eval()
+    home = [p.detach().clone() for p in params]
+    opt.train()
+    assert not any(map(torch.equal, params, home))
+    give(params, [-0.5 * opt.state[p]["momentum_buffer"] for p in params])
+    opt.step()
+    for p, w in zip(params, home, strict=True):
+        assert_same_bits(p, w)
+
+
 def test_a_closure_that_raises_moves_nothing(backend):
     opt, params = make("sgd", backend)
     surface = Surface(SHAPES)
@@ -382,7 +396,8 @@ def test_an_update_that_fails_leaves_w(backend):
 class Failing:
     """A backend whose update fails."""
 
-    stays = True
+    def stays(self, bucket):
+        return True
 
     def update_(self, *args, **options):
         raise MemoryError
@@ -415,6 +430,7 @@ def test_after_eval_an_attached_model_stays_at_w_until_train():
     surface = Surface(SHAPES)
     for each, params in ((opt, model), (twin, others)):
         plain(each, params, surface, 0)
+    opt.eval()
     opt.eval()
     model()
     assert not opt.is_perturbed

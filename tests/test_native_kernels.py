@@ -163,14 +163,18 @@ VALUES = [value.name for value in (*rules(), *CUDA_SUMS, *CUDA_ASCENTS)]
 
 
 def kernel_name(mangled):
-    """'update Sgd float' of a mangled kernel name; 'after': with what a blend subtracts."""
+    """'update Sgd float' of a mangled kernel name.
+
+    'after': with what a blend subtracts; 'ahead': with what a climb along the momentum needs.
+    """
     kernel = re.search(r"(reduce|ascend|update|restore)_kernel", mangled)[1]
     value = re.search(rf"\d({'|'.join(VALUES)})E", mangled)
-    after = mangled[(value or re.search(r"_kernelI", mangled)).end() :]
-    dtype = re.match(r"f|d|NS\w*?(BFloat16|Float16)", after)
+    rest = mangled[(value or re.search(r"_kernelI", mangled)).end() :]
+    dtype = re.match(r"f|d|NS\w*?(BFloat16|Float16)", rest)
     dtype = dtype[1] or {"f": "float", "d": "double"}[dtype[0]]
-    after = ["after"] if "Lb1E" in mangled else []
-    return " ".join([kernel, *([value[1]] if value else []), dtype, *after])
+    flags = zip(("after", "ahead"), re.findall(r"Lb([01])E", mangled), strict=False)
+    flags = [name for name, flag in flags if flag == "1"]
+    return " ".join([kernel, *([value[1]] if value else []), dtype, *flags])
 
 
 DTYPES = ("float", "double", "BFloat16", "Float16")
@@ -203,12 +207,19 @@ def budget(architecture):
         counts[f"restore {dtype}"] = 2 * copy, 2 * copy  # where nothing else is, it stands twice
         for rule in rules():
             loads = stores = copy
+            copies = 0
             for states in variants(rule):
                 loops = 2 + 1 if dtype == "float" and 2 not in states else 1
+                copies += loops
                 loads += loops * (3 + len(states))  # saved, g', what is kept, states
                 stores += loops * (1 + len(states))  # w, states
-            for after in ("", " after"):
-                counts[f"update {rule.name} {dtype}{after}"] = loads, stores
+            counts[f"update {rule.name} {dtype}"] = loads, stores
+            # A direction has a store of its own.
+            directed = stores + (copies if dtype == "float" else 0)
+            counts[f"update {rule.name} {dtype} after"] = loads, directed
+            if rule.momentum is not None:
+                # What is ahead of w is read, and nothing is kept; the squares of a skipped step.
+                counts[f"update {rule.name} {dtype} ahead"] = loads + 4 + 1, stores
     _split(counts, architecture < 100)
     return counts
 

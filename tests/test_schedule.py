@@ -15,13 +15,14 @@ from fused_sam.schedule import AESAM, Always, Every, From, Probability, Span, Wh
 
 SHAPES = [(5,), (3, 4), ()]
 STEPS = 7
+# Which steps climb by each. The draws are random.Random's, which are the same everywhere.
 SCHEDULES = {
-    "always": Always(),
-    "every": Every(3),
-    "from": From(4),
-    "span": Span(1, 3),
-    "probability": Probability(0.5, seed=2),
-    "never": Probability(0.0),
+    "always": (Always(), [0, 1, 2, 3, 4, 5, 6]),
+    "every": (Every(3), [0, 3, 6]),
+    "from": (From(4), [4, 5, 6]),
+    "span": (Span(1, 3), [1, 2]),
+    "probability": (Probability(0.5, seed=2), [2, 3, 6]),
+    "never": (Probability(0.0), []),
 }
 
 
@@ -69,10 +70,6 @@ def accumulate(opt, params, surface, i):
     assert halves == [False, True][: len(halves)]
 
 
-def climbs_of(when):
-    return [when.decide({**when.memory, "sam_step": i}, lambda: 0.0).climbs for i in range(STEPS)]
-
-
 def compare(params, member):
     # Float64 all the way: rounding, carried on by seven steps of numbers of order one.
     for p, w in zip(params, member.weights, strict=True):
@@ -96,10 +93,9 @@ def oracle(climbs, **options):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_some_steps_climb_and_the_others_are_the_base_optimizers(name, loop, backend):
     """Guards the numbers in every style, and that a plain step has one pass."""
-    when = SCHEDULES[name]
-    climbs = climbs_of(when)
+    when, climbing = SCHEDULES[name]
     opt, params, _model = make(when, backend=backend)
-    surface, member = Surface(SHAPES), oracle(lambda i: climbs[i])
+    surface, member = Surface(SHAPES), oracle(lambda i: i in climbing)
     for i in range(STEPS):
         loop(opt, params, surface, i)
         member.step(surface)
@@ -200,7 +196,7 @@ def test_without_a_schedule_nothing_is_counted():
 
 
 def aesam_by_hand(squares, total, first=1.0, last=-1.0, decay=0.9):
-    """Jiang et al. 2023, equations 4 to 6."""
+    """Jiang et al. 2023, equations 4 to 6: which steps climb, and the averages in the end."""
     mean, variance, climbs = 0.0, math.exp(-10), []
     for t, square in enumerate(squares):
         if math.isfinite(square):
@@ -208,11 +204,10 @@ def aesam_by_hand(squares, total, first=1.0, last=-1.0, decay=0.9):
             variance = decay * variance + (1 - decay) * (square - mean) ** 2
         c = first + (last - first) * min(t / total, 1)
         climbs.append(math.isfinite(square) and square >= mean + c * variance**0.5)
-    return climbs
+    return climbs, mean, variance
 
 
-@pytest.mark.parametrize("loop", [aware, closure])
-def test_aesam_climbs_where_the_gradient_is_large(loop, backend):
+def test_aesam_climbs_where_the_gradient_is_large(backend):
     surface = Surface(SHAPES, missing={(2, 0): (1,)}, broken={(4, 0)})
     opt, params, _model = make(AESAM(5), backend=backend)
     squares, climbed = [], []
@@ -230,32 +225,36 @@ def test_aesam_climbs_where_the_gradient_is_large(loop, backend):
             opt.zero_grad()
             opt._facts.aside = []  # the infinite gradient; a GradScaler would skip it
         opt.second_step(zero_grad=True)
-    assert climbed == aesam_by_hand(squares, 5)
-    assert {True, False} <= set(climbed)
+    climbs, mean, variance = aesam_by_hand(squares, 5)
+    assert climbed == climbs and {True, False} <= set(climbs)
+    (group,) = opt.param_groups
+    assert group["sam_mean"] == pytest.approx(mean, rel=1e-11)
+    assert group["sam_variance"] == pytest.approx(variance, rel=1e-11)
 
 
 def test_aesam_needs_the_loss_scale():
     """Guards against scaled gradients in its averages: the way is named, nothing is lost."""
     decisions = []
-    for scale in (1.0, 1024.0):
+    for scales in ([1.0] * STEPS, [1024.0, 4.0, 64.0, 1.0, 2.0**20, 16.0, 256.0]):
         opt, params, _model = make(AESAM(3))
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler = torch.amp.GradScaler("cpu")
         surface = Surface(SHAPES)
         climbed = []
-        for i in range(STEPS):
+        for i, scale in enumerate(scales):
             scaler.scale(torch.zeros(()))  # which makes its scale
+            scaler.update(scale)
             grads = surface.gradient(params, i, 0)
             give(params, [g * scale for g in grads])
             climbed.append(opt.first_step(scaler=scaler))
             if climbed[-1]:
                 give(params, [g * scale for g in surface.gradient(params, i, 1)])
             scaler.step(opt)
-            scaler.update()
         decisions.append((climbed, [p.detach().clone() for p in params]))
     assert decisions[0][0] == decisions[1][0]
     torch.testing.assert_close(decisions[0][1], decisions[1][1], rtol=1e-11, atol=1e-11)
 
     before = [p.detach().clone() for p in params]
+    scaler.update(scale)
     give(params, [g * scale for g in surface.gradient(params, 0, 0)])
     opt.first_step()
     with pytest.raises(RuntimeError, match=r"first_step\(scaler=scaler\)"):
@@ -267,17 +266,18 @@ def test_aesam_needs_the_loss_scale():
 def test_aesam_under_a_scaler_with_a_closure():
     opt, params, _model = make(AESAM(3))
     twin, others, _other = make(AESAM(3))
-    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    scaler = torch.amp.GradScaler("cpu")
     surface = Surface(SHAPES)
     for i in range(STEPS):
         scaler.scale(torch.zeros(()))
+        scale = (4.0, 1024.0)[i % 2]
+        scaler.update(scale)
 
-        def run(i=i):
+        def run(i=i, scale=scale):
             half = int(opt.is_perturbed)
-            give(params, [64.0 * g for g in surface.gradient(params, i, half)])
+            give(params, [scale * g for g in surface.gradient(params, i, half)])
 
         scaler.step(opt, run)
-        scaler.update(64.0)
         aware(twin, others, surface, i)
     torch.testing.assert_close(params, others, rtol=1e-11, atol=1e-11)
 

@@ -10,6 +10,7 @@ import io
 
 import pytest
 import torch
+from ahead import Ahead, Model
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -19,15 +20,16 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from oracle import Textbook, assert_same_bits, exact, inject, params_of
+from oracle import Textbook, assert_same_bits, exact, groups_of, inject, params_of
 
 from fused_sam import FusedSAM
-from fused_sam.ascents import USAM, FriendlySAM, PNorm, VaSSO
-from fused_sam.blends import GSAM, WSAM, CoupledWSAM
+from fused_sam.ascents import MSAM, USAM, FriendlySAM, PNorm, VaSSO
+from fused_sam.blends import GSAM, WSAM, CoupledWSAM, LookSAM
+from fused_sam.options import MISSED
 from fused_sam.schedule import Always, Every, Probability
 
 SETTINGS = settings(
-    max_examples=60,
+    max_examples=45,
     stateful_step_count=40,
     derandomize=True,
     deadline=None,
@@ -50,6 +52,9 @@ MEMBERS = {
     "gsam": {"blend": GSAM(0.3)},
     "wsam": {"blend": WSAM(0.6, max_norm=0.5)},
     "coupled-wsam": {"blend": CoupledWSAM(0.6), "ascent": VaSSO(0.3)},
+    "looksam": {"blend": LookSAM(2, 0.6)},
+    "msam": {"ascent": MSAM()},
+    "msam-attached": {"ascent": MSAM()},
 }
 WHENS = [Always(), Every(2), Probability(0.7, seed=3)]
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -61,7 +66,13 @@ KINDS = [
 SHAPES = [(), (1,), (0,), (5, 3), (64,), (65,), (2, 3, 2, 2)]
 perturbed = precondition(lambda self: self.opt.is_perturbed)
 between = precondition(lambda self: self.textbook.between)
-at_w = precondition(lambda self: not self.textbook.between)
+before = precondition(lambda self: not self.textbook.between)
+at_w = precondition(lambda self: not self.textbook.between and not self.opt.is_perturbed)
+one_pass = precondition(lambda self: isinstance(self.textbook, Ahead))
+# One pass counts those that had no gradient by their place in the group.
+none_missed = precondition(lambda self: not any(g.get(MISSED) for g in self.opt.param_groups))
+# A direction of LookSAM, or of one pass, stays with what is frozen until it is laid out anew.
+stays_itself = precondition(lambda self: self.member not in ("looksam", "msam", "msam-attached"))
 SEEDS = st.integers(0, 2**16)
 
 
@@ -80,19 +91,24 @@ class Training(RuleBasedStateMachine):
         self.dtype, self.grad_dtype, masters = kind
         self.plain = self.dtype == self.grad_dtype and not masters
         self.averages = member in ("friendly", "vasso", "coupled-wsam")
-        cls, options = BASES[base]
-        self.opt = FusedSAM(
-            [{"params": self.make_params(2)}, {"params": self.make_params(2), "lr": 0.02}],
-            cls,
-            rho=0.3,
-            backend=self.backend,
-            lr=0.05,
-            when=when,
-            master_weights=masters,
-            **options,
-            **MEMBERS[member],
-        )
-        self.textbook = Textbook(self.opt, (lambda i: True) if when == Always() else when.climbs)
+        self.member, one_pass = member, member.startswith("msam")
+        if one_pass and base == "rmsprop":
+            base = "adam"  # the other has no momentum to go along
+        if one_pass or member == "looksam":
+            when = Always()  # LookSAM has a schedule of its own
+        self.base, options = BASES[base]
+        self.options = dict(rho=0.3, backend=self.backend, lr=0.05, when=when)
+        self.options |= dict(master_weights=masters, **options, **MEMBERS[member])
+        groups = [{"params": self.make_params(2)}, {"params": self.make_params(2), "lr": 0.02}]
+        self.opt = FusedSAM(groups, self.base, **self.options)
+        if one_pass:
+            self.textbook = Ahead(self.opt)
+            if member == "msam-attached":
+                self.attach()
+        else:
+            when = self.opt.when
+            climbs = (lambda i: True) if when == Always() else when.climbs
+            self.textbook = Textbook(self.opt, climbs)
 
     # ---- helpers
 
@@ -122,9 +138,13 @@ class Training(RuleBasedStateMachine):
                     grads[p] = grads[p].t().contiguous().t()
         return grads
 
+    def attach(self):
+        self.textbook.model = Model(params_of(self.opt))
+        self.opt.attach(self.textbook.model)
+
     # ---- the steps
 
-    @at_w
+    @before
     @rule()
     def first_step(self):
         self.textbook.first_step(self.grads())
@@ -138,7 +158,18 @@ class Training(RuleBasedStateMachine):
     def step(self):
         self.textbook.second_step(self.grads(), self.opt.step)
 
-    @at_w
+    @rule()
+    def skip(self):
+        """As a GradScaler does where a gradient is not finite."""
+
+        def run():
+            self.opt.grad_scale, self.opt.found_inf = torch.ones(()), torch.ones(())
+            self.opt.second_step()
+            del self.opt.grad_scale, self.opt.found_inf
+
+        self.textbook.second_step(self.grads(), run, found_inf=True)
+
+    @before
     @rule(n=st.integers(1, 3))
     def whole_steps(self, n):
         for _ in range(n):
@@ -149,7 +180,7 @@ class Training(RuleBasedStateMachine):
     def restore(self):
         self.textbook.restore()
 
-    @at_w
+    @before
     @rule()
     @precondition(lambda self: not self.averages)
     def step_with_closure(self):
@@ -169,8 +200,38 @@ class Training(RuleBasedStateMachine):
             assert self.opt.step(closure) == 1
             assert len(calls) == 1 + climbs
 
+        if climbs:
+            self.textbook.first = zeros
         self.textbook.second_step(zeros, run)
         self.textbook.number += 1
+
+    # ---- one pass: the weights are ahead of w
+
+    @before
+    @one_pass
+    @rule(times=st.integers(1, 2))
+    def eval(self, times):
+        for _ in range(times):
+            self.textbook.eval()
+
+    @before
+    @one_pass
+    @rule(times=st.integers(1, 2))
+    def train(self, times):
+        for _ in range(times):
+            self.textbook.train()
+
+    @perturbed
+    @rule()
+    def save_away_from_w(self):
+        """Refused; with an attached model one pass goes to w, if its step is not half done."""
+        if getattr(self.textbook, "model", None) is not None and not self.textbook.between:
+            self.opt.state_dict()
+            self.textbook.arrive()
+        else:
+            with pytest.raises(RuntimeError, match=r"call second_step\(\).*optimizer\.eval\(\)"):
+                self.opt.state_dict()
+        self.textbook.check()
 
     # ---- what happens in between
 
@@ -184,22 +245,21 @@ class Training(RuleBasedStateMachine):
     def set_option(self, key, value):
         self.opt.param_groups[self.pick(len(self.opt.param_groups))][key] = value
 
-    @rule(n=st.integers(1, 2), rho=st.sampled_from([None, 0.1]))
+    @rule(n=st.integers(1, 2), option=st.sampled_from([{}, {"rho": 0.1}, {"ascent": None}]))
     @precondition(lambda self: len(params_of(self.opt)) < 12)
-    def add_group(self, n, rho):
-        group = {"params": self.make_params(n)}
-        if rho is not None:
-            group["rho"] = rho
-        self.opt.add_param_group(group)
+    def add_group(self, n, option):
+        self.opt.add_param_group({"params": self.make_params(n), **option})
         self.textbook.check()
 
+    @none_missed
     @rule()
     def move_between_groups(self):
         groups = self.opt.param_groups
         source, target = groups[self.pick(len(groups))], groups[self.pick(len(groups))]
-        if len(source["params"]) > 1:
+        if len(source["params"]) > 1 and source["ascent"] == target["ascent"]:
             target["params"].append(source["params"].pop())
 
+    @stays_itself
     @rule()
     def freeze_or_thaw(self):
         p = self.some_param()
@@ -232,15 +292,24 @@ class Training(RuleBasedStateMachine):
             p.clamp_(-1, 1)
         if p not in self.textbook.climbed:
             self.textbook.weights[p].clamp_(-1, 1)
+        elif isinstance(self.textbook, Ahead):
+            with pytest.raises(RuntimeError, match=r"written to.*optimizer\.eval\(\)"):
+                self.opt.second_step()
+        if isinstance(self.textbook, Ahead):
+            self.textbook.restore()
 
     # ---- what nobody should do
 
+    @none_missed
     @rule()
     def list_again(self):
         """In its group or in another, by hand: it is one parameter, where it stands first."""
         groups = self.opt.param_groups
-        groups[self.pick(len(groups))]["params"].append(self.some_param())
+        group, p = groups[self.pick(len(groups))], self.some_param()
+        if all(g["ascent"] == group["ascent"] for g in groups if any(p is q for q in g["params"])):
+            group["params"].append(p)
 
+    @none_missed
     @rule()
     @precondition(lambda self: len(params_of(self.opt)) > 3)
     def lose(self):
@@ -262,6 +331,8 @@ class Training(RuleBasedStateMachine):
         torch.utils.swap_tensors(p, other)
         if p not in self.textbook.climbed:
             self.textbook.reread(p)
+        if isinstance(self.textbook, Ahead):
+            self.textbook.restore()
 
     @rule(change=st.sampled_from(["shape", "integers", "storage"]))
     def misfit(self, change):
@@ -290,7 +361,7 @@ class Training(RuleBasedStateMachine):
         self.textbook.arrive()
         self.textbook.check()
 
-    @at_w
+    @before
     @rule()
     def gradient_of_another_shape(self):
         p = self.some_param()
@@ -320,10 +391,15 @@ class Training(RuleBasedStateMachine):
         names = [name for name, value in state.items() if name != "step" and value is not None]
         if not names or not p.requires_grad:
             return
+        one_pass = isinstance(self.textbook, Ahead)
+        if one_pass and not self.textbook.between:
+            self.textbook.get_ready()
         good, state[names[0]] = state[names[0]], torch.ones(7, 3)
         with pytest.raises(ValueError, match=r"has shape \(7, 3\)"):
             self.opt.second_step()
         state[names[0]] = good
+        if one_pass:
+            self.textbook.restore()  # the failed step may have done so, or not
         self.textbook.check()
 
     @rule()
@@ -343,27 +419,56 @@ class Training(RuleBasedStateMachine):
                     self.opt.state[p][name] = value.to(dtype)
         self.textbook.check()
 
+    def through_a_file(self):
+        file = io.BytesIO()
+        torch.save(self.opt.state_dict(), file)
+        file.seek(0)
+        return torch.load(file)
+
     @at_w
     @rule(through_file=st.booleans())
     def round_trip_state(self, through_file):
-        state = self.opt.state_dict()
-        if through_file:
-            file = io.BytesIO()
-            torch.save(state, file)
-            file.seek(0)
-            state = torch.load(file)
+        state = self.through_a_file() if through_file else self.opt.state_dict()
         self.opt.load_state_dict(state)
+
+    @at_w
+    @rule()
+    @precondition(lambda self: all(p.requires_grad for p in params_of(self.opt)))
+    def resume(self):
+        """In another process, which has the weights: all else is in the file.
+
+        Of what is frozen the state has torch's dtype, that of the parameter, until it trains.
+        """
+        groups = groups_of(self.opt)
+        for group, own in zip(self.opt.param_groups, groups, strict=True):
+            group["params"][:] = own["params"]
+        state = self.through_a_file()
+        params = [[self.like(p) for p in group["params"]] for group in groups]
+        opt = FusedSAM([{"params": ps} for ps in params], self.base, **self.options)
+        opt.load_state_dict(state)
+        self.go_on(opt)
+
+    def like(self, p):
+        twin = torch.nn.Parameter(p.detach().clone(), p.requires_grad)
+        if not self.plain:
+            twin.grad_dtype = p.grad_dtype
+        return twin
 
     @at_w
     @rule()
     def go_on_with_a_copy(self):
         frozen = [p.requires_grad for p in params_of(self.opt)]
         old = [p.detach().clone() for p in params_of(self.opt)]
-        self.opt = copy.deepcopy(self.opt)
-        self.textbook.follow(self.opt)
+        self.go_on(copy.deepcopy(self.opt))
         for p, w, flag in zip(params_of(self.opt), old, frozen, strict=True):
             assert_same_bits(p, w)
             assert p.requires_grad == flag
+
+    def go_on(self, opt):
+        self.opt = opt
+        self.textbook.follow(opt)
+        if getattr(self.textbook, "model", None) is not None:
+            self.attach()
 
     # ---- what always holds
 

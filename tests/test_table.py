@@ -12,7 +12,7 @@ from oracle import TEXTBOOKS, Textbook, assert_same_bits, exact, inject, params_
 
 from fused_sam import FusedSAM, Lion
 from fused_sam.ascents import SAM, FriendlySAM, PNorm, VaSSO
-from fused_sam.blends import GSAM, LookSAM
+from fused_sam.blends import GSAM, WSAM, LookSAM
 
 SHAPES = [(), (1,), (0,), (3,), (63,), (64,), (65,), (7, 9)]
 NOT_INTERPRETED = [(1,), (63,), (64,)]
@@ -353,6 +353,16 @@ def test_gsam(rule, dtype, backend):
     textbook = run(opt, between=between)
     opt.param_groups[1]["ascent"] = None
     textbook.second_step(random_grads(params, 77))  # no first one: nothing to blend with
+
+
+def test_wsam(backend):
+    """Guards what is subtracted after the step, with groups, missing ones, and uphill."""
+    cls, options = RULES["sgd-nesterov"]
+    params = make_params(torch.float32, backend)
+    groups = groups_for_a_blend(params, options)
+    blend = WSAM(0.8, max_norm=0.5)
+    opt = FusedSAM(groups, cls, rho=0.3, backend=backend, lr=0.04, blend=blend, **options)
+    run(opt, [((), ()), ((1, 8), (2, 8)), ((0,), ())])
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.5, 1e3], ids=["clips", "does-not-clip"])

@@ -68,6 +68,9 @@ def hints(monkeypatch):
     """
     import triton.language as tl
 
+    # A first launch lets the interpreter put its own functions into triton.language.
+    params, opt = make([CHUNK + 5], ADAMW, lr=0.1)
+    step_as_given(opt, random_grads(params, 0), random_grads(params, 1))
     counter = SimpleNamespace(pointers=0)
     multiple_of = tl.multiple_of
 
@@ -212,18 +215,26 @@ def test_one_misaligned_gradient_leaves_the_others_wide(hints):
 
 
 def test_a_misaligned_pinned_parameter_is_not_taken_for_aligned(hints):
-    """Guards weights that must stay where they are, off the grid, with gradients that are on it."""
+    """Guards weights that must stay where they are, off the grid, with gradients that are on it.
+
+    All of them in the first step; in the second one another gradient is off it.
+    """
     base = torch.randn(2 * CHUNK + 8)
-    params = [torch.nn.Parameter(base[1 : 2 * CHUNK + 1]), torch.nn.Parameter(torch.randn(CHUNK))]
+    params = [torch.nn.Parameter(base[1 : 2 * CHUNK + 1])]
+    params += [torch.nn.Parameter(torch.randn(n)) for n in (CHUNK, 5)]
     assert params[0].data_ptr() % 16 == 4
     opt = FusedSAM(params, ADAMW, backend="triton", lr=0.1)
     for i in range(2):
-        step_as_given(opt, random_grads(params, 2 * i), random_grads(params, 2 * i + 1))
-    params[0].grad = params[1].grad = None
+        passes = [random_grads(params, 2 * i + k) for k in range(2)]
+        for grads in passes if i else ():
+            grads[params[2]] = torch.cat([torch.zeros(1), grads[params[2]]])[1:]
+        step_as_given(opt, *passes)
+    opt.zero_grad()
     opt.first_step()
     opt.restore()
     slots = opt._facts.engine.buckets[0].slots
-    assert aligned_slots(opt) == {tuple(slot.param is params[1] for slot in slots)}
+    first = tuple(slot.param is not params[0] for slot in slots)
+    assert aligned_slots(opt) == {first, tuple(slot.param is params[1] for slot in slots)}
     assert hints.pointers
 
 

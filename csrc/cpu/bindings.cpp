@@ -116,8 +116,9 @@ void ascend_(Tensor saved, std::optional<Tensor> kept, std::optional<Tensor> ave
 void update_(std::optional<Tensor> state0, std::optional<Tensor> state1,
              std::optional<Tensor> state2, std::optional<Tensor> step,
              std::optional<Tensor> /*ticket*/, Tensor climb, Tensor saved,
-             std::optional<Tensor> kept, std::optional<Tensor> direction, Tensor slots,
-             Tensor grads, Tensor flags, Tensor hyper, std::optional<Tensor> numbers,
+             std::optional<Tensor> kept, std::optional<Tensor> direction,
+             std::optional<Tensor> total, Tensor slots, Tensor grads, Tensor flags, Tensor hyper,
+             std::optional<Tensor> decay, std::optional<Tensor> numbers,
              std::optional<Tensor> blend_hyper, std::optional<Tensor> loss_scale,
              std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
              int64_t weight_dtype, int64_t grad_dtype, int64_t rule, int64_t blend) {
@@ -136,6 +137,8 @@ void update_(std::optional<Tensor> state0, std::optional<Tensor> state1,
   p.blend_hyper = memory(blend_hyper);
   p.loss_scale = memory<double>(loss_scale);
   p.blend = static_cast<int>(blend);
+  check_ahead(total, decay, saved, hyper.numel() / kRuleColumns[rule], rule, has);
+  p.decay = memory(decay);
   const bool skip = found_inf && *memory<float>(found_inf) != 0.0f;
   double scale = 1;
   if (grad_scale) {
@@ -144,7 +147,7 @@ void update_(std::optional<Tensor> state0, std::optional<Tensor> state1,
   }
   for (int64_t i = 0; i < p.num_slots; ++i) {
     if (p.flags[i] & kMissing) continue;
-    const unsigned kept = static_cast<unsigned>(p.flags[i]) >> kKeptShift;
+    const unsigned kept = static_cast<unsigned>(p.flags[i]) >> kKeptShift & kKeptMask;
     const bool fits = kept >> kRuleStates[rule] == 0 && (kept & ~has) == 0 &&
                       (kept & kRuleAlways[rule]) == kRuleAlways[rule];
     STD_TORCH_CHECK(fits, "fused_sam: slot ", i, " keeps the states ", kept,
@@ -155,9 +158,17 @@ void update_(std::optional<Tensor> state0, std::optional<Tensor> state1,
       if (!(p.flags[i] & kMissing)) p.step[i] += 1.0f;
     }
   }
+  const int64_t spans = total ? num_spans(p.size) : 0;
+  std::vector<double> partials(spans);  // of float or double
+  void* sums = total ? partials.data() : nullptr;
   const auto kernel = kernels().update_[rule][compute_of(types)];
-  parallel_spans(p.size, [&](int64_t begin, int64_t end) { kernel(p, scale, skip, begin, end); });
+  parallel_spans(p.size,
+                 [&](int64_t begin, int64_t end) { kernel(p, scale, skip, sums, begin, end); });
   set_climb(climb, saved, 0);
+  if (total) {
+    *memory<double>(total) = types.weights == Dtype::kFloat64 ? all_of<double>(sums, spans, false)
+                                                              : all_of<float>(sums, spans, false);
+  }
 }
 
 void restore_(Tensor climb, Tensor saved, Tensor slots, Tensor flags, int64_t weight_dtype) {
@@ -193,8 +204,9 @@ STABLE_TORCH_LIBRARY(fused_sam, m) {
   m.def(
       "update_(Tensor(a!)? state0, Tensor(b!)? state1, Tensor(c!)? state2, Tensor(d!)? step, "
       "Tensor(e!)? ticket, Tensor(f!) climb, Tensor(g!) saved, Tensor? kept, "
-      "Tensor(h!)? direction, Tensor slots, Tensor grads, Tensor flags, Tensor hyper, "
-      "Tensor? numbers, Tensor? blend_hyper, Tensor? loss_scale, Tensor? grad_scale, "
+      "Tensor(h!)? direction, Tensor(i!)? total, Tensor slots, Tensor grads, Tensor flags, "
+      "Tensor hyper, Tensor? decay, Tensor? numbers, Tensor? blend_hyper, Tensor? loss_scale, "
+      "Tensor? grad_scale, "
       "Tensor? found_inf, int weight_dtype, int grad_dtype, int rule, int blend) -> ()");
   m.def(
       "restore_(Tensor(a!) climb, Tensor saved, Tensor slots, Tensor flags, int weight_dtype) "

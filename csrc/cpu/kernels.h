@@ -27,6 +27,7 @@ struct Problem {
   const int64_t* grads;      // (num_slots,): addresses of gradients (numel,); null for restore_
   const int32_t* flags;      // (num_slots,)
   const void* hyper;         // Columns<T> (rows,) of what is computed
+  const void* decay;         // T (rows,), of weights ahead of w on the way from there; or null
   const double* earlier;     // the numbers that a sum needs, or null
   const double* numbers;     // what the coefficients of a blend are made of, or null
   const void* blend_hyper;   // the blend's Columns<T> (rows,), or null
@@ -46,8 +47,10 @@ using Reduce = void (*)(const Problem&, void* partials, int64_t begin, int64_t e
 // numbers: those that the ascent's sums gave over all buckets. number: the climb's.
 using Ascend = void (*)(const Problem&, const double* numbers, int64_t number, int64_t begin,
                         int64_t end);
-// skip: restore only. `step` counts the running step already.
-using Update = void (*)(const Problem&, double grad_scale, bool skip, int64_t begin, int64_t end);
+// skip: restore only. `step` counts the running step already. partials: (num_spans,) of T, for the
+// squares of the momentum, or null.
+using Update = void (*)(const Problem&, double grad_scale, bool skip, void* partials, int64_t begin,
+                        int64_t end);
 using Restore = void (*)(const Problem&, int64_t begin, int64_t end);
 
 // The compute types: float32, and float64 for weights of that.

@@ -276,12 +276,12 @@ void narrow_at_random(S* to, const float* tile, int64_t n, int64_t at, uint32_t 
 // buffers.
 template <typename T>
 FUSED_SAM_NOINLINE void store_at_random(Memory to, const T* tile, int64_t n, int64_t at,
-                                        uint32_t seed) {
+                                        uint32_t seed, bool streams) {
   if constexpr (std::is_same_v<T, float>) {
     if (to.is<BFloat16>()) return narrow_at_random(to.as<BFloat16>(), tile, n, at, seed);
     if (to.is<Float16>()) return narrow_at_random(to.as<Float16>(), tile, n, at, seed);
   }
-  store_tile<T>(to, tile, n, false);
+  store_tile<T>(to, tile, n, streams);
 }
 
 template <typename S>
@@ -387,6 +387,14 @@ FUSED_SAM_INLINE void add_piece(double (&sums)[Sums::kCount][kLanes], Memory oth
   }
 }
 
+// What the lanes come to.
+template <typename Sums>
+FUSED_SAM_INLINE double sum_of(const double (&lanes)[kLanes]) {
+  double sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) sum = words::add<Sums::kMax>(sum, lanes[lane]);
+  return sum;
+}
+
 template <typename Sums, typename T>
 void reduce(const Problem& p, void* partials, int64_t begin, int64_t end) {
   using Term = TermOf<Sums, T>;
@@ -406,11 +414,27 @@ void reduce(const Problem& p, void* partials, int64_t begin, int64_t end) {
       }
     });
     for (int c = 0; c < Sums::kCount; ++c) {
-      double sum = 0;
-      for (int lane = 0; lane < kLanes; ++lane) sum = words::add<Sums::kMax>(sum, sums[c][lane]);
-      static_cast<Term*>(partials)[c * num_spans(p.size) + span] = Term(sum);
+      static_cast<Term*>(partials)[c * num_spans(p.size) + span] = Term(sum_of<Sums>(sums[c]));
     }
   }
+}
+
+// ---------------------------------------------------------------------------------------- restore_
+
+FUSED_SAM_NOINLINE void restore(const Problem& p, const Piece& piece) {
+  const Memory saved = saved_of(p, piece);
+  if (!has_masters(p)) return copy(piece.weights, saved, piece.numel, p.stream);
+  for (int64_t i = 0; i < piece.numel; i += kTile) {
+    const int64_t n = piece.numel - i < kTile ? piece.numel - i : kTile;
+    store_tile<float>(piece.weights + i, (saved + i).as<float>(), n, p.stream);
+  }
+}
+
+void restore_(const Problem& p, int64_t begin, int64_t end) {
+  for_each_piece(p, begin * kSpan, end * kSpan, [&](const Piece& piece) {
+    if (piece.flags & kPerturbed) restore(p, piece);
+  });
+  if (p.stream) end_streaming();
 }
 
 // ----------------------------------------------------------------------------------------- ascend_
@@ -447,13 +471,19 @@ void ascend_(const Problem& p, const double* numbers, int64_t number, int64_t be
     if (!piece.grad.at) return;
     const auto group = columns_of<Ascent, T>(p, *piece.slot);
     const auto scalars = Ascent::scalars(group, numbers);
+    const bool is_saved = (piece.flags & kPerturbed) != 0;
+    // Streamed where the old weights are not read from there.
+    const bool streams = p.stream && is_saved;
+    if (is_saved && scalars.scale == T(0)) restore(p, piece);
     alignas(64) T at_w[kTile], moved[kTile], grads[kTile];
     for (int64_t i = 0; i < piece.numel; i += kTile) {
       const int64_t n = piece.numel - i < kTile ? piece.numel - i : kTile;
       const Memory weights = piece.weights + i, saved = saved_of(p, piece) + i;
       const Memory grad = piece.grad + i;
       const T* w = at_w;
-      if (!masters) {
+      if (is_saved) {
+        w = load_tile<T>(saved, at_w, n);
+      } else if (!masters) {
         copy(saved, weights, n, p.stream);
         w = load_tile<T>(weights, at_w, n);
       } else if (load_masters<T>(weights, saved, at_w, n)) {
@@ -470,28 +500,10 @@ void ascend_(const Problem& p, const double* numbers, int64_t number, int64_t be
       // 0 * inf is NaN, and a scale of 0 must move nothing.
       if (scalars.scale == T(0)) continue;
       if constexpr (!Ascent::Average::kIs) along = load_tile<T>(grad, grads, n);
-      T* to = place_of<T>(weights, moved, false);
+      T* to = place_of<T>(weights, moved, streams);
       climb<Ascent, T>(to, w, along, n, scalars);
-      store_at_random<T>(weights, to, n, piece.at + i, seed);
+      store_at_random<T>(weights, to, n, piece.at + i, seed, streams);
     }
-  });
-  if (p.stream) end_streaming();
-}
-
-// ---------------------------------------------------------------------------------------- restore_
-
-FUSED_SAM_NOINLINE void restore(const Problem& p, const Piece& piece) {
-  const Memory saved = saved_of(p, piece);
-  if (!has_masters(p)) return copy(piece.weights, saved, piece.numel, p.stream);
-  for (int64_t i = 0; i < piece.numel; i += kTile) {
-    const int64_t n = piece.numel - i < kTile ? piece.numel - i : kTile;
-    store_tile<float>(piece.weights + i, (saved + i).as<float>(), n, p.stream);
-  }
-}
-
-void restore_(const Problem& p, int64_t begin, int64_t end) {
-  for_each_piece(p, begin * kSpan, end * kSpan, [&](const Piece& piece) {
-    if (piece.flags & kPerturbed) restore(p, piece);
   });
   if (p.stream) end_streaming();
 }
@@ -528,6 +540,14 @@ FUSED_SAM_NOINLINE void mix(T* mixed, const T* grad, Memory kept, int64_t n, T x
   const T* first = load_tile<T>(kept, tile, n);
   FUSED_SAM_VECTORIZE
   for (int64_t i = 0; i < n; ++i) mixed[i] += y * first[i];
+}
+
+// Adds the decay of weights ahead of w on the way from there to a gradient that points downhill.
+template <typename T>
+FUSED_SAM_NOINLINE void add_decay(T* decayed, const T* grad, const T* ahead, const T* at_w,
+                                  int64_t n, T descent, T decay) {
+  FUSED_SAM_VECTORIZE
+  for (int64_t i = 0; i < n; ++i) decayed[i] = descent * grad[i] + decay * (ahead[i] - at_w[i]);
 }
 
 // What a blend takes away after the rule's step.
@@ -573,73 +593,103 @@ FUSED_SAM_INLINE void with_kept(unsigned kept, const F& f) {
 }
 
 template <typename Rule, typename T>
-void update_(const Problem& p, double grad_scale, bool skip, int64_t begin, int64_t end) {
+FUSED_SAM_NOINLINE void update_piece(const Problem& p, const Piece& piece, double grad_scale,
+                                     bool skip) {
+  const bool away = (piece.flags & kPerturbed) != 0;
+  const bool stays = away && piece.grad.at && (piece.flags & kStays);
+  if (!piece.grad.at || skip) {
+    if (away && !stays) restore(p, piece);
+    return;
+  }
   const bool masters = has_masters(p);
   T* const direction = static_cast<T*>(p.direction);
-  for_each_piece(p, begin * kSpan, end * kSpan, [&](const Piece& piece) {
-    const bool away = (piece.flags & kPerturbed) != 0;
-    if (!piece.grad.at || skip) {
-      if (away) restore(p, piece);
-      return;
-    }
-    const auto group = columns_of<Rule, T>(p, *piece.slot);
-    const T descent = (piece.flags & kMaximize ? T(-1) : T(1)) / T(grad_scale);
-    const auto scalars =
-        Rule::scalars(group, p.step ? T(p.step[piece.index]) : T(1), (piece.flags & kFresh) != 0);
-    const Coefficients coefficients = coefficients_of<T>(p, *piece.slot, piece.flags);
-    const bool after = coefficients.c != 0 || coefficients.d != 0;
-    const double rate = piece.flags & kMaximize ? -double(group.lr) : double(group.lr);
-    const bool frozen = group.lr == T(0);
-    // Streamed where the old weights were not read from there.
-    const bool streams = p.stream && away;
-    with_kept<Rule>(unsigned(piece.flags) >> kKeptShift, [&](auto kept) {
-      alignas(64) T at_w[kTile], grads[kTile], mixed[kTile], updated[kTile];
-      alignas(64) T tiles[kMaxStates][kTile];
-      for (int64_t i = 0; i < piece.numel; i += kTile) {
-        const int64_t n = piece.numel - i < kTile ? piece.numel - i : kTile;
-        const Memory weights = piece.weights + i, saved = saved_of(p, piece) + i;
-        // Away from w only the masters are right; at w the weights are looked at, too.
-        const T* w = at_w;
-        if (masters && !away) {
-          load_masters<T>(weights, saved, at_w, n);
-        } else {
-          w = load_tile<T>(away ? saved : weights, at_w, n);
-        }
-        const T* const own = load_tile<T>(piece.grad + i, grads, n);
-        const T* grad = own;
-        if (piece.flags & kBlends) {
-          T* const to = direction ? direction + piece.at + i : mixed;
-          mix<T>(to, own, kept_of(p, piece) + i, n, T(coefficients.a), T(coefficients.b));
-          if (!direction) grad = mixed;
-        }
-        T* states[kMaxStates] = {};
-        for (int k = 0; k < kMaxStates; ++k) {
-          if (!(kept.value & 1u << k)) continue;
-          const Memory state = Memory(p.states[k], p.types.states[k]) + (piece.at + i);
-          states[k] = load_tile<T>(state, tiles[k], n);
-        }
-        const Memory home = masters ? saved : weights;
-        T* to = place_of<T>(home, updated, streams && !masters);
-        // A comparison of numbers, which vectorises where a bool in memory does not.
-        step<Rule, kept.value, T>(to, w, grad, states, n, descent, group.lr == T(0), scalars);
-        if (after && !frozen) {
-          mix<T>(mixed, own, kept_of(p, piece) + i, n, T(rate * coefficients.c),
-                 T(rate * coefficients.d));
-          subtract(to, mixed, n);
-        }
-        for (int k = 0; k < kMaxStates; ++k) {
-          if (!(kept.value & 1u << k)) continue;
-          store_tile<T>(Memory(p.states[k], p.types.states[k]) + (piece.at + i), states[k], n,
-                        false);
-        }
-        if (!frozen || masters || home.is<T>()) {
-          store_tile<T>(weights, to, n, streams);
-        } else if (away) {
-          copy(weights, saved, n, streams);  // NaN keeps its bits
-        }
+  const auto group = columns_of<Rule, T>(p, *piece.slot);
+  const T descent = (piece.flags & kMaximize ? T(-1) : T(1)) / T(grad_scale);
+  const T decay = p.decay && away ? static_cast<const T*>(p.decay)[piece.slot->row] : T(0);
+  const auto scalars =
+      Rule::scalars(group, p.step ? T(p.step[piece.index]) : T(1), (piece.flags & kFresh) != 0);
+  const Coefficients coefficients = coefficients_of<T>(p, *piece.slot, piece.flags);
+  const bool after = coefficients.c != 0 || coefficients.d != 0;
+  const double rate = piece.flags & kMaximize ? -double(group.lr) : double(group.lr);
+  const bool frozen = group.lr == T(0);
+  // Streamed where the old weights were not read from there.
+  const bool streams = p.stream && away && !stays && decay == T(0);
+  with_kept<Rule>(unsigned(piece.flags) >> kKeptShift & kKeptMask, [&](auto kept) {
+    alignas(64) T at_w[kTile], grads[kTile], mixed[kTile], updated[kTile];
+    alignas(64) T tiles[kMaxStates][kTile];
+    for (int64_t i = 0; i < piece.numel; i += kTile) {
+      const int64_t n = piece.numel - i < kTile ? piece.numel - i : kTile;
+      const Memory weights = piece.weights + i, saved = saved_of(p, piece) + i;
+      // Away from w only the masters are right; at w the weights are looked at, too.
+      const T* w = at_w;
+      if (masters && !away) {
+        load_masters<T>(weights, saved, at_w, n);
+      } else {
+        w = load_tile<T>(away ? saved : weights, at_w, n);
       }
-    });
+      const T* const own = load_tile<T>(piece.grad + i, grads, n);
+      const T* grad = own;
+      if (piece.flags & kBlends) {
+        T* const to = direction ? direction + piece.at + i : mixed;
+        mix<T>(to, own, kept_of(p, piece) + i, n, T(coefficients.a), T(coefficients.b));
+        if (!direction) grad = mixed;
+      }
+      if (decay != T(0)) {
+        add_decay(mixed, grad, load_tile<T>(weights, updated, n), w, n, descent, decay);
+        grad = mixed;
+      }
+      T* states[kMaxStates] = {};
+      for (int k = 0; k < kMaxStates; ++k) {
+        if (!(kept.value & 1u << k)) continue;
+        const Memory state = Memory(p.states[k], p.types.states[k]) + (piece.at + i);
+        states[k] = load_tile<T>(state, tiles[k], n);
+      }
+      const Memory home = masters || stays ? saved : weights;
+      const Memory target = stays ? saved : weights;
+      T* to = place_of<T>(home, updated, streams && !masters);
+      // A comparison of numbers, which vectorises where a bool in memory does not.
+      step<Rule, kept.value, T>(to, w, grad, states, n, decay == T(0) ? descent : T(1),
+                                group.lr == T(0), scalars);
+      if (after && !frozen) {
+        mix<T>(mixed, own, kept_of(p, piece) + i, n, T(rate * coefficients.c),
+               T(rate * coefficients.d));
+        subtract(to, mixed, n);
+      }
+      for (int k = 0; k < kMaxStates; ++k) {
+        if (!(kept.value & 1u << k)) continue;
+        store_tile<T>(Memory(p.states[k], p.types.states[k]) + (piece.at + i), states[k], n, false);
+      }
+      if (!frozen || masters || home.is<T>()) {
+        store_tile<T>(target, to, n, streams);
+      } else if (away && !stays) {
+        copy(weights, saved, n, streams);  // NaN keeps its bits
+      }
+    }
   });
+}
+
+// With `partials` the squares of the momentum are summed, too, a span's while it is in the caches:
+// the very bits of a reduction.
+template <typename Rule, typename T>
+void update_(const Problem& p, double grad_scale, bool skip, void* partials, int64_t begin,
+             int64_t end) {
+  const auto update = [&](const Piece& piece) {
+    update_piece<Rule, T>(p, piece, grad_scale, skip);
+  };
+  if (!partials) for_each_piece(p, begin * kSpan, end * kSpan, update);
+  if constexpr (Rule::kMomentum >= 0) {
+    constexpr int kMomentum = Rule::kMomentum;
+    for (int64_t span = begin; partials && span < end; ++span) {
+      alignas(64) double sums[1][kLanes] = {};
+      for_each_piece(p, span * kSpan, (span + 1) * kSpan, [&](const Piece& piece) {
+        update(piece);
+        if (!piece.grad.at || !(piece.flags & kSummed)) return;
+        const Memory momentum = Memory(p.states[kMomentum], p.types.states[kMomentum]) + piece.at;
+        add_piece<Squares, false, T>(sums, momentum, momentum, nullptr, piece.numel, {}, {});
+      });
+      static_cast<T*>(partials)[span] = T(sum_of<Squares>(sums[0]));
+    }
+  }
   if (p.stream) end_streaming();
 }
 

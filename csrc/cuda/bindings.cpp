@@ -106,8 +106,9 @@ void ascend_(Tensor saved, std::optional<Tensor> kept, std::optional<Tensor> /*a
 void update_(std::optional<Tensor> state0, std::optional<Tensor> state1,
              std::optional<Tensor> state2, std::optional<Tensor> step, std::optional<Tensor> ticket,
              Tensor climb, Tensor saved, std::optional<Tensor> kept,
-             std::optional<Tensor> direction, Tensor slots, Tensor grads, Tensor flags,
-             Tensor hyper, std::optional<Tensor> numbers, std::optional<Tensor> blend_hyper,
+             std::optional<Tensor> direction, std::optional<Tensor> total, Tensor slots,
+             Tensor grads, Tensor flags, Tensor hyper, std::optional<Tensor> decay,
+             std::optional<Tensor> numbers, std::optional<Tensor> blend_hyper,
              std::optional<Tensor> loss_scale, std::optional<Tensor> grad_scale,
              std::optional<Tensor> found_inf, int64_t weight_dtype, int64_t grad_dtype,
              int64_t rule, int64_t blend) {
@@ -115,8 +116,8 @@ void update_(std::optional<Tensor> state0, std::optional<Tensor> state1,
   Types types = types_of(weight_dtype, grad_dtype, saved);
   Bucket bucket(saved, slots, grads, flags, hyper, types, kRuleColumns[rule]);
   DeviceProblem& p = bucket.problem;
-  check_update(state0, state1, state2, step, grad_scale, found_inf, saved, p.num_slots, rule, types,
-               p.states);
+  const unsigned has = check_update(state0, state1, state2, step, grad_scale, found_inf, saved,
+                                    p.num_slots, rule, types, p.states);
   for (int k = 0; k < kMaxStates; ++k) {
     STD_TORCH_CHECK(!p.states[k] || types.states[k] == types.weights,
                     "fused_sam: a state has a wrong dtype");
@@ -124,13 +125,22 @@ void update_(std::optional<Tensor> state0, std::optional<Tensor> state1,
   p.step = memory<float>(step);
   check_blend(kept, direction, numbers, blend_hyper, loss_scale, saved,
               hyper.numel() / kRuleColumns[rule], blend);
-  STD_TORCH_CHECK(!direction, "fused_sam: the CUDA kernels leave no direction");
+  STD_TORCH_CHECK(!direction || bucket.dtype == Dtype::kFloat32,
+                  "fused_sam: the CUDA kernels leave no direction of this dtype");
+  p.direction = memory(direction);
+  check_ahead(total, decay, saved, hyper.numel() / kRuleColumns[rule], rule, has);
+  STD_TORCH_CHECK(!total || blend < 0, "fused_sam: a climb along the momentum takes no blend");
+  std::optional<Tensor> partials;
+  if (total) partials = torch::stable::new_empty(saved, {kPartials}, ScalarType::Double);
+  p.partials = memory<double>(partials);
+  p.total = memory<double>(total);
+  p.decay = memory(decay);
   p.kept = bucket.kept(kept, saved, types);
   p.numbers = memory<double>(numbers);
   p.blend_hyper = memory(blend_hyper);
   p.loss_scale = memory<double>(loss_scale);
   p.blend = static_cast<int>(blend);
-  p.after = blend >= 0 && kBlendAfter[blend];
+  p.after = blend >= 0 && (kBlendAfter[blend] || kBlendDirects[blend]);
   check_launch(launch_update_(bucket.dtype, rule, p, memory(grad_scale), memory<float>(found_inf),
                               ticket_of(ticket, saved), climb_of(climb, saved), bucket.device,
                               bucket.stream));

@@ -205,9 +205,37 @@ __device__ __forceinline__ void add_terms(
   for (int c = 0; c < kCount; ++c) sums[c] = add<Sums::kMax>(sums[c], double(part[c]));
 }
 
+// What the sums of all threads come to. Returns whether this is the last block that comes here.
+//
 // partials: (count, kPartials), scratch. In float64, so that how the grid cuts the sum does not
 // show in a total that is rounded to float32. totals: (count,), what it comes to, in the terms'
-// type.
+// type T. ticket: 0 at first, and 0 again afterwards.
+template <typename Sums, typename T>
+__device__ __forceinline__ bool finish(double (&sums)[Sums::kCount], double* partials,
+                                       double* totals, unsigned* ticket) {
+  constexpr int kCount = Sums::kCount;
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) {
+    sums[c] = block_all<Sums::kMax>(sums[c]);
+    // The thread that takes the ticket has stored the partial sums.
+    if (threadIdx.x == 0) partials[c * kPartials + blockIdx.x] = sums[c];
+  }
+  if (!is_last(ticket)) return false;
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) {
+    double sum = 0;
+    // Past the first-level cache, which may hold what was there before.
+    for (int i = threadIdx.x; i < int(gridDim.x); i += kThreads) {
+      const double partial = static_cast<volatile double*>(partials)[c * kPartials + i];
+      sum = words::add<Sums::kMax>(sum, partial);
+    }
+    sum = block_all<Sums::kMax>(sum);
+    if (threadIdx.x == 0) totals[c] = double(T(sum));
+  }
+  if (threadIdx.x == 0) *ticket = 0;
+  return true;
+}
+
 template <typename Sums, typename S>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     reduce_kernel(DeviceProblem p, double* partials, double* totals, unsigned* ticket) {
@@ -227,25 +255,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
       add_terms<Sums, false>(sums, piece, other, group, earlier);
     }
   }
-#pragma unroll
-  for (int c = 0; c < kCount; ++c) {
-    sums[c] = block_all<Sums::kMax>(sums[c]);
-    // The thread that takes the ticket has stored the partial sums.
-    if (threadIdx.x == 0) partials[c * kPartials + blockIdx.x] = sums[c];
-  }
-  if (!is_last(ticket)) return;
-#pragma unroll
-  for (int c = 0; c < kCount; ++c) {
-    double sum = 0;
-    // Past the first-level cache, which may hold what was there before.
-    for (int i = threadIdx.x; i < int(gridDim.x); i += kThreads) {
-      const double partial = static_cast<volatile double*>(partials)[c * kPartials + i];
-      sum = words::add<Sums::kMax>(sum, partial);
-    }
-    sum = block_all<Sums::kMax>(sum);
-    if (threadIdx.x == 0) totals[c] = double(T(sum));
-  }
-  if (threadIdx.x == 0) *ticket = 0;
+  finish<Sums, T>(sums, partials, totals, ticket);
 }
 
 // ----------------------------------------------------------------------------------------- ascend_
@@ -255,18 +265,21 @@ __device__ __forceinline__ void climb(
     S* saved, S* kept, const Piece<S>& piece,
     const typename Ascent::template Scalars<ComputeOf<S>>& scalars, uint32_t seed) {
   const bool stays = scalars.scale == ComputeOf<S>(0);
+  const bool is_saved = piece.has(kPerturbed);
+  const S* from = is_saved ? saved : piece.weights;
+  FUSED_SAM_ASSUME_GLOBAL(from);
   for_packs<S, 2>(piece.numel, piece.has(kAligned), [&](auto width, auto unroll, int i) {
     constexpr int kWidth = decltype(width)::value, kUnroll = decltype(unroll)::value;
     constexpr int kStride = kThreads * kWidth;
     Pack<S, kWidth> weights[kUnroll], grad[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      weights[u] = read<kWidth>(piece.weights + i + u * kStride);
+      weights[u] = read<kWidth>(from + i + u * kStride);
       grad[u] = read<kWidth>(piece.grad + i + u * kStride);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      write(saved + i + u * kStride, weights[u]);
+      if (!is_saved) write(saved + i + u * kStride, weights[u]);
       if (kept) write(kept + i + u * kStride, grad[u]);
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
@@ -335,11 +348,18 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
 // ----------------------------------------------------------------------------------------- update_
 
-// v = a * grad + b * kept, and c * grad + d * kept is subtracted after the rule's step. What has
-// the factor 0 may be anything; kept is null where all of its are.
+// Whether an update may leave a direction: float64 has no register left for it, and half precision
+// has none in its own dtype. Only the variant that subtracts does, so that the others pay nothing.
+template <bool kAfter, typename S>
+constexpr bool kDirects = kAfter && std::is_same_v<S, float>;
+
+// v = a * grad + b * kept, and c * grad + d * kept is subtracted after the rule's step; or it is
+// the direction, if `directs`. What has the factor 0 may be anything; kept is null where all of its
+// are.
 template <typename S>
 struct Blended {
   const S* kept;
+  bool directs;
   ComputeOf<S> a, b, c, d;
 };
 
@@ -349,11 +369,11 @@ __device__ __forceinline__ T scaled(T factor, T x) {
 }
 
 // What a blend makes of the gradients of a piece.
-template <typename S>
+template <bool kAfter, typename S>
 __device__ __forceinline__ Blended<S> blended_of(const DeviceProblem& p, const Piece<S>& piece,
                                                  ComputeOf<S> lr) {
   using T = ComputeOf<S>;
-  if (!piece.has(kBlends)) return {nullptr, T(1), T(0), T(0), T(0)};
+  if (!piece.has(kBlends)) return {nullptr, false, T(1), T(0), T(0), T(0)};
   const double scale = p.loss_scale ? *p.loss_scale : 1;
   Coefficients found = {1, 0};
   int number = 0;
@@ -364,17 +384,34 @@ __device__ __forceinline__ Blended<S> blended_of(const DeviceProblem& p, const P
   }
   FUSED_SAM_BLENDS(FUSED_SAM_COEFFICIENTS)
 #undef FUSED_SAM_COEFFICIENTS
+  double rate = piece.has(kMaximize) ? -double(lr) : double(lr);
+  const bool directs = kDirects<kAfter, S> && p.direction;
+  if (directs) {
+    found = {1, 0, found.a, found.b};  // the rule sees the gradient
+    rate = 1;
+  }
   const bool looks = piece.has(kHeld) && (found.b != 0 || found.d != 0);
-  const double rate = piece.has(kMaximize) ? -double(lr) : double(lr);
-  return {looks ? static_cast<const S*>(p.kept) + piece.at : nullptr, T(found.a), T(found.b),
-          T(rate * found.c), T(rate * found.d)};
+  return {looks ? static_cast<const S*>(p.kept) + piece.at : nullptr,
+          directs,
+          T(found.a),
+          T(found.b),
+          T(rate * found.c),
+          T(rate * found.d)};
 }
 
-// weights and from may be the same memory.
-template <typename Rule, bool kAfter, unsigned kKept, typename S>
+// What an update does besides, where a climb along the momentum comes next.
+template <typename S>
+struct Ahead {
+  S* to;                // where the new weights go
+  ComputeOf<S> decay;   // of the weights, ahead of w, on the way from there
+  ComputeOf<S> square;  // gets that of the new momentum
+};
+
+// weights and from may be the same memory. ahead: nobody looks at it without kAhead.
+template <typename Rule, bool kAfter, bool kAhead, unsigned kKept, typename S>
 __device__ __forceinline__ void update_piece(
     const DeviceProblem& p, const Piece<S>& piece, const S* from, const Blended<S>& blended,
-    ComputeOf<S> descent, bool frozen,
+    Ahead<S>& ahead, ComputeOf<S> descent, bool frozen,
     const typename Rule::template Scalars<ComputeOf<S>>& scalars) {
   using T = ComputeOf<S>;
   S* states[kMaxStates];
@@ -382,17 +419,20 @@ __device__ __forceinline__ void update_piece(
   for (int k = 0; k < kMaxStates; ++k) {
     states[k] = kKept & 1u << k ? static_cast<S*>(p.states[k]) + piece.at : nullptr;
   }
+  const bool decays = kAhead && ahead.decay != T(0);
   // Two accesses in flight for each buffer where the registers suffice.
   constexpr int kMaxUnroll = sizeof(S) == 4 && !(kKept & 4u) ? 2 : 1;
   for_packs<S, kMaxUnroll>(piece.numel, piece.has(kAligned), [&](auto width, auto unroll, int i) {
     constexpr int kWidth = decltype(width)::value, kUnroll = decltype(unroll)::value;
     constexpr int kStride = kThreads * kWidth;
     Pack<S, kWidth> weights[kUnroll], grad[kUnroll], kept[kUnroll], state[kMaxStates][kUnroll];
+    Pack<S, kWidth> there[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       weights[u] = read<kWidth>(from + i + u * kStride);
       grad[u] = read<kWidth>(piece.grad + i + u * kStride);
       if (blended.kept) kept[u] = read<kWidth>(blended.kept + i + u * kStride);
+      if (kAhead && decays) there[u] = read<kWidth>(piece.weights + i + u * kStride);
 #pragma unroll
       for (int s = 0; s < kMaxStates; ++s) {
         if (!(kKept & 1u << s)) continue;
@@ -417,17 +457,36 @@ __device__ __forceinline__ void update_piece(
           gradient += scaled(blended.b, first);
           if (kAfter) after += scaled(blended.d, first);
         }
-        T stepped = Rule::template update<kKept>(load(old), descent * gradient, buffers, scalars);
+        T downhill = descent * gradient;
+        if (kAhead && decays) downhill += ahead.decay * (load(there[u].at[k]) - load(old));
+        T stepped = Rule::template update<kKept>(load(old), downhill, buffers, scalars);
+        if constexpr (kDirects<kAfter, S>) {
+          if (blended.directs) {
+            grad[u].at[k] = after;
+            after = T(0);
+          }
+        }
         if (kAfter) stepped -= after;
         const S updated = round_to<S>(stepped);
 #pragma unroll
         for (int s = 0; s < kMaxStates; ++s) {
           if (kKept & 1u << s) state[s][u].at[k] = round_to<S>(buffers[s]);
         }
+        if constexpr (kAhead && (kKept >> Rule::kMomentum & 1u)) {
+          const T v = load(state[Rule::kMomentum][u].at[k]);
+          T terms[1];
+          Squares::terms<false>(T(0), v, {}, {}, terms);
+          ahead.square += terms[0];
+        }
         // 0 * inf is NaN and -0.0 - -0.0 is 0.0: with lr 0 only a copy gives the bits back.
         weights[u].at[k] = frozen ? old : updated;
       }
-      write(piece.weights + i + u * kStride, weights[u]);
+      write((kAhead ? ahead.to : piece.weights) + i + u * kStride, weights[u]);
+      if constexpr (kDirects<kAfter, S>) {
+        if (blended.directs) {
+          write(static_cast<T*>(p.direction) + piece.at + i + u * kStride, grad[u]);
+        }
+      }
 #pragma unroll
       for (int s = 0; s < kMaxStates; ++s) {
         if (kKept & 1u << s) write(states[s] + i + u * kStride, state[s][u]);
@@ -445,43 +504,80 @@ __device__ __forceinline__ void with_kept(unsigned kept, const F& f) {
   if constexpr (kMask + 1 < 1u << Rule::kStates) with_kept<Rule, kMask + 1>(kept, f);
 }
 
-template <typename Rule, bool kAfter, typename S>
+// square: gets that of the new momentum, with kAhead.
+template <typename Rule, bool kAfter, bool kAhead, typename S>
 __device__ __forceinline__ void update_chunk(const DeviceProblem& p, ComputeOf<S> grad_scale,
-                                             bool skip, int chunk) {
+                                             bool skip, int chunk, double& square) {
   using T = ComputeOf<S>;
   const Piece<S> piece = piece_of<S>(p, chunk);
-  if (piece.has(kMissing) || skip) return restore(p, piece);
+  const bool steps = !piece.has(kMissing) && !skip;
+  S* const saved = static_cast<S*>(p.saved) + piece.at;
+  const bool stays = kAhead && piece.has(kStays) && piece.has(kPerturbed) && !piece.has(kMissing);
+  if (!steps && !stays) restore(p, piece);
+  if constexpr (kAhead) {
+    // Of a momentum that is not stepped.
+    const bool kept = unsigned(piece.flags) >> (kKeptShift + Rule::kMomentum) & 1u;
+    if (piece.has(kSummed) && !piece.has(kMissing) && !(steps && kept)) {
+      Piece<S> momentum = piece;
+      momentum.grad = static_cast<const S*>(p.states[Rule::kMomentum]) + piece.at;
+      double squares[1] = {};
+      add_terms<Squares, false, S>(squares, momentum, nullptr, {}, {});
+      square += squares[0];
+    }
+  }
+  if (!steps) return;
   const auto group = columns_of<Rule, T>(p, piece.slot);
   const T count = p.step ? T(p.step[piece.index] + 1.0f) : T(1);
   const auto scalars = Rule::scalars(group, count, piece.has(kFresh));
   const T descent = (piece.has(kMaximize) ? T(-1) : T(1)) / grad_scale;
-  const S* from = piece.has(kPerturbed) ? static_cast<const S*>(p.saved) + piece.at : piece.weights;
+  const S* from = piece.has(kPerturbed) ? saved : piece.weights;
   FUSED_SAM_ASSUME_GLOBAL(from);
-  const auto blended = blended_of(p, piece, group.lr);
-  with_kept<Rule>(unsigned(piece.flags) >> kKeptShift, [&](auto kept) {
-    update_piece<Rule, kAfter, kept.value>(p, piece, from, blended, descent, group.lr == T(0),
-                                           scalars);
+  Blended<S> blended = {};
+  Ahead<S> ahead = {};
+  if constexpr (kAhead) {
+    blended.a = T(1);
+    ahead.to = stays ? saved : piece.weights;
+    FUSED_SAM_ASSUME_GLOBAL(ahead.to);
+    const bool decays = p.decay && piece.has(kPerturbed);
+    ahead.decay = decays ? static_cast<const T*>(p.decay)[piece.slot.row] : T(0);
+  } else {
+    blended = blended_of<kAfter>(p, piece, group.lr);
+  }
+  with_kept<Rule>(unsigned(piece.flags) >> kKeptShift & kKeptMask, [&](auto kept) {
+    update_piece<Rule, kAfter, kAhead, kept.value>(p, piece, from, blended, ahead, descent,
+                                                   group.lr == T(0), scalars);
   });
+  if (kAhead && piece.has(kSummed)) square += double(ahead.square);
+}
+
+// The last block of a launch counts the step.
+__device__ __forceinline__ void count_steps(const DeviceProblem& p, bool skip) {
+  for (int i = threadIdx.x; !skip && i < p.num_slots; i += kThreads) {
+    if (!(p.flags[i] & kMissing)) p.step[i] += 1.0f;
+  }
 }
 
 // grad_scale, found_inf: one number each, or null. ticket: 0, and 0 again afterwards. kAfter:
-// p.after.
-template <typename Rule, typename S, bool kAfter = false>
+// p.after. kAhead: a climb along the momentum comes next, of which p.total gets the squares.
+template <typename Rule, typename S, bool kAfter = false, bool kAhead = false>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     update_kernel(DeviceProblem p, const ComputeOf<S>* grad_scale, const float* found_inf,
                   unsigned* ticket, int64_t* climbed) {
   if (blockIdx.x == 0 && threadIdx.x == 0) *climbed = 0;
   const bool skip = found_inf && *found_inf != 0.0f;
   const ComputeOf<S> scale = grad_scale ? *grad_scale : ComputeOf<S>(1);
+  double square[1] = {};
   for (int chunk = blockIdx.x; chunk < p.num_chunks; chunk += gridDim.x) {
-    update_chunk<Rule, kAfter, S>(p, scale, skip, chunk);
+    update_chunk<Rule, kAfter, kAhead, S>(p, scale, skip, chunk, square[0]);
   }
-  if constexpr (Rule::kCounts) {
-    // The last block to come here counts the step: all others have read the old count.
-    if (!is_last(ticket)) return;
-    for (int i = threadIdx.x; !skip && i < p.num_slots; i += kThreads) {
-      if (!(p.flags[i] & kMissing)) p.step[i] += 1.0f;
+  // The last block to come here counts the step: all others have read the old count.
+  if constexpr (kAhead) {
+    if (finish<Squares, ComputeOf<S>>(square, p.partials, p.total, ticket) && Rule::kCounts) {
+      count_steps(p, skip);
     }
+  } else if constexpr (Rule::kCounts) {
+    if (!is_last(ticket)) return;
+    count_steps(p, skip);
     if (threadIdx.x == 0) *ticket = 0;
   }
 }

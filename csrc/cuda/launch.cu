@@ -118,7 +118,10 @@ const char* launch_update_(Dtype dtype, int64_t rule, const DeviceProblem& p,
     using S = decltype(s);
     return with_rule(rule, [&](auto value) {
       using Rule = decltype(value);
-      const auto kernel = p.after ? update_kernel<Rule, S, true> : update_kernel<Rule, S, false>;
+      auto kernel = p.after ? update_kernel<Rule, S, true> : update_kernel<Rule, S, false>;
+      if constexpr (Rule::kMomentum >= 0) {
+        if (p.total) kernel = update_kernel<Rule, S, false, true>;
+      }
       return launch(kernel, p.num_chunks, device, stream, p,
                     static_cast<const ComputeOf<S>*>(grad_scale), found_inf, ticket, climb);
     });

@@ -23,6 +23,7 @@ struct Chunk {
 struct DeviceProblem {
   void* saved;
   void* kept;
+  void* direction;
   void* states[3];
   float* step;
   const Slot* slots;
@@ -30,12 +31,15 @@ struct DeviceProblem {
   const int64_t* grads;  // null for restore_
   const int32_t* flags;
   const void* hyper;
+  const void* decay;
   const double* earlier;
   const double* numbers;
   const void* blend_hyper;
   const double* loss_scale;
+  double* partials;  // (kPartials,), scratch, if there is total
+  double* total;     // the squares of the momentum, where a climb along it comes next, or null
   int blend;
-  bool after;  // the blend subtracts something after the rule's step
+  bool after;  // the blend subtracts something after the rule's step, or leaves a direction
   int num_slots;
   int num_chunks;
 };

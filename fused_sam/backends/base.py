@@ -34,9 +34,13 @@ class Backend:
     """
 
     name = "reference"
-    stays = False
-    """Whether an update can leave the weights where they are, and a climb start from ``saved``. One
-    of several operations could not: a half of them would lose w."""
+
+    def stays(self, bucket: Bucket) -> bool:
+        """Whether an update can leave the weights where they are, and a climb start from ``saved``.
+
+        One of several operations could not: a half of them would lose w.
+        """
+        return False
 
     def bakes_in(self, bucket: Bucket, ascent: Ascent, blend: Blend | None) -> str | None:
         """Why a CUDA graph of a step would keep numbers of the host's; None if it would not."""

@@ -25,7 +25,7 @@ from ..memory import Bucket, Gradients
 from ..recording import CODES, recording
 from ..rules import Group, Rule
 from . import capture
-from .ahead import Groups
+from .ahead import Ahead, Groups, coupled, decays
 
 # The bits of a slot, as csrc/tables.h has them.
 PERTURBED = 1
@@ -298,6 +298,23 @@ def sums_table(
     rows = bucket.rows
     return tables.hyper(
         sums.name, len(groups), lambda: {row: sums.numbers(groups[row], unscale) for row in rows}
+    )
+
+
+def ahead_table(
+    tables: Tables, bucket: Bucket, ahead: Ahead, groups: Groups, bits: dict[int, int]
+) -> Tensor | None:
+    """The weight decay that each group's weights have ahead of w; None where none has any.
+
+    ``bits``, those of each group's slots, get what a climb along the momentum asks of an update.
+    """
+    climbs, rows = SUMMED | STAYS * any(ahead.stays), bucket.rows
+    for row in rows:
+        bits[row] |= climbs * (groups[row]["ascent"] is not None)
+    if not any([decays(groups[row]) for row in rows]):
+        return None
+    return tables.hyper(
+        "decay", len(groups), lambda: {row: (coupled(groups[row]),) for row in rows}
     )
 
 

@@ -80,6 +80,7 @@ struct Options {
   double alpha = -1;         // GSAM's; negative: no blend, and nothing is kept
   double weight = -1;        // WSAM's; negative: it is not that
   bool looks = false;        // LookSAM: the blend is a direction, and the rule sees the gradient
+  bool follows = false;      // a climb along the momentum comes next, of the first group
   double p = 1.5;            // of the p-norm
   bool hides_param = false;  // the bit that asks for the weights is not set
 
@@ -111,6 +112,7 @@ inline Options group_of(const Options& o, int64_t row) {
   if (o.rule == RuleId::kAdam) group.decoupled = !o.decoupled;
   group.weight_decay = 0.02;
   group.rho = 0.25;
+  group.follows = false;
   return group;
 }
 
@@ -125,6 +127,7 @@ struct Hyper {
   Sgd::Columns<T> sgd[kRows];
   Adam::Columns<T> adam[kRows];
   RmsProp::Columns<T> rmsprop[kRows];
+  T decay[kRows];
 
   explicit Hyper(const Options& options) {
     for (int row = 0; row < kRows; ++row) fill(group_of(options, row), row);
@@ -150,6 +153,7 @@ struct Hyper {
     gsam[row] = {T(o.alpha)};
     wsam[row] = {T(o.weight), std::numeric_limits<T>::infinity()};
     looksam[row] = {T(0.7)};
+    decay[row] = T(o.decoupled ? 0 : o.weight_decay);
     const T momentum = T(o.variant & 1 ? o.momentum : 0);
     sgd[row] = {T(o.lr), T(o.weight_decay), momentum, T(1 - o.dampening), T(o.nesterov)};
     adam[row] = {T(o.lr),    T(o.weight_decay), T(o.decoupled), T(1 - o.beta1), log(o.beta1),
@@ -329,7 +333,8 @@ struct Bucket {
       const Options group = group_of(o, slots[i].row);
       all[i] |= (group.maximize ? kMaximize : 0) |
                 (group.adaptive && !group.hides_param ? kReadsParam : 0) |
-                (group.blends() ? kBlends : 0) | group.kept() << kKeptShift;
+                (group.blends() ? kBlends : 0) | (group.follows ? kSummed | kStays : 0) |
+                group.kept() << kKeptShift;
     }
     return all;
   }
@@ -502,7 +507,18 @@ Sums sums_of(Bucket<K>& bucket, const Options& options) {
   return sums;
 }
 
-// sq_norm: what the kernel was given. 0 or not finite: w is saved and nothing moves.
+// A weight at w, as it is without a climb.
+template <typename K>
+auto as_weight(typename K::M w) {
+  if constexpr (K::kMasters) {
+    return round_to<typename K::W>(w);
+  } else {
+    return w;
+  }
+}
+
+// sq_norm: what the kernel was given. 0 or not finite: w is saved and nothing moves. Perturbed
+// slots have their w in `saved` already.
 template <typename K>
 void expect_perturbed(Bucket<K>& bucket, const typename Bucket<K>::Copy& before,
                       const Options& options, double sq_norm) {
@@ -521,13 +537,14 @@ void expect_perturbed(Bucket<K>& bucket, const typename Bucket<K>::Copy& before,
         EXPECT(same_bits(now, old), "moved without a gradient");
         continue;
       }
-      const auto w = before.at_w(i, k, slot.start + k, false);
+      const bool away = bucket.flags[i] & kPerturbed;
+      const auto w = before.at_w(i, k, slot.start + k, away);
       EXPECT(same_bits(saved, w), "slot %zu, element %ld was not saved", i, long(k));
       const auto kept = o.blends() ? bucket.grads[i].data[k] : before.kept[slot.start + k];
       EXPECT(same_bits(bucket.kept[slot.start + k], kept), "slot %zu, element %ld: kept", i,
              long(k));
       if (!moves) {
-        EXPECT(same_bits(now, old), "moved with norm %g", norm);
+        EXPECT(same_bits(now, away ? as_weight<K>(w) : old), "moved with norm %g", norm);
         continue;
       }
       const double t = o.adaptive ? std::fabs(value(w)) + o.eta : 1;
@@ -559,17 +576,20 @@ auto home_of(Bucket<K>& bucket, size_t slot, int64_t k) {
   }
 }
 
+// total: of the squares of the momentum, where a climb along it comes next.
 template <typename K>
 void expect_updated(Bucket<K>& bucket, const typename Bucket<K>::Copy& before,
-                    const Options& options, bool skip) {
+                    const Options& options, bool skip, double total = 0) {
   using W = typename K::W;
   using M = typename K::M;
   using S = typename K::S;
   using T = typename K::T;
+  long double squares = 0;  // its own rounding must not count for float64
   for (size_t i = 0; i < bucket.slots.size(); ++i) {
     const Slot& slot = bucket.slots[i];
     const Options o = group_of(options, slot.row);
     const bool perturbed = bucket.flags[i] & kPerturbed, steps = bucket.has_grad(i) && !skip;
+    const bool stays = o.follows && perturbed && bucket.has_grad(i);
     if (o.rule != RuleId::kSgd) {
       EXPECT(bucket.step[i] == before.step[i] + (steps ? 1 : 0), "step of slot %zu", i);
     }
@@ -577,13 +597,18 @@ void expect_updated(Bucket<K>& bucket, const typename Bucket<K>::Copy& before,
       const int64_t at = slot.start + k;
       const bool touched = perturbed || steps;
       const M w = before.at_w(i, k, at, perturbed || (K::kMasters && !steps));
-      const M now = home_of(bucket, i, k);
-      if constexpr (K::kMasters) {
+      const M now = stays ? bucket.saved[at] : home_of(bucket, i, k);
+      const double v = o.follows && bucket.has_grad(i) ? value(bucket.states[0][at]) : 0;
+      squares += static_cast<long double>(v) * v;
+      if (stays) {
+        EXPECT(same_bits(bucket.weights_of(i)[k], before.weights[i][k]),
+               "slot %zu, element %ld did not stay", i, long(k));
+      } else if constexpr (K::kMasters) {
         const W weight = bucket.weights_of(i)[k];
         EXPECT(same_bits(weight, touched ? round_to<W>(now) : before.weights[i][k]),
                "slot %zu, element %ld is not its master", i, long(k));
       }
-      if (!K::kMasters || !steps) {
+      if (!(K::kMasters || stays) || !steps) {
         EXPECT(same_bits(bucket.saved[at], before.saved[at]), "update_ wrote to saved");
       }
       double s[3];
@@ -605,6 +630,10 @@ void expect_updated(Bucket<K>& bucket, const typename Bucket<K>::Copy& before,
         } else if (o.alpha >= 0) {
           const double c = kNumbers[0] / kNumbers[1];
           g = (1 + o.alpha * c) * g - o.alpha * first;
+        }
+        if (options.follows && perturbed && !o.decoupled) {
+          const double decay = o.weight_decay * (value(before.weights[i][k]) - value(w));
+          g += (o.maximize ? -1 : 1) * o.grad_scale * decay;
         }
         want = textbook(value(w), g, s, o, bucket.flags[i] & kFresh) - after;
       }
@@ -632,6 +661,7 @@ void expect_updated(Bucket<K>& bucket, const typename Bucket<K>::Copy& before,
              long(k), value(now), want);
     }
   }
+  expect_sq_norm<T>(total, static_cast<double>(squares));
   bucket.expect_padding();
 }
 
@@ -665,6 +695,10 @@ inline std::vector<Options> all_options() {
     blended.looks = true;
     all.push_back(blended);
   }
+  for (Options ahead : {all[4], all[6], all[5], all[7]}) {  // SGD with momentum, Adam
+    ahead.follows = true;
+    all.push_back(ahead);
+  }
   return all;
 }
 
@@ -696,8 +730,8 @@ void run_sums(R& runner, Bucket<K>& bucket, const Options& options) {
 }
 
 // Runner<K>: kDirects, whether it leaves directions; reduce(bucket, options, SumsId, earlier) ->
-// vector of double, ascend_(bucket, options, total), update_(bucket, options, skip),
-// restore_(bucket, options).
+// vector of double, ascend_(bucket, options, total), update_(bucket, options, skip) -> sum of the
+// squares of the momentum, restore_(bucket, options).
 template <typename K, template <typename> class Runner>
 void run_all(const std::vector<int64_t>& sizes) {
   constexpr double kInf = std::numeric_limits<double>::infinity();
@@ -724,14 +758,16 @@ void run_all(const std::vector<int64_t>& sizes) {
     for (bool skip : {false, true}) {
       Bucket<K> bucket(sizes, 3);
       const auto before = bucket.copy();
-      runner.update_(bucket, options, skip);
-      expect_updated(bucket, before, options, skip);
+      const double total = runner.update_(bucket, options, skip);
+      expect_updated(bucket, before, options, skip, total);
     }
     {
       Bucket<K> bucket(sizes, 6);
       const auto before = bucket.copy();
       runner.restore_(bucket, options);
-      expect_updated(bucket, before, options, true);
+      Options returns = options;
+      returns.follows = false;
+      expect_updated(bucket, before, returns, true);
     }
     for (double bad : {0.0, kInf, std::nan("")}) {
       Bucket<K> bucket(sizes, 4);
@@ -755,8 +791,13 @@ void run_all(const std::vector<int64_t>& sizes) {
       for (size_t i = 0; i < sizes.size(); ++i) {
         const bool perturbed = bucket.flags[i] & kPerturbed;
         for (int64_t k = 0; k < sizes[i]; ++k) {
-          const auto w = before.at_w(i, k, bucket.slots[i].start + k, perturbed);
-          const auto now = perturbed || bucket.has_grad(i) ? home_of(bucket, i, k) : w;
+          const int64_t at = bucket.slots[i].start + k;
+          const auto w = before.at_w(i, k, at, perturbed);
+          const bool follows = group_of(frozen, bucket.slots[i].row).follows;
+          const bool stays = follows && perturbed && bucket.has_grad(i);
+          const auto now = stays                             ? bucket.saved[at]
+                           : perturbed || bucket.has_grad(i) ? home_of(bucket, i, k)
+                                                             : w;
           EXPECT(same_bits(now, w), "lr = 0 moved slot %zu", i);
         }
       }

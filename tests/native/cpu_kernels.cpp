@@ -1,6 +1,7 @@
 // The CPU kernels of the best instruction set (or FUSED_SAM_CPU's) against the textbook, with
 // threads of its own in place of torch's: one span after the other goes to the next free thread.
 #include <atomic>
+#include <numeric>
 #include <optional>
 #include <thread>
 
@@ -70,14 +71,17 @@ class Runner {
              [&](int64_t begin, int64_t end) { kernel(p, &total, kNumber, begin, end); });
   }
 
-  void update_(cases::Bucket<K>& bucket, const Options& o, bool skip) {
+  double update_(cases::Bucket<K>& bucket, const Options& o, bool skip) {
     const Problem p = problem(bucket, o, false);
+    std::vector<T> partials(o.follows ? num_spans(p.size) : 0, T(NAN));
+    void* const sums = o.follows ? partials.data() : nullptr;
     for (size_t i = 0; p.step && !skip && i < bucket.step.size(); ++i) {
       if (bucket.has_grad(i)) bucket.step[i] += 1;
     }
     const auto kernel = kernels().update_[static_cast<int>(o.rule)][compute_of(K::types())];
     parallel(num_spans(p.size), kMaxThreads,
-             [&](int64_t begin, int64_t end) { kernel(p, o.grad_scale, skip, begin, end); });
+             [&](int64_t begin, int64_t end) { kernel(p, o.grad_scale, skip, sums, begin, end); });
+    return std::accumulate(partials.begin(), partials.end(), 0.0);
   }
 
   void restore_(cases::Bucket<K>& bucket, const Options& o) {
@@ -109,6 +113,7 @@ class Runner {
     p.grads = bucket.addresses.data();
     p.flags = flags_.data();
     p.hyper = ascent ? hyper_->ascent : hyper_->of(o.rule);
+    p.decay = o.follows ? hyper_->decay : nullptr;
     p.num_slots = static_cast<int64_t>(bucket.slots.size());
     p.size = bucket.size;
     p.stream = runs_++ % 2;

@@ -21,7 +21,7 @@ class Runner {
  public:
   using S = typename K::W;  // of all
   using T = typename K::T;
-  static constexpr bool kDirects = false;
+  static constexpr bool kDirects = std::is_same_v<S, float>;
 
   std::vector<double> reduce(cases::Bucket<K>& bucket, const Options& o, SumsId id,
                              const double* earlier = nullptr) {
@@ -66,8 +66,8 @@ class Runner {
     });
   }
 
-  void update_(cases::Bucket<K>& bucket, const Options& o, bool skip) {
-    in_every_order(bucket, {3}, [&](unsigned blocks, Order order) {
+  double update_(cases::Bucket<K>& bucket, const Options& o, bool skip) {
+    return in_every_order(bucket, {3}, [&](unsigned blocks, Order order) {
       DeviceProblem p = problem(bucket, o, false);
       const T scale = T(o.grad_scale);
       const T* grad_scale = o.grad_scale == 1 ? nullptr : &scale;
@@ -75,6 +75,10 @@ class Runner {
       const float* found_inf = skip || o.rule != RuleId::kRmsProp ? &found : nullptr;
       unsigned ticket = 0;
       int64_t climbed = 7;
+      std::vector<double> partials(kPartials, NAN);
+      double total = o.follows ? NAN : 0.0;
+      p.partials = partials.data();
+      p.total = o.follows ? &total : nullptr;
       launch(blocks, order, [&] {
         switch (o.rule) {
           case RuleId::kSgd:
@@ -87,7 +91,7 @@ class Runner {
       });
       EXPECT(ticket == 0, "the ticket is %u afterwards", ticket);
       EXPECT(climbed == 0, "the climb's number is %ld afterwards", long(climbed));
-      return 0.0;
+      return std::isnan(total) ? 0.0 : total;
     });
   }
 
@@ -105,6 +109,9 @@ class Runner {
  private:
   template <typename Rule, typename... Arguments>
   static void update(const DeviceProblem& p, Arguments... arguments) {
+    if constexpr (Rule::kMomentum >= 0) {
+      if (p.total) return update_kernel<Rule, S, false, true>(p, arguments...);
+    }
     if (p.after) return update_kernel<Rule, S, true>(p, arguments...);
     update_kernel<Rule, S, false>(p, arguments...);
   }
@@ -142,6 +149,7 @@ class Runner {
     }
     std::copy(copy.saved.begin(), copy.saved.end(), bucket.saved);
     std::copy(copy.kept.begin(), copy.kept.end(), bucket.kept);
+    std::copy(copy.direction.begin(), copy.direction.end(), bucket.direction);
     for (int k = 0; k < 3; ++k) {
       std::copy(copy.states[k].begin(), copy.states[k].end(), bucket.states[k]);
     }
@@ -158,6 +166,8 @@ class Runner {
     }
     EXPECT(same(a.saved, b.saved), "saved differs");
     EXPECT(same(a.kept, b.kept), "kept differs");
+    EXPECT(!std::memcmp(a.direction.data(), b.direction.data(), a.direction.size() * sizeof(T)),
+           "the direction differs");
     for (int k = 0; k < 3; ++k) EXPECT(same(a.states[k], b.states[k]), "state %d differs", k);
     EXPECT(a.step == b.step, "step differs");
   }
@@ -178,12 +188,13 @@ class Runner {
     DeviceProblem p = {};
     p.saved = bucket.saved;
     p.kept = o.blends() ? bucket.kept : nullptr;
+    p.direction = o.looks ? bucket.direction : nullptr;
     p.numbers = kNumbers;
     p.blend_hyper = hyper_->of_blend(o);
     p.blend = o.blend();
     loss_scale_ = o.grad_scale;
     p.loss_scale = &loss_scale_;
-    p.after = o.weight >= 0;
+    p.after = o.weight >= 0 || o.looks;
     bucket.give_states(p.states, o);
     p.step = o.rule == RuleId::kSgd ? nullptr : bucket.step.data();
     p.slots = bucket.slots.data();
@@ -191,6 +202,7 @@ class Runner {
     p.grads = bucket.addresses.data();
     p.flags = flags_.data();
     p.hyper = ascent ? hyper_->ascent : hyper_->of(o.rule);
+    p.decay = o.follows ? hyper_->decay : nullptr;
     p.num_slots = static_cast<int>(bucket.slots.size());
     p.num_chunks = static_cast<int>(chunks_.size());
     return p;

@@ -42,7 +42,8 @@ class Arguments:
             "slots": torch.tensor(table),
             "grads": torch.tensor([grad.data_ptr() for grad in self.grads]),
             "flags": torch.randint(0, 1 << 8, (len(sizes),), dtype=torch.int32)
-            | random.choice((0, 1, 3, 7)) << 8,
+            | random.choice((0, 1, 3, 7)) << 8
+            | random.choice((0, 1, 2, 3)) << 16,
             "total": torch.rand(1, dtype=torch.float64),
             "step": random.choice((None, torch.ones(len(sizes)))),
             "grad_scale": random.choice((None, torch.ones((), dtype=self.compute))),
@@ -61,6 +62,8 @@ class Arguments:
         self.values["blend"] = random.choice((-1, -1, -1, 0, 1, 2, 3, 4))
         there = self.values["blend"] == 3  # LookSAM's leaves a direction
         self.values["direction"] = self.buffer(start, self.compute) if there else None
+        self.values["squares"] = random.choice((None, torch.zeros(1, dtype=torch.float64)))
+        self.values["decay"] = random.choice((None, torch.rand(1008, dtype=self.compute)))
         self.values |= {
             f"state{k}": self.buffer(start, random.choice((None, *DTYPES))) for k in range(STATES)
         }
@@ -107,7 +110,15 @@ class Arguments:
             "update_": (
                 *(*[v[f"state{k}"] for k in range(STATES)], v["step"], None),
                 *(v["climb"], v["saved"], v["kept"], v["direction"]),
-                *(*tables, hyper, v["numbers"], v["blend_hyper"], v["loss_scale"]),
+                *(
+                    v["squares"],
+                    *tables,
+                    hyper,
+                    v["decay"],
+                    v["numbers"],
+                    v["blend_hyper"],
+                    v["loss_scale"],
+                ),
                 *(v["grad_scale"], v["found_inf"]),
                 *(*dtypes, v["number"], v["blend"]),
             ),

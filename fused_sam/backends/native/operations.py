@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...ascents import KERNELS, SQUARES, SUMS, Ascent, Sums
+from ...ascents import KERNELS, SUMS, Ascent, Sums
 from ...blends import KERNELS as BLENDS
 from ...blends import Blend, Blending
 from ...memory import Bucket, Gradients
 from ...memory.bucket import Kept
 from ...memory.members import AVERAGE
 from ...rules import STEP, Rule
-from ..ahead import Ahead, Groups, climbing, decay_ahead, momentum_of
+from ..ahead import Ahead, Groups
 from ..base import Backend
-from ..tables import READS_PARAM, Tables, blend_table, rule_bits, rule_rows, sums_table
+from ..tables import READS_PARAM, Tables, ahead_table, blend_table, rule_bits, rule_rows, sums_table
 from .translate import MAX_STATES, rules
 
 CHUNK = 4096
@@ -46,14 +46,19 @@ def _tables(bucket: Bucket) -> _Native:
     return tables
 
 
-def _serves(bucket: Bucket, kept: Kept | None = None, rare: bool = False) -> bool:
+def _serves(
+    bucket: Bucket, kept: Kept | None = None, *, averages: bool = False, directs: bool = False
+) -> bool:
     """Whether there are kernels for these dtypes; torch does the others: right, and slower.
 
-    ``rare``: whether a climb is along an average, or an update is to leave a direction.
+    ``averages``: whether a climb is along an average; ``directs``: whether an update is to leave a
+    direction.
     """
     if bucket.device.type == "cpu":
         return True
-    return not rare and bucket.is_uniform and (kept is None or kept.flat.dtype == bucket.dtype)
+    if averages or (directs and bucket.dtype != torch.float32):
+        return False
+    return bucket.is_uniform and (kept is None or kept.flat.dtype == bucket.dtype)
 
 
 class NativeBackend(Backend):
@@ -61,10 +66,14 @@ class NativeBackend(Backend):
 
     name = "native"
 
+    def stays(self, bucket: Bucket) -> bool:
+        """As ``Backend.stays``."""
+        return _serves(bucket)
+
     def bakes_in(self, bucket: Bucket, ascent: Ascent, blend: Blend | None) -> str | None:
         """As ``Backend.bakes_in``."""
         directs = blend is not None and blend.reuse is not None
-        if _serves(bucket, rare=directs or ascent.average is not None):
+        if _serves(bucket, averages=ascent.average is not None, directs=directs):
             return None
         return super().bakes_in(bucket, ascent, blend)
 
@@ -79,7 +88,7 @@ class NativeBackend(Backend):
         kept: Kept | None = None,
     ) -> Tensor:
         """As ``Backend.reduce``, in one launch."""
-        if not _serves(bucket, kept, sums.average is not None):
+        if not _serves(bucket, kept, averages=sums.average is not None):
             return super().reduce(bucket, sums, grads, groups, earlier, unscale, kept)
         tables = _tables(bucket)
         bits = {row: READS_PARAM * sums.reads_param(groups[row]) for row in bucket.rows}
@@ -111,7 +120,7 @@ class NativeBackend(Backend):
         unscale: float = 1.0,
     ) -> None:
         """As ``Backend.ascend_``, in one launch."""
-        if not _serves(bucket, None, ascent.average is not None):
+        if not _serves(bucket, averages=ascent.average is not None):
             return super().ascend_(bucket, ascent, grads, groups, total, number, kept, unscale)
         tables = _tables(bucket)
         torch.ops.fused_sam.ascend_.default(
@@ -142,23 +151,26 @@ class NativeBackend(Backend):
         found_inf: Tensor | None = None,
         ahead: Ahead | None = None,
     ) -> Tensor | None:
-        """As ``Backend.update_``, in one launch; the sum in another one."""
+        """As ``Backend.update_``, in one launch."""
         blend, kept = (None, None) if blending is None else (blending.blend, blending.kept)
         direction = None if blending is None else blending.direction
-        if not _serves(bucket, kept, direction is not None):
+        if not _serves(bucket, kept, directs=direction is not None):
             return super().update_(
                 *(bucket, rule, blending, grads, groups),
                 grad_scale=grad_scale,
                 found_inf=found_inf,
                 ahead=ahead,
             )
-        if ahead is not None:
-            grads = decay_ahead(bucket, grads, groups, grad_scale)
         tables = _tables(bucket)
+        total = decay = None
         names = {name for row in bucket.rows for name in rule.kept(groups[row])}
         fresh = bucket.fresh(names)
-        states = [bucket.state(s.name).flat if s.name in names else None for s in rule.states]
         bits = {row: rule_bits(rule, groups[row], blend is not None) for row in bucket.rows}
+        if ahead is not None:
+            total = torch.empty(1, dtype=torch.float64, device=bucket.device)
+            names.add(ahead.momentum)
+            decay = ahead_table(tables, bucket, ahead, groups, bits)
+        states = [bucket.state(s.name).flat if s.name in names else None for s in rule.states]
         numbers, rates = rule_rows(rule, groups, bucket.rows)
         torch.ops.fused_sam.update_.default(
             *states,
@@ -169,10 +181,12 @@ class NativeBackend(Backend):
             bucket.saved,
             None if kept is None else kept.flat,
             direction,
+            total,
             tables.slots,
             tables.addresses(grads).table,
             tables.flags(bits, bucket.perturbed, grads, fresh, () if kept is None else kept.held),
             tables.hyper(rule.name, len(groups), numbers, rates),
+            decay,
             None if blending is None else blending.numbers,
             None if blend is None else blend_table(tables, bucket, blend, groups),
             None if blending is None else blending.scale,
@@ -183,10 +197,7 @@ class NativeBackend(Backend):
             _RULES[rule.name],
             -1 if blend is None else _BLENDS[blend.name],
         )
-        if ahead is None:
-            return None
-        summed = momentum_of(bucket, ahead.momentum, climbing(bucket, grads, groups))
-        return self.reduce(bucket, SQUARES, summed, groups)
+        return total
 
     def restore_(self, bucket: Bucket) -> None:
         """As ``Backend.restore_``, in one launch."""

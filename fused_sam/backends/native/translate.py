@@ -24,7 +24,7 @@ from ...text import Text
 MAX_STATES = 3
 """States that the operation ``update_`` takes."""
 
-TABLES = 7
+TABLES = 8
 """Goes up with every change of the operations' arguments or of the tables that they read."""
 
 _OPERATORS: dict[type[ast.AST], str] = {
@@ -167,6 +167,7 @@ def _rule(rule: Rule) -> str:
     update = _Translator(rule.update, kept)
     fields = update.arguments[2 + len(names) :]
     param, *states = update.results
+    momentum = -1 if rule.momentum is None else names.index(rule.momentum)
     always = sum(1 << i for i, state in enumerate(rule.states) if state.kept is None)
     stores = [f"state_[{i}] = {value};" for i, value in enumerate(states)]
     return _struct(
@@ -177,6 +178,7 @@ def _rule(rule: Rule) -> str:
             f"static constexpr int kStates = {len(names)};",
             f"static constexpr unsigned kAlways = {always};  // states that every group keeps",
             f"static constexpr bool kCounts = {str(rule.counts).lower()};",
+            f"static constexpr int kMomentum = {momentum};  // which state it is; negative: none",
             f"template <typename T>\n  struct Columns {{ {_fields(columns)} }};",
             f"template <typename T>\n  struct Scalars {{ {_fields(fields)} }};",
             "",

@@ -18,9 +18,9 @@ from ...memory import Bucket, Gradients
 from ...memory.bucket import Kept
 from ...memory.members import AVERAGE
 from ...rules import STEP, Rule
-from ..ahead import Ahead, Groups, coupled, decays
+from ..ahead import Ahead, Groups
 from ..base import Backend
-from ..tables import STAYS, SUMMED, Tables, blend_table, rule_bits, rule_rows, sums_table
+from ..tables import Tables, ahead_table, blend_table, rule_bits, rule_rows, sums_table
 from . import kernels
 from .words import compiled
 
@@ -156,7 +156,10 @@ class TritonBackend(Backend):
     """See ``Backend`` for what the operations do."""
 
     name = "triton"
-    stays = True
+
+    def stays(self, bucket: Bucket) -> bool:
+        """As ``Backend.stays``."""
+        return True
 
     def bakes_in(self, bucket: Bucket, ascent: Ascent, blend: Blend | None) -> str | None:
         """As ``Backend.bakes_in``."""
@@ -264,14 +267,7 @@ class TritonBackend(Backend):
             decay = None
             if ahead is not None:
                 total = torch.empty(1, dtype=torch.float64, device=bucket.device)
-                climbs = SUMMED | STAYS * any(ahead.stays)
-                for row in bucket.rows:
-                    bits[row] |= climbs * (groups[row]["ascent"] is not None)
-                if any([decays(groups[row]) for row in bucket.rows]):
-                    rows = bucket.rows
-                    decay = launcher.hyper(
-                        "decay", len(groups), lambda: {row: (coupled(groups[row]),) for row in rows}
-                    )
+                decay = ahead_table(launcher, bucket, ahead, groups, bits)
             args = (
                 *(total, None if total is None else launcher.scratch(SQUARES), decay),
                 bucket.saved,
