@@ -15,7 +15,7 @@ from .following import Following
 from .memory.members import put_in, take_out
 from .memory.state import check_states
 from .modes import working
-from .options import OPTIONS
+from .options import MISSED, OPTIONS
 from .rules import RULES, check_options
 
 
@@ -37,6 +37,7 @@ class Checkpointing(Following):
             pre_hook(self)
         state: dict[str, Any] = self.base_optimizer.state_dict()  # which may be of its own kind
         put_in(state, self._all_params(), self._facts.engine.layout.members)
+        self._put_missed_in(state)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state)
             state = state if changed is None else changed
@@ -60,6 +61,7 @@ class Checkpointing(Following):
         state = state_dict.get("state")
         if isinstance(state, dict):
             state_dict["state"] = _without_old_weights(state)
+        missed = self._take_missed_out(state_dict)
         members = take_out(state_dict, self._all_params())
         names = (*OPTIONS, *self.when.memory)
         kept = [{name: group[name] for name in names} for group in self.param_groups]
@@ -86,6 +88,7 @@ class Checkpointing(Following):
                     f"the checkpoint is not one of {type(base).__name__}, it lacks {error}"
                 ) from error
             raise
+        self._facts.missed = missed
         self._facts.engine.layout.members.adopt(*members)
         if self._facts.captures.have_seen(self._facts.engine.layout):
             with working():
@@ -95,6 +98,31 @@ class Checkpointing(Following):
 
     def _all_params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
+
+    def _put_missed_in(self, state_dict: dict[str, Any]) -> None:
+        """Put into a checkpoint of torch's form which parameters stay at w in a one-pass member."""
+        missed = set(map(id, self._facts.missed))
+        if missed and isinstance(state_dict.get("param_groups"), list):
+            state_dict["param_groups"] = [
+                {**saved, MISSED: [i for i, p in enumerate(group["params"]) if id(p) in missed]}
+                for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True)
+            ]
+
+    def _take_missed_out(self, state_dict: dict[str, Any]) -> list[Tensor]:
+        """Take out of a checkpoint what ``_put_missed_in`` has put in."""
+        groups = state_dict.get("param_groups")
+        if not isinstance(groups, list) or not all([isinstance(g, dict) for g in groups]):
+            return []
+        missed = [
+            group["params"][i]
+            for saved, group in zip(groups, self.param_groups, strict=False)
+            for i in saved.get(MISSED, ())
+            if i < len(group["params"])
+        ]
+        state_dict["param_groups"] = [
+            {name: value for name, value in saved.items() if name != MISSED} for saved in groups
+        ]
+        return missed
 
     def _keep_wide(self, state_dict: Mapping[str, Any]) -> None:
         """Put back what torch's own loading has rounded: it casts state to its parameter's dtype.
@@ -147,12 +175,15 @@ class Checkpointing(Following):
             # A deepcopy of the model in the same call finds its way to the copy of this one.
             "_attached": self._facts.attached,
             "_members": (members.values(), members.numbers),
+            "_missed": self._facts.missed,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Used by construction and unpickling."""
         attached, members = state.pop("_attached", None), state.pop("_members", ({}, {}))
+        missed = state.pop("_missed", [])
         self._facts = Facts(self, attached)
+        self._facts.missed = missed
         super().__setstate__(state)
         self._facts.engine.layout.members.adopt(*members)  # which the first layout takes over
 

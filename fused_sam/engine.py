@@ -73,7 +73,7 @@ class Engine:
             )
             for (backend, bucket, of_bucket), of_kept in zip(self._each(grads), kept, strict=True)
         ]
-        total = combine(parts, self.buckets, sums.how)
+        total = combine(parts, self.buckets, sums.how, sums.count)
         return total if earlier is None else torch.cat([earlier, total])
 
     def climb(
@@ -250,14 +250,21 @@ class Engine:
             capture.refuse_to_prepare(length.device, "no step has climbed yet")
         carried = self.layout.members.number(LENGTH)
         carried.copy_(_unless(found_inf, length, carried))
+        without = self.layout.members.waiting(DIRECTION)
         for bucket, had in zip(self.buckets, stepped, strict=True):
             buffer = bucket.member(DIRECTION)
-            for slot, present, there in zip(bucket.slots, had, buffer.present, strict=True):
-                if there and not present:
-                    old = slot.of(buffer.flat)
-                    old.copy_(_unless(found_inf, torch.zeros_like(old), old))
-            climbs = [groups[slot.row]["ascent"] is not None for slot in bucket.slots]
-            buffer.show([a and b for a, b in zip(had, climbs, strict=True)])
+            left = [
+                present and groups[slot.row]["ascent"] is not None
+                for slot, present in zip(bucket.slots, had, strict=True)
+            ]
+            without += [
+                slot.of(buffer.flat)
+                for slot, new, there in zip(bucket.slots, left, buffer.present, strict=True)
+                if there and not new
+            ]
+            buffer.show(left)
+        for old in without:
+            old.copy_(_unless(found_inf, torch.zeros_like(old), old))
 
     def blend(self, blending: Blending | None, groups: Groups, grad_scale: Tensor | None) -> None:
         """Give a base optimizer without a rule the gradients that it is to see."""

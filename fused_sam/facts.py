@@ -82,6 +82,8 @@ class Facts:
         last: about the last step that was finished.
         training: whether the weights of a one-pass member belong ahead of w.
         visited: whether they have been there since the last step.
+        missed: the parameters that had no gradient in a one-pass member's last step: they stay at w
+            until the next.
         coming: the sum that the next climb along the momentum needs, if it is known.
         versions: of all parameters, torch's count of writes to each, as they were left there.
         attached: the model, if it is known.
@@ -116,6 +118,7 @@ class Facts:
         self.last = LastStep()
         self.training = True
         self.visited = False
+        self.missed: list[Tensor] = []
         self.coming: Coming | None = None
         self.versions: list[int] = []
         ALL.add(self)

@@ -16,8 +16,8 @@ from .caches import forget_copies
 from .climb import Climb
 from .facts import Coming
 from .memory import Gradients
+from .memory.window import trains
 from .modes import working
-from .options import MISSED
 from .recording import recording
 
 
@@ -85,18 +85,15 @@ class OnePass(Climb):
         forget_copies()
 
     def _note_missed(self, grads: Sequence[Gradients]) -> None:
-        """Keep which parameters had no gradient in this step: they stay at w until the next."""
-        missed = [
+        """Keep which parameters had no gradient in this step."""
+        engine = self._facts.engine
+        self._facts.missed = engine.layout.frozen + [
             slot.param
-            for bucket, there in zip(self._facts.engine.buckets, grads, strict=True)
+            for bucket, there in zip(engine.buckets, grads, strict=True)
             if not there.complete
             for slot, present in zip(bucket.slots, there.present, strict=True)
             if not present
         ]
-        ids = set(map(id, missed))
-        for group in self.param_groups:
-            if ids or MISSED in group:
-                group[MISSED] = [i for i, p in enumerate(group["params"]) if id(p) in ids]
 
     def _step_ahead(
         self, ascent: Ascent, grads: Sequence[Gradients], update: Callable[..., Tensor | None]
@@ -131,14 +128,17 @@ class OnePass(Climb):
         rule = engine.layout.rule
         assert rule is not None
         assert rule.momentum is not None
-        missed = {id(g["params"][i]) for g in self.param_groups for i in g.get(MISSED, ())}
+        missed = set(map(id, self._facts.missed))
         stays = [group["ascent"] is None for group in self.param_groups]
         return [
             momentum_of(
                 bucket,
                 rule.momentum,
                 [
-                    has and not stays[slot.row] and id(slot.param) not in missed
+                    has
+                    and not stays[slot.row]
+                    and trains(slot.param)
+                    and id(slot.param) not in missed
                     for slot, has in zip(
                         bucket.slots, bucket.state(rule.momentum).present, strict=True
                     )

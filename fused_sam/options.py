@@ -122,8 +122,8 @@ rounding of half precision depends on it, so a checkpoint must hold it."""
 
 
 MISSED = "sam_missed"
-"""Key in a group with Momentum-SAM: the indices of its parameters that had no gradient in the last
-step. They stay at w, so a checkpoint must hold it."""
+"""Key in a group of a checkpoint with Momentum-SAM: the indices of its parameters that had no
+gradient in the last step. They stay at w."""
 
 
 def check_values(group: Mapping[str, Any]) -> None:

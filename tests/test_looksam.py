@@ -159,6 +159,55 @@ def test_the_direction_survives_a_new_layout(backend):
         assert_same_bits(d, other)
 
 
+@pytest.mark.parametrize("how", ["frozen", "frozen and gone", "in a group that does not climb"])
+def test_who_takes_no_part_in_a_sam_step_has_no_direction(how, backend):
+    """Guards the steps after it: they would go along the direction of an older one."""
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
+    opt = FusedSAM(params, SGD, lr=0.1, blend=LookSAM(k=1), backend=backend)
+
+    def sam_step():
+        for half in (opt.first_step, opt.second_step):
+            for p in params:
+                p.grad = torch.randn(3) if p.requires_grad else None
+            half()
+
+    sam_step()
+    if how == "in a group that does not climb":
+        opt.add_param_group({"params": [opt.param_groups[0]["params"].pop(0)], "ascent": None})
+    else:
+        params[0].requires_grad_(False)
+        params[0].grad = None
+        if how == "frozen and gone":
+            params[0].data = params[0].data.clone()
+    sam_step()
+    params[0].requires_grad_(True)
+    kept = opt._facts.engine.layout.members.values()
+    assert [bool(kept[p][DIRECTION].any()) for p in params] == [False, True, True]
+
+
+def test_a_checkpoint_has_the_norm_though_a_parameter_is_listed_twice(backend):
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    opt = FusedSAM(params, SGD, lr=0.1, blend=LookSAM(k=1), backend=backend)
+    for half in (opt.first_step, opt.second_step):
+        give(params, [torch.randn(3) for _ in params])
+        half()
+    before = opt.state_dict()["state"][0][LENGTH]
+    opt.param_groups[0]["params"].append(params[0])
+    found = [e[LENGTH] for e in opt.state_dict()["state"].values() if LENGTH in e]
+    assert found == [before] and before > 0
+
+
+def test_a_step_of_nothing_but_frozen_parameters_is_none(backend):
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    opt = FusedSAM(params, SGD, lr=0.1, blend=LookSAM(k=1), backend=backend)
+    for p in params:
+        p.requires_grad_(False)
+        p.data = p.data.clone()
+    opt.first_step()
+    opt.second_step()
+    assert all(torch.equal(p, torch.ones(3)) for p in params)
+
+
 def test_a_trial_step_climbs_and_leaves_the_direction_alone(backend):
     """Guards ``check`` in a step that would not climb."""
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))

@@ -512,6 +512,56 @@ def with_batchnorm():
     return opt, model, data, train
 
 
+@pytest.mark.parametrize("removed", [0, 1])
+def test_who_had_no_gradient_is_known_by_more_than_its_place(removed, backend):
+    """Guards the way ahead after a parameter has left its group: the others have moved up there."""
+    params = [nn.Parameter(torch.full((2,), float(i))) for i in range(4)]
+    opt = FusedSAM(params, torch.optim.SGD, ascent=MSAM(), rho=1.0, lr=0.1, momentum=0.9)
+    for missing in (None, 2):
+        for i, p in enumerate(params):
+            p.grad = None if i == missing else torch.ones(2)
+        opt.step()
+    opt.eval()
+    w = [p.detach().clone() for p in params]
+    del opt.param_groups[0]["params"][removed]
+    opt.train()
+    moved = [not torch.equal(p, old) for p, old in zip(params, w, strict=True)]
+    assert moved == [i not in (2, removed) for i in range(4)]
+
+
+def test_what_is_frozen_stays_at_w_until_it_has_a_gradient_again(backend):
+    """Guards the way ahead of what was frozen and thawed: its old momentum leads nowhere."""
+    params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    opt = FusedSAM(params, torch.optim.SGD, ascent=MSAM(), rho=1.0, lr=0.1, momentum=0.9)
+
+    def step():
+        for p in params:
+            p.grad = torch.ones(2) if p.requires_grad else None
+        opt.step()
+        opt.eval()
+
+    def moved():
+        w = [p.detach().clone() for p in params]
+        opt.train()
+        found = [not torch.equal(p, old) for p, old in zip(params, w, strict=True)]
+        opt.eval()
+        return found
+
+    step()
+    params[0].requires_grad_(False)
+    params[0].grad = None
+    assert moved() == [False, True]
+    opt = copy.deepcopy(opt)  # which does not take in what is frozen
+    params = opt.param_groups[0]["params"]
+    opt.train()
+    step()
+    params[0].requires_grad_(True)
+    assert moved() == [False, True]
+    opt.train()
+    step()
+    assert moved() == [True, True]
+
+
 @pytest.mark.parametrize("attach", [False, True])
 def test_statistics_are_those_of_the_weights_ahead_until_they_are_recomputed(attach):
     """One pass: BatchNorm's running statistics are updated in it, once, ahead of w."""

@@ -25,7 +25,6 @@ from oracle import Textbook, assert_same_bits, exact, groups_of, inject, params_
 from fused_sam import FusedSAM
 from fused_sam.ascents import MSAM, USAM, FriendlySAM, PNorm, VaSSO
 from fused_sam.blends import GSAM, WSAM, CoupledWSAM, LookSAM
-from fused_sam.options import MISSED
 from fused_sam.schedule import Always, Every, Probability
 
 SETTINGS = settings(
@@ -69,8 +68,8 @@ between = precondition(lambda self: self.textbook.between)
 before = precondition(lambda self: not self.textbook.between)
 at_w = precondition(lambda self: not self.textbook.between and not self.opt.is_perturbed)
 one_pass = precondition(lambda self: isinstance(self.textbook, Ahead))
-# One pass counts those that had no gradient by their place in the group.
-none_missed = precondition(lambda self: not any(g.get(MISSED) for g in self.opt.param_groups))
+# One pass keeps in mind which parameters had no gradient.
+none_missed = precondition(lambda self: not self.opt._facts.missed)
 # A direction of LookSAM, or of one pass, stays with what is frozen until it is laid out anew.
 stays_itself = precondition(lambda self: self.member not in ("looksam", "msam", "msam-attached"))
 SEEDS = st.integers(0, 2**16)

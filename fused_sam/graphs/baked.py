@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from ..optimizer import FusedSAM
-from ..options import MISSED
 from ..rules import check_options
 from .conditions import refuse_fresh_gradients, refuse_hooks
 
@@ -81,9 +80,7 @@ class Baked:
                 for bucket in layout.buckets
                 for name, buffer in bucket.states.items()
             ],
-            "which parameters the last step had no gradient for": [
-                list(group.get(MISSED, ())) for group in opt.param_groups
-            ],
+            "which parameters the last step had no gradient for": [*map(id, opt._facts.missed)],
             "optimizer.measures": opt._facts.measures,
         }
         ascent = opt._facts.reader.read(opt.param_groups).ascent

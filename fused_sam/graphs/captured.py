@@ -18,7 +18,7 @@ from ..gradients import put_back
 from ..laststep import LastStep
 from ..modes import working
 from ..optimizer import FusedSAM
-from ..options import CLIMBS, MISSED
+from ..options import CLIMBS
 from ..randomness import Randomness
 from ..recording import Recording
 from ..schedule import NO_CLIMB, Always
@@ -119,7 +119,7 @@ class CapturedStep:
 
     def _capture(self, climbs: bool, other: DeviceGraph | None) -> _Graph:
         graph, opt = _Graph(self._device, climbs, other), self._optimizer
-        missed = [group.get(MISSED) for group in opt.param_groups]
+        missed = [*map(id, opt._facts.missed)]
         began = bool(opt.state)
 
         def rehearse() -> None:
@@ -137,7 +137,7 @@ class CapturedStep:
 
         graph.device.warm_up(rehearse)
         refuse_other_gradients(self._model, opt)
-        if began and missed != [group.get(MISSED) for group in opt.param_groups]:
+        if began and missed != [*map(id, opt._facts.missed)]:
             raise RuntimeError(
                 "the parameters that got no gradient in the last step are others than those of "
                 "this one, and Momentum-SAM leaves them where they are: take one step like this "

@@ -52,7 +52,8 @@ class Layout:
     Attributes:
         buckets: of the parameters that were taken in.
         params: those, group by group.
-        addresses: where their memory begins.
+        frozen: the others.
+        addresses: where the memory of those that were taken in begins.
         states: the rule's state, as the buckets hold it and as the optimizer shows it.
         members: what an ascent and a blend keep.
     """
@@ -86,12 +87,12 @@ class Layout:
         self._groups = [list(group["params"]) for group in groups]
         self.params = [param for param, _ in members]
         taken = set(self.params)
-        self._frozen = [p for group in groups for p in group["params"] if p not in taken]
+        self.frozen = [p for group in groups for p in group["params"] if p not in taken]
         self.addresses = list(map(Tensor.data_ptr, self.params))
         self._looks = list(map(_look, self.params))
         self._unchanged: Callable[..., bool] | None = None
         self.states = StateView(rule, self.buckets, {} if state is None else state, groups)
-        known = {*self.params, *self._frozen}
+        known = {*self.params, *self.frozen}
         self.members = MemberState(self.buckets, known, None if old is None else old.members)
 
     @property
@@ -108,8 +109,8 @@ class Layout:
             len(groups) == len(self._groups)
             and all(map(_are_the_same, map(_PARAMS, groups), self._groups))
             and list(map(Tensor.data_ptr, self.params)) == self.addresses
-            and not any(map(_REQUIRES_GRAD, self._frozen))
-            and all(map(operator.is_, map(_GRAD, self._frozen), itertools.repeat(None)))
+            and not any(map(_REQUIRES_GRAD, self.frozen))
+            and all(map(operator.is_, map(_GRAD, self.frozen), itertools.repeat(None)))
         )
 
     def has_its_looks(self) -> bool:

@@ -102,6 +102,10 @@ class MemberState:
             buffer.clear()
         return bool(buffers)
 
+    def waiting(self, name: str) -> list[Tensor]:
+        """What has this name of parameters that are in no bucket."""
+        return [entry[name] for entry in self._outside.values() if name in entry]
+
     def values(self) -> Values:
         """All that is kept of parameters: windows of the buffers, and what waits."""
         there = {param: dict(entry) for param, entry in self._outside.items()}
@@ -128,11 +132,10 @@ def put_in(state_dict: dict[str, Any], params: Sequence[Tensor], members: Member
     entries = [values.get(param, {}) for param in params]
     entries[0] = {**entries[0], **members.numbers}
     state = state_dict["state"]
-    ours = {
-        key: {**state.get(key, {}), **entry}
-        for key, entry in zip(keys, entries, strict=True)
-        if entry
-    }
+    ours: dict[Any, dict[str, Any]] = {}
+    for key, entry in zip(keys, entries, strict=True):
+        if entry and key not in ours:  # it may be listed twice, until the next step
+            ours[key] = {**state.get(key, {}), **entry}
     state_dict["state"] = {**state, **ours}
 
 
