@@ -15,6 +15,7 @@ FRAMEWORKS_VENV ?= .venv-frameworks
 FRAMEWORKS := lightning transformers accelerate timm fastai pytorch-ignite skorch peft
 
 BIN := $(VENV)/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Without build isolation: an isolated build environment would get a torch of its own.
 INSTALL := $(PIP) install --no-build-isolation --constraint $(VENV)/constraints.txt
@@ -39,11 +40,10 @@ demo: $(VENV)/.demo ## train with SGD and with SAM on real data, print a table, 
 	$(BIN)/python -m fused_sam.demo $(ARGS)
 
 test: $(VENV)/.dev ## run the tests; fails under 95 % coverage by lines and branches
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -m "not long" --cov \
-		$(ARGS)
+	$(PYTEST) -m "not long" --cov $(ARGS)
 
 test-long: $(VENV)/.dev ## the rest: machine code, sanitizers, an exception at every line
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -m long $(ARGS)
+	$(PYTEST) -m long $(ARGS)
 
 test-frameworks: $(FRAMEWORKS_VENV)/.ready ## test the adapters with the real Lightning, transformers, ...; CPU
 	PYTHONPATH=. $(FRAMEWORKS_VENV)/bin/python -m pytest -c tests/frameworks/pytest.ini \

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import blends
 from .ascents import GRAM, SQUARES, Ascent, Sums, chosen
 from .backends import Backend, Groups, capture, combine
-from .backends.ahead import Ahead
+from .backends.ahead import Ahead, climbing
 from .backends.mixing import after_, blend_
 from .blends import Blend, Blending
 from .devices import moved
@@ -253,10 +253,7 @@ class Engine:
         without = self.layout.members.waiting(DIRECTION)
         for bucket, had in zip(self.buckets, stepped, strict=True):
             buffer = bucket.member(DIRECTION)
-            left = [
-                present and groups[slot.row]["ascent"] is not None
-                for slot, present in zip(bucket.slots, had, strict=True)
-            ]
+            left = climbing(bucket, had, groups)
             without += [
                 slot.of(buffer.flat)
                 for slot, new, there in zip(bucket.slots, left, buffer.present, strict=True)

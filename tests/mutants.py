@@ -554,7 +554,7 @@ MUTANTS = [
     Mutant("msam-goes-along-a-momentum-that-rests", "fused_sam/onepass.py",
            " and id(slot.param) not in missed", "", MSAM),
     Mutant("msam-sums-a-momentum-that-rests", "fused_sam/backends/base.py",
-           "summed = momentum_of(bucket, ahead.momentum, climbing(bucket, grads, groups))",
+           "summed = momentum_of(bucket, ahead.momentum, climbing(bucket, grads.present, groups))",
            "summed = momentum_of(bucket, ahead.momentum, bucket.state(ahead.momentum).present)",
            MSAM),
     Mutant("msam-decays-w", "fused_sam/backends/ahead.py",

@@ -37,15 +37,9 @@ class Ahead:
         cls, bucket: Bucket, momentum: str, grads: Gradients, groups: Groups, stays: bool
     ) -> Ahead:
         """For an update with these gradients; ``stays``: whether weights stay that can."""
-        slots = tuple(
-            [
-                stays and away and there and groups[slot.row]["ascent"] is not None
-                for slot, away, there in zip(
-                    bucket.slots, bucket.perturbed, grads.present, strict=True
-                )
-            ]
-        )
-        return cls(momentum, slots)
+        climbs = climbing(bucket, grads.present, groups)
+        pairs = zip(bucket.perturbed, climbs, strict=True)
+        return cls(momentum, tuple([stays and away and there for away, there in pairs]))
 
 
 def decays(group: Group) -> bool:
@@ -75,11 +69,11 @@ def momentum_of(bucket: Bucket, name: str, slots: Sequence[bool]) -> Gradients:
     return found
 
 
-def climbing(bucket: Bucket, grads: Gradients, groups: Groups) -> list[bool]:
-    """For each slot, whether it has a gradient and its group climbs."""
+def climbing(bucket: Bucket, present: Sequence[bool], groups: Groups) -> list[bool]:
+    """For each slot, whether it has a gradient, as ``present`` says, and its group climbs."""
     return [
         there and groups[slot.row]["ascent"] is not None
-        for slot, there in zip(bucket.slots, grads.present, strict=True)
+        for slot, there in zip(bucket.slots, present, strict=True)
     ]
 
 

@@ -267,7 +267,7 @@ class Backend:
         bucket.climb.zero_()
         if ahead is None:
             return None
-        summed = momentum_of(bucket, ahead.momentum, climbing(bucket, grads, groups))
+        summed = momentum_of(bucket, ahead.momentum, climbing(bucket, grads.present, groups))
         return self.reduce(bucket, SQUARES, summed, groups)
 
     def restore_(self, bucket: Bucket) -> None:
