@@ -238,6 +238,9 @@ FUSED_SAM_NOINLINE void empty_tile(Memory to, const T* tile, int64_t n, bool str
   with_storage(to.dtype, [&](auto s) {
     using S = decltype(s);
     if (!streams) return narrow<T, S>(to.as<S>(), tile, n);
+    if constexpr (std::is_same_v<S, T>) {
+      return copy_bytes<true>(to.at, reinterpret_cast<const char*>(tile), to.bytes(n));
+    }
     alignas(64) S rounded[kTile];
     narrow<T, S>(rounded, tile, n);
     copy_bytes<true>(to.at, reinterpret_cast<const char*>(rounded), to.bytes(n));
@@ -529,17 +532,24 @@ FUSED_SAM_INLINE Coefficients coefficients_of(const Problem& p, const Slot& slot
   return found;
 }
 
-// x * grad + y * kept; what has the factor 0 may be anything.
+// x * grad + y * kept; what has the factor 0 may be anything, and is not read. A loop for each
+// case: loads under a mask wait for the memory longer.
 template <typename T>
 FUSED_SAM_NOINLINE void mix(T* mixed, const T* grad, Memory kept, int64_t n, T x, T y) {
-  const bool reads = x != T(0);
-  FUSED_SAM_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) mixed[i] = reads ? x * grad[i] : T(0);
-  if (y == T(0)) return;
   alignas(64) T tile[kTile];
-  const T* first = load_tile<T>(kept, tile, n);
-  FUSED_SAM_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) mixed[i] += y * first[i];
+  const T* first = y == T(0) ? nullptr : load_tile<T>(kept, tile, n);
+  if (x != T(0) && y != T(0)) {
+    FUSED_SAM_VECTORIZE
+    for (int64_t i = 0; i < n; ++i) mixed[i] = x * grad[i] + y * first[i];
+  } else if (x != T(0)) {
+    FUSED_SAM_VECTORIZE
+    for (int64_t i = 0; i < n; ++i) mixed[i] = x * grad[i];
+  } else if (y != T(0)) {
+    FUSED_SAM_VECTORIZE
+    for (int64_t i = 0; i < n; ++i) mixed[i] = T(0) + y * first[i];  // as a sum: no -0.0
+  } else {
+    memset(mixed, 0, n * sizeof(T));
+  }
 }
 
 // Adds the decay of weights ahead of w on the way from there to a gradient that points downhill.
@@ -630,9 +640,12 @@ FUSED_SAM_NOINLINE void update_piece(const Problem& p, const Piece& piece, doubl
       const T* const own = load_tile<T>(piece.grad + i, grads, n);
       const T* grad = own;
       if (piece.flags & kBlends) {
-        T* const to = direction ? direction + piece.at + i : mixed;
-        mix<T>(to, own, kept_of(p, piece) + i, n, T(coefficients.a), T(coefficients.b));
-        if (!direction) grad = mixed;
+        mix<T>(mixed, own, kept_of(p, piece) + i, n, T(coefficients.a), T(coefficients.b));
+        if (direction) {
+          store_tile<T>(Memory(direction + piece.at + i, DtypeOf<T>::kValue), mixed, n, p.stream);
+        } else {
+          grad = mixed;
+        }
       }
       if (decay != T(0)) {
         add_decay(mixed, grad, load_tile<T>(weights, updated, n), w, n, descent, decay);

@@ -99,13 +99,14 @@ class Collector:
         else:
             addresses = tuple([0 if grad is None else Tensor.data_ptr(grad) for grad in grads])
         if not self._sound.issuperset(addresses):
-            for grad in grads:
-                if grad is not None and not has_memory(grad):
-                    raise RuntimeError(
-                        f"a gradient of shape {tuple(grad.shape)} has a storage of "
-                        f"{grad.untyped_storage().nbytes()} bytes, which is too small for it; "
-                        f"set it to None before its storage is freed"
-                    )
+            for grad, address in zip(grads, addresses, strict=True):
+                if grad is None or address in self._sound or has_memory(grad):
+                    continue
+                raise RuntimeError(
+                    f"a gradient of shape {tuple(grad.shape)} has a storage of "
+                    f"{grad.untyped_storage().nbytes()} bytes, which is too small for it; "
+                    f"set it to None before its storage is freed"
+                )
             if len(self._sound) > _REMEMBERED * len(grads):
                 self._sound.clear()
             self._sound.update(addresses)
