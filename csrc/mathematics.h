@@ -1000,4 +1000,4 @@ constexpr int kNumBlends = 5;
 
 #define FUSED_SAM_BLENDS(_) _(Gsam) _(Wsam) _(CoupledWsam) _(LookSam) _(LookSamReuse)
 
-#define FUSED_SAM_MATHEMATICS "38784466911371d6"
+#define FUSED_SAM_MATHEMATICS "396defdf37497d26"

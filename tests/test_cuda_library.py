@@ -79,8 +79,8 @@ three = torch.zeros(1, 3)
 tables = slots, grads, flags, three
 start = cuda, saved
 
-def reduce(name, tables, kept=None, earlier=None):
-    args = *start, kept, None, earlier, ticket, *tables, 0, 0, _SUMS[name]
+def reduce(name, tables, kept=None, earlier=None, average=None):
+    args = *start, kept, average, earlier, ticket, *tables, 0, 0, _SUMS[name]
     return ops.reduce.default.redispatch(*args)
 
 total = reduce("SamNorm", tables)
@@ -115,6 +115,24 @@ largest = reduce("PNormMax", five)
 both = torch.cat([largest, reduce("PNormSum", five, None, largest)])
 p_norm = None, 1, 0, 0, _ASCENTS["PNorm"]
 ops.ascend_.default.redispatch(*start, None, None, climb, *five, both, *p_norm)
+average = torch.zeros(128)
+for name, columns in (("FriendlySam", 7), ("VassoSam", 6)):
+    group = slots, grads, flags, torch.zeros(1, columns)
+    total = reduce(f"{name}Norm", group, average=average)
+    climbs = *group, total, None, 1, 0, 0, _ASCENTS[name]
+    ops.ascend_.default.redispatch(*start, kept, average, climb, *climbs)
+    for wrong, said in ((None, "average is there where it is needed"),
+                        (average.double(), "average has a wrong dtype")):
+        for call in (
+            lambda: reduce(f"{name}Norm", group, average=wrong),
+            lambda: ops.ascend_.default.redispatch(*start, kept, wrong, climb, *climbs),
+        ):
+            try:
+                call()
+            except RuntimeError as error:
+                assert said in str(error), error
+            else:
+                raise AssertionError("an average that is missing or wrong was not noticed")
 three = reduce("Gram", (slots, grads, flags, torch.zeros(1, 0)), kept)
 assert three.shape == (3,)
 update("Sgd", 5, [None, None, None], None, three, torch.zeros(1, 1), _BLENDS["Gsam"])
@@ -166,7 +184,8 @@ def test_kernels_are_launched_on_the_tensors_device_and_its_stream(stubs, needed
     kernels = [re.search(r"(reduce|ascend|update|restore)_kernel", line)[1] for line in launches]
     step = ["reduce", "ascend", "update"]
     blended = ["reduce", *["update"] * 4]
-    assert kernels == [*step, *["update"] * 3, "reduce", "reduce", "ascend", *blended, "restore"]
+    others = ["reduce", "reduce", "ascend", *["reduce", "ascend"] * 2]
+    assert kernels == [*step, *["update"] * 3, *others, *blended, "restore"]
     for line in launches:
         assert line.endswith(" grid 1 block 256 device 1 stream 71")
 

@@ -156,10 +156,7 @@ def cuobjdump(*arguments):
     return done.stdout
 
 
-CUDA_SUMS = [sums for sums in SUMS if sums.average is None]
-CUDA_ASCENTS = [ascent for ascent in KERNELS if ascent.average is None]
-"""On CUDA torch serves those along an average so far."""
-VALUES = [value.name for value in (*rules(), *CUDA_SUMS, *CUDA_ASCENTS)]
+VALUES = [value.name for value in (*rules(), *SUMS, *KERNELS)]
 
 
 def kernel_name(mangled):
@@ -197,13 +194,17 @@ def budget(architecture):
     counts = {}
     copy = 2 + 1
     for dtype in DTYPES:
-        for sums in CUDA_SUMS:
+        average = 2 if dtype.endswith("16") else 1  # accesses: it is in float32 then
+        for sums in SUMS:
             # g; and g and w, or what is kept. The squares read g, whether the bit is set or not.
             operands = 1 + 1 if sums is SQUARES else 1 + 2
+            operands += 2 * average if sums.average else 0
             counts[f"reduce {sums.name} {dtype}"] = (4 + 1) * operands, 0
-        for ascent in CUDA_ASCENTS:
-            # w, g -> w, saved, and where g is kept
-            counts[f"ascend {ascent.name} {dtype}"] = (2 + 1) * 2, (2 + 1) * 3
+        for ascent in KERNELS:
+            # w, g, average -> w, saved, average, and where g is kept
+            followed = average if ascent.average else 0
+            loads, stores = 2 + followed, 3 + followed
+            counts[f"ascend {ascent.name} {dtype}"] = (2 + 1) * loads, (2 + 1) * stores
         counts[f"restore {dtype}"] = 2 * copy, 2 * copy  # where nothing else is, it stands twice
         for rule in rules():
             loads = stores = copy
@@ -225,16 +226,19 @@ def budget(architecture):
 
 
 def _split(counts, older):
-    """What ptxas 13.0 makes of two of them.
+    """What ptxas 13.0 makes of some of them.
 
-    For older GPUs the restore stands once. For newer ones it branches on whether a group is
-    adaptive: loads and stores behind the branch stand in the code twice, and run once.
+    For older GPUs the restore stands once, and a climb along an average branches on whether it
+    takes the gradients in. For newer ones a climb branches on whether a group is adaptive. Loads
+    and stores behind a branch stand in the code twice, and run once.
     """
     for dtype in DTYPES:
-        changed = {}
+        changed, wide = {}, not dtype.endswith("16")
+        averages = [ascent.name for ascent in KERNELS if ascent.average]
         if older:
             changed[f"restore {dtype}"] = -3, -3
-        elif not dtype.endswith("16"):
+            changed |= {f"ascend {name} {dtype}": (3, 9) for name in averages if wide}
+        elif wide:
             changed = {f"ascend {name} {dtype}": (4, 4) for name in ("Sam", "Usam")}
         for name, (loads, stores) in changed.items():
             counts[name] = counts[name][0] + loads, counts[name][1] + stores

@@ -68,7 +68,7 @@ int64_t* climb_of(const Tensor& climb, const Tensor& saved) {
   return static_cast<int64_t*>(climb.mutable_data_ptr());
 }
 
-Tensor reduce(Tensor saved, std::optional<Tensor> kept, std::optional<Tensor> /*average*/,
+Tensor reduce(Tensor saved, std::optional<Tensor> kept, std::optional<Tensor> average,
               std::optional<Tensor> earlier, std::optional<Tensor> ticket, Tensor slots,
               Tensor grads, Tensor flags, Tensor hyper, int64_t weight_dtype, int64_t grad_dtype,
               int64_t sums) {
@@ -78,6 +78,7 @@ Tensor reduce(Tensor saved, std::optional<Tensor> kept, std::optional<Tensor> /*
   bucket.problem.earlier = check_earlier(earlier, sums, saved);
   STD_TORCH_CHECK(!kSumsReadsKept[sums] || kept, "fused_sam: the sum needs kept");
   bucket.problem.kept = bucket.kept(kept, saved, types);
+  bucket.problem.average = check_average(average, saved, types, kSumsAverages[sums]);
   const int count = kSumsCount[sums];
   Tensor partials = torch::stable::new_empty(saved, {count * kPartials}, ScalarType::Double);
   Tensor total = torch::stable::new_empty(saved, {count}, ScalarType::Double);
@@ -88,14 +89,15 @@ Tensor reduce(Tensor saved, std::optional<Tensor> kept, std::optional<Tensor> /*
   return total;
 }
 
-void ascend_(Tensor saved, std::optional<Tensor> kept, std::optional<Tensor> /*average*/,
-             Tensor climb, Tensor slots, Tensor grads, Tensor flags, Tensor hyper, Tensor total,
+void ascend_(Tensor saved, std::optional<Tensor> kept, std::optional<Tensor> average, Tensor climb,
+             Tensor slots, Tensor grads, Tensor flags, Tensor hyper, Tensor total,
              std::optional<Tensor> number_at, int64_t number, int64_t weight_dtype,
              int64_t grad_dtype, int64_t ascent) {
   check_index(ascent, kNumAscents, "ascent");
   const Types types = types_of(weight_dtype, grad_dtype, saved);
   Bucket bucket(saved, slots, grads, flags, hyper, types, kAscentColumns[ascent]);
   bucket.problem.kept = bucket.kept(kept, saved, types);
+  bucket.problem.average = check_average(average, saved, types, kAscentAverages[ascent]);
   check(total, "total", ScalarType::Double, kAscentNumbers[ascent], saved);
   check_launch(launch_ascend_(bucket.dtype, ascent, bucket.problem,
                               static_cast<const double*>(total.const_data_ptr()),

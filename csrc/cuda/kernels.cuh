@@ -31,7 +31,8 @@ constexpr int kAccess = 16;    // bytes: the widest load and store
 template <typename S>
 using ComputeOf = typename Compute<S>::Type;
 
-// kWidth elements that travel together: one 128-bit access, or one element.
+// kWidth elements that travel together: in 128-bit accesses (two of them for the average of a half
+// precision's gradients), or one element.
 template <typename S, int kWidth>
 struct Pack {
   S at[kWidth];
@@ -40,9 +41,13 @@ struct Pack {
 template <int kWidth, typename S>
 __device__ __forceinline__ Pack<S, kWidth> read(const S* from) {
   Pack<S, kWidth> pack;
-  if constexpr (kWidth * sizeof(S) == kAccess) {
-    const uint4 raw = *reinterpret_cast<const uint4*>(from);
-    memcpy(&pack, &raw, kAccess);
+  if constexpr (kWidth * sizeof(S) % kAccess == 0) {
+    uint4 raw[sizeof(pack) / kAccess];
+#pragma unroll
+    for (unsigned a = 0; a < sizeof(pack) / kAccess; ++a) {
+      raw[a] = reinterpret_cast<const uint4*>(from)[a];
+    }
+    memcpy(&pack, raw, sizeof(pack));
   } else {
     static_assert(kWidth == 1, "an access is 128 bits or one element");
     pack.at[0] = *from;
@@ -52,10 +57,13 @@ __device__ __forceinline__ Pack<S, kWidth> read(const S* from) {
 
 template <int kWidth, typename S>
 __device__ __forceinline__ void write(S* to, const Pack<S, kWidth>& pack) {
-  if constexpr (kWidth * sizeof(S) == kAccess) {
-    uint4 raw;
-    memcpy(&raw, &pack, kAccess);
-    *reinterpret_cast<uint4*>(to) = raw;
+  if constexpr (kWidth * sizeof(S) % kAccess == 0) {
+    uint4 raw[sizeof(pack) / kAccess];
+    memcpy(raw, &pack, sizeof(pack));
+#pragma unroll
+    for (unsigned a = 0; a < sizeof(pack) / kAccess; ++a) {
+      reinterpret_cast<uint4*>(to)[a] = raw[a];
+    }
   } else {
     *to = pack.at[0];
   }
@@ -90,6 +98,11 @@ __device__ __forceinline__ Piece<S> piece_of(const DeviceProblem& p, int chunk) 
   FUSED_SAM_ASSUME_GLOBAL(piece.weights);
   FUSED_SAM_ASSUME_GLOBAL(piece.grad);
   return piece;
+}
+
+template <typename S>
+__device__ __forceinline__ ComputeOf<S>* average_of(const DeviceProblem& p, const Piece<S>& piece) {
+  return static_cast<ComputeOf<S>*>(p.average) + piece.at;
 }
 
 // The hyperparameters of a group.
@@ -170,13 +183,28 @@ __device__ __forceinline__ bool is_last(unsigned* ticket) {
 template <typename Sums, typename S>
 using TermOf = std::conditional_t<Sums::kWide, double, ComputeOf<S>>;
 
-// other: the weights, or what is kept of the gradients at w. Adds to `sums` what the piece gives.
+// What the terms get in the gradient's place.
+template <typename Average, typename T, typename Group>
+__device__ __forceinline__ T direction_of(T grad, [[maybe_unused]] T average,
+                                          [[maybe_unused]] const Group& group) {
+  if constexpr (Average::kIs) {
+    T direction, unused;
+    Average::follow(grad, average, group, direction, unused);
+    return direction;
+  } else {
+    return grad;
+  }
+}
+
+// other: the weights, or what is kept of the gradients at w. average: of these, if the sums have
+// one. Adds to `sums` what the piece gives.
 template <typename Sums, bool kReads, typename S>
 __device__ __forceinline__ void add_terms(
     double (&sums)[Sums::kCount], const Piece<S>& piece, const S* other,
-    const typename Sums::template Columns<TermOf<Sums, S>>& group,
+    const ComputeOf<S>* average, const typename Sums::template Columns<TermOf<Sums, S>>& group,
     const typename Sums::template Earlier<TermOf<Sums, S>>& earlier) {
   using T = TermOf<Sums, S>;
+  using Average = typename Sums::Average;
   using words::add;
   constexpr int kCount = Sums::kCount;
   T part[kCount] = {};
@@ -184,9 +212,11 @@ __device__ __forceinline__ void add_terms(
     constexpr int kWidth = decltype(width)::value, kUnroll = decltype(unroll)::value;
     constexpr int kStride = kThreads * kWidth;
     Pack<S, kWidth> others[kUnroll], grad[kUnroll];
+    Pack<ComputeOf<S>, kWidth> averages[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (kReads) others[u] = read<kWidth>(other + i + u * kStride);
+      if (Average::kIs) averages[u] = read<kWidth>(average + i + u * kStride);
       grad[u] = read<kWidth>(piece.grad + i + u * kStride);
     }
 #pragma unroll
@@ -194,8 +224,10 @@ __device__ __forceinline__ void add_terms(
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
         const T x = kReads ? T(load(others[u].at[k])) : T(0);
+        const T m = Average::kIs ? T(averages[u].at[k]) : T(0);
+        const T g = direction_of<Average>(T(load(grad[u].at[k])), m, group);
         T terms[kCount];
-        Sums::template terms<kReads>(x, T(load(grad[u].at[k])), group, earlier, terms);
+        Sums::template terms<kReads>(x, g, group, earlier, terms);
 #pragma unroll
         for (int c = 0; c < kCount; ++c) part[c] = add<Sums::kMax>(part[c], terms[c]);
       }
@@ -249,10 +281,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     if (piece.has(kMissing)) continue;
     const auto group = columns_of<Sums, T>(p, piece.slot);
     const S* other = Sums::kReadsKept ? static_cast<const S*>(p.kept) + piece.at : piece.weights;
+    const ComputeOf<S>* average = Sums::Average::kIs ? average_of(p, piece) : nullptr;
     if (piece.has(Sums::kReadsKept ? kHeld : kReadsParam)) {
-      add_terms<Sums, true>(sums, piece, other, group, earlier);
+      add_terms<Sums, true>(sums, piece, other, average, group, earlier);
     } else {
-      add_terms<Sums, false>(sums, piece, other, group, earlier);
+      add_terms<Sums, false>(sums, piece, other, average, group, earlier);
     }
   }
   finish<Sums, T>(sums, partials, totals, ticket);
@@ -260,11 +293,15 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
 // ----------------------------------------------------------------------------------------- ascend_
 
+// average: of the gradients; null if the ascent has none. takes_in: whether it takes these in.
 template <typename Ascent, typename S>
 __device__ __forceinline__ void climb(
-    S* saved, S* kept, const Piece<S>& piece,
-    const typename Ascent::template Scalars<ComputeOf<S>>& scalars, uint32_t seed) {
-  const bool stays = scalars.scale == ComputeOf<S>(0);
+    S* saved, S* kept, ComputeOf<S>* average, const Piece<S>& piece,
+    const typename Ascent::template Columns<ComputeOf<S>>& group,
+    const typename Ascent::template Scalars<ComputeOf<S>>& scalars, bool takes_in, uint32_t seed) {
+  using T = ComputeOf<S>;
+  using Average = typename Ascent::Average;
+  const bool stays = scalars.scale == T(0);
   const bool is_saved = piece.has(kPerturbed);
   const S* from = is_saved ? saved : piece.weights;
   FUSED_SAM_ASSUME_GLOBAL(from);
@@ -272,21 +309,31 @@ __device__ __forceinline__ void climb(
     constexpr int kWidth = decltype(width)::value, kUnroll = decltype(unroll)::value;
     constexpr int kStride = kThreads * kWidth;
     Pack<S, kWidth> weights[kUnroll], grad[kUnroll];
+    Pack<T, kWidth> averages[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       weights[u] = read<kWidth>(from + i + u * kStride);
       grad[u] = read<kWidth>(piece.grad + i + u * kStride);
+      if (Average::kIs) averages[u] = read<kWidth>(average + i + u * kStride);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
+      T along[kWidth];
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) {
+        along[k] = load(grad[u].at[k]);
+        if constexpr (Average::kIs) {
+          Average::follow(along[k], averages[u].at[k], group, along[k], averages[u].at[k]);
+        }
+      }
+      if (takes_in) write(average + i + u * kStride, averages[u]);
       if (!is_saved) write(saved + i + u * kStride, weights[u]);
       if (kept) write(kept + i + u * kStride, grad[u]);
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
         const S old = weights[u].at[k];
-        const S moved =
-            round_stochastically<S>(Ascent::move(load(old), load(grad[u].at[k]), scalars),
-                                    noise_of(piece.at + i + u * kStride + k, seed));
+        const S moved = round_stochastically<S>(Ascent::move(load(old), along[k], scalars),
+                                                noise_of(piece.at + i + u * kStride + k, seed));
         // 0 * inf is NaN, and a scale of 0 must move nothing.
         weights[u].at[k] = stays ? old : moved;
       }
@@ -318,13 +365,17 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   if (number_at) number = *number_at;
   if (blockIdx.x == 0 && threadIdx.x == 0) *climbed = number;
   const uint32_t seed = hash(uint32_t(number));
+  // What is not finite stays out of the average.
+  const bool takes_in = Ascent::Average::kIs && words::is_finite(T(numbers[0]));
   for (int chunk = blockIdx.x; chunk < p.num_chunks; chunk += gridDim.x) {
     const Piece<S> piece = piece_of<S>(p, chunk);
     if (piece.has(kMissing)) continue;
-    const auto scalars = Ascent::scalars(columns_of<Ascent, T>(p, piece.slot), numbers);
+    const auto group = columns_of<Ascent, T>(p, piece.slot);
+    const auto scalars = Ascent::scalars(group, numbers);
     S* saved = static_cast<S*>(p.saved) + piece.at;
     S* kept = p.kept ? static_cast<S*>(p.kept) + piece.at : nullptr;
-    climb<Ascent>(saved, kept, piece, scalars, seed);
+    T* average = Ascent::Average::kIs ? average_of(p, piece) : nullptr;
+    climb<Ascent>(saved, kept, average, piece, group, scalars, takes_in, seed);
   }
 }
 
@@ -472,11 +523,13 @@ __device__ __forceinline__ void update_piece(
         for (int s = 0; s < kMaxStates; ++s) {
           if (kKept & 1u << s) state[s][u].at[k] = round_to<S>(buffers[s]);
         }
-        if constexpr (kAhead && (kKept >> Rule::kMomentum & 1u)) {
-          const T v = load(state[Rule::kMomentum][u].at[k]);
-          T terms[1];
-          Squares::terms<false>(T(0), v, {}, {}, terms);
-          ahead.square += terms[0];
+        if constexpr (kAhead) {  // by itself: without a momentum the shift would be negative
+          if constexpr (kKept >> Rule::kMomentum & 1u) {
+            const T v = load(state[Rule::kMomentum][u].at[k]);
+            T terms[1];
+            Squares::terms<false>(T(0), v, {}, {}, terms);
+            ahead.square += terms[0];
+          }
         }
         // 0 * inf is NaN and -0.0 - -0.0 is 0.0: with lr 0 only a copy gives the bits back.
         weights[u].at[k] = frozen ? old : updated;
@@ -521,7 +574,7 @@ __device__ __forceinline__ void update_chunk(const DeviceProblem& p, ComputeOf<S
       Piece<S> momentum = piece;
       momentum.grad = static_cast<const S*>(p.states[Rule::kMomentum]) + piece.at;
       double squares[1] = {};
-      add_terms<Squares, false, S>(squares, momentum, nullptr, {}, {});
+      add_terms<Squares, false, S>(squares, momentum, nullptr, nullptr, {}, {});
       square += squares[0];
     }
   }

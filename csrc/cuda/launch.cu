@@ -77,9 +77,6 @@ FUSED_SAM_WITH(with_sums, FUSED_SAM_SUMS)
 FUSED_SAM_WITH(with_ascent, FUSED_SAM_ASCENTS)
 FUSED_SAM_WITH(with_rule, FUSED_SAM_RULES)
 
-// operations.py leaves these to torch so far.
-constexpr const char* kNoAverages = "there are no kernels along an average";
-
 }  // namespace
 
 const char* launch_reduce(Dtype dtype, int64_t sums, const DeviceProblem& p, double* partials,
@@ -87,11 +84,8 @@ const char* launch_reduce(Dtype dtype, int64_t sums, const DeviceProblem& p, dou
   return with_storage(dtype, [&](auto s) {
     using S = decltype(s);
     return with_sums(sums, [&](auto value) {
-      if constexpr (decltype(value)::Average::kIs)
-        return kNoAverages;
-      else
-        return launch(reduce_kernel<decltype(value), S>, p.num_chunks, device, stream, p, partials,
-                      total, ticket);
+      return launch(reduce_kernel<decltype(value), S>, p.num_chunks, device, stream, p, partials,
+                    total, ticket);
     });
   });
 }
@@ -102,11 +96,8 @@ const char* launch_ascend_(Dtype dtype, int64_t ascent, const DeviceProblem& p, 
   return with_storage(dtype, [&](auto s) {
     using S = decltype(s);
     return with_ascent(ascent, [&](auto value) {
-      if constexpr (decltype(value)::Average::kIs)
-        return kNoAverages;
-      else
-        return launch(ascend_kernel<decltype(value), S>, p.num_chunks, device, stream, p, total,
-                      climb, number_at, number);
+      return launch(ascend_kernel<decltype(value), S>, p.num_chunks, device, stream, p, total,
+                    climb, number_at, number);
     });
   });
 }

@@ -23,6 +23,7 @@ struct Chunk {
 struct DeviceProblem {
   void* saved;
   void* kept;
+  void* average;
   void* direction;
   void* states[3];
   float* step;

@@ -42,7 +42,7 @@ class Backend:
         """
         return False
 
-    def bakes_in(self, bucket: Bucket, ascent: Ascent, blend: Blend | None) -> str | None:
+    def bakes_in(self, bucket: Bucket, blend: Blend | None) -> str | None:
         """Why a CUDA graph of a step would keep numbers of the host's; None if it would not."""
         return "operations of torch's compute a step"
 

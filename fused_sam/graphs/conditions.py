@@ -71,7 +71,7 @@ def _check_members(optimizer: FusedSAM, scaler: Any) -> None:
     settings = optimizer._facts.reader.read(optimizer.param_groups)
     ascent = settings.ascent
     for backend, bucket in zip(engine.backends, engine.buckets, strict=True):
-        if (why := backend.bakes_in(bucket, ascent, settings.blend)) is not None:
+        if (why := backend.bakes_in(bucket, settings.blend)) is not None:
             raise RuntimeError(
                 f"with backend={backend.name!r} {why}, and hyperparameters would stay in a graph "
                 f"as they are now: choose another backend, or step without a graph"

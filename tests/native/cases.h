@@ -62,9 +62,10 @@ bool same_bits(S a, S b) {
   return std::memcmp(&a, &b, sizeof(S)) == 0;
 }
 
-// The sums by their numbers.
+// The sums and the ascents by their numbers.
 #define CASES_ID(value) k##value,
 enum class SumsId : int { FUSED_SAM_SUMS(CASES_ID) };
+enum class AscentId : int { FUSED_SAM_ASCENTS(CASES_ID) };
 #undef CASES_ID
 
 enum class RuleId : int { kSgd, kAdam, kRmsProp };  // as FUSED_SAM_RULES lists them
@@ -76,15 +77,26 @@ struct Options {
   bool nesterov = false, maximize = false, decoupled = false, adaptive = false;
   double lr = 0.1, weight_decay = 0.05, momentum = 0.9, dampening = 0.25, eps = 1e-3;
   double beta1 = 0.8, beta2 = 0.95, rho = 0.5, eta = 0.01, grad_scale = 1;
-  double step = 3;           // the running one
-  double alpha = -1;         // GSAM's; negative: no blend, and nothing is kept
-  double weight = -1;        // WSAM's; negative: it is not that
-  bool looks = false;        // LookSAM: the blend is a direction, and the rule sees the gradient
-  bool follows = false;      // a climb along the momentum comes next, of the first group
-  double p = 1.5;            // of the p-norm
-  bool hides_param = false;  // the bit that asks for the weights is not set
+  double step = 3;       // the running one
+  double alpha = -1;     // GSAM's; negative: no blend, and nothing is kept
+  double weight = -1;    // WSAM's; negative: it is not that
+  bool looks = false;    // LookSAM: the blend is a direction, and the rule sees the gradient
+  bool follows = false;  // a climb along the momentum comes next, of the first group
+  double p = 1.5;        // of the p-norm
+  AscentId ascent = AscentId::kSam;  // or along an average
+  double sigma = 0.75, lam = 0.6;    // Friendly-SAM's
+  double theta = 0.3;                // VaSSO's
+  bool hides_param = false;          // the bit that asks for the weights is not set
 
   bool blends() const { return alpha >= 0 || weight >= 0 || looks; }
+
+  bool averages() const { return ascent != AscentId::kSam; }
+
+  // What is reduced before the climb.
+  SumsId norm() const {
+    if (ascent == AscentId::kFriendlySam) return SumsId::kFriendlySamNorm;
+    return averages() ? SumsId::kVassoSamNorm : SumsId::kSamNorm;
+  }
 
   // The blend's number in FUSED_SAM_BLENDS; negative: none.
   int blend() const { return looks ? 3 : weight >= 0 ? 1 : alpha >= 0 ? 0 : -1; }
@@ -112,6 +124,9 @@ inline Options group_of(const Options& o, int64_t row) {
   if (o.rule == RuleId::kAdam) group.decoupled = !o.decoupled;
   group.weight_decay = 0.02;
   group.rho = 0.25;
+  group.sigma = 0.5;
+  group.lam = 0.9;
+  group.theta = 0.8;
   group.follows = false;
   return group;
 }
@@ -121,6 +136,8 @@ template <typename T>
 struct Hyper {
   SamNorm::Columns<T> ascent[kRows];
   PNorm::Columns<T> p_norm[kRows];
+  FriendlySam::Columns<T> friendly[kRows];
+  VassoSam::Columns<T> vasso[kRows];
   Gsam::Columns<T> gsam[kRows];
   Wsam::Columns<T> wsam[kRows];
   LookSam::Columns<T> looksam[kRows];
@@ -138,6 +155,13 @@ struct Hyper {
     return o.weight >= 0 ? static_cast<const void*>(wsam) : gsam;
   }
 
+  // For the terms of a sum; the climb that comes after it reads the same.
+  const void* of(SumsId sums) const {
+    if (sums == SumsId::kPNormMax || sums == SumsId::kPNormSum) return p_norm;
+    if (sums == SumsId::kFriendlySamNorm) return friendly;
+    return sums == SumsId::kVassoSamNorm ? static_cast<const void*>(vasso) : ascent;
+  }
+
   const void* of(RuleId rule) const {
     if (rule == RuleId::kSgd) return sgd;
     return rule == RuleId::kAdam ? static_cast<const void*>(adam) : rmsprop;
@@ -150,6 +174,10 @@ struct Hyper {
     };
     ascent[row] = {T(o.maximize ? -o.rho : o.rho), T(o.adaptive), T(o.eta)};
     p_norm[row] = {ascent[row].rho, T(o.adaptive), T(o.eta), T(1 / (o.p - 1)), T(1 / o.p)};
+    const T unscale = T(1 / o.grad_scale);
+    friendly[row] = {ascent[row].rho, T(o.adaptive), T(o.eta),    unscale,
+                     T(o.sigma),      T(o.lam),      T(1 - o.lam)};
+    vasso[row] = {ascent[row].rho, T(o.adaptive), T(o.eta), unscale, T(o.theta), T(1 - o.theta)};
     gsam[row] = {T(o.alpha)};
     wsam[row] = {T(o.weight), std::numeric_limits<T>::infinity()};
     looksam[row] = {T(0.7)};
@@ -250,6 +278,7 @@ struct Bucket {
   W* weights;
   M* saved;
   G* kept;
+  T* average;
   T* direction;
   S* states[3];
   int64_t moved = 0, size = 0;
@@ -276,6 +305,7 @@ struct Bucket {
     weights = flat<W>(moved);
     saved = flat<M>(size);
     kept = flat<G>(size);
+    average = flat<T>(size);
     direction = flat<T>(size);
     for (S*& state : states) state = flat<S>(size);
     for (int k = 0; k < kPinned; ++k) {
@@ -297,6 +327,8 @@ struct Bucket {
         }
       }
       fill(kept + slot.start, slot.numel, -1, 1);
+      fill(average + slot.start, slot.numel, -1, 1);
+      for (int64_t k = i % 3; k < slot.numel; k += 3) average[slot.start + k] = T(NAN);  // none yet
       fill(direction + slot.start, slot.numel, -1, 1);
       fill(states[0] + slot.start, slot.numel, 0.5, 1);
       fill(states[1] + slot.start, slot.numel, 0.5, 1);
@@ -311,6 +343,7 @@ struct Bucket {
          {static_cast<void*>(weights), static_cast<void*>(saved), static_cast<void*>(kept)}) {
       std::free(buffer);
     }
+    std::free(average);
     std::free(direction);
     for (S* state : states) std::free(state);
     for (auto& memory : pinned_memory) release(memory);
@@ -350,6 +383,7 @@ struct Bucket {
     std::vector<std::vector<W>> weights;
     std::vector<M> saved;
     std::vector<G> kept;
+    std::vector<T> average;
     std::vector<T> direction;
     std::vector<S> states[3];
     std::vector<float> step;
@@ -372,6 +406,7 @@ struct Bucket {
     }
     c.saved.assign(saved, saved + size);
     c.kept.assign(kept, kept + size);
+    c.average.assign(average, average + size);
     c.direction.assign(direction, direction + size);
     for (int k = 0; k < 3; ++k) c.states[k].assign(states[k], states[k] + size);
     c.step = step;
@@ -386,6 +421,7 @@ struct Bucket {
       for (int64_t at = end; at < next; ++at) {
         EXPECT(same_bits(saved[at], M()), "padding of saved at %ld", long(at));
         EXPECT(same_bits(kept[at], G()), "padding of kept at %ld", long(at));
+        EXPECT(same_bits(average[at], T()), "padding of the average at %ld", long(at));
         EXPECT(same_bits(direction[at], T()), "padding of the direction at %ld", long(at));
         for (S* state : states) EXPECT(same_bits(state[at], S()), "padding of a state");
         if (at < moved) EXPECT(same_bits(weights[at], W()), "padding of the weights");
@@ -419,27 +455,52 @@ struct Bucket {
 
 // ------------------------------------------------------------------------------------------ checks
 
-// plain: without the weights, whatever the groups say.
+// What a climb follows, which average it leaves, and the size of the terms that either is a sum of.
+struct Followed {
+  double direction, average, size;
+};
+
+// average: NaN if there is none yet.
+inline Followed followed(double grad, double average, const Options& o) {
+  if (!o.averages()) return {grad, average, 0};
+  const double g = grad / o.grad_scale, m = average, size = std::fabs(g) + std::fabs(m);
+  if (std::isnan(m)) return {g, g, std::fabs(g)};
+  if (o.ascent == AscentId::kFriendlySam) {
+    return {g - o.sigma * m, o.lam * m + (1 - o.lam) * g, size};
+  }
+  const double next = (1 - o.theta) * m + o.theta * g;
+  return {next, next, size};
+}
+
+// Roundings of a direction or of an average: unscale, the factor, two products, the sum.
+constexpr double kFollows = 5;
+
+// plain: without the weights, whatever the groups say. slack: gets what the roundings of directions
+// along an average can make of it.
 template <typename K>
-double sq_norm_of(Bucket<K>& bucket, const Options& options, bool plain) {
-  long double sum = 0;  // its own rounding must not count for float64
+double sq_norm_of(Bucket<K>& bucket, const Options& options, bool plain, double* slack = nullptr) {
+  long double sum = 0, spread = 0;  // their own rounding must not count for float64
   for (size_t i = 0; i < bucket.slots.size(); ++i) {
     if (!bucket.has_grad(i)) continue;
     const Options o = group_of(options, bucket.slots[i].row);
     for (int64_t k = 0; k < bucket.slots[i].numel; ++k) {
       const double t = o.adaptive && !plain ? std::fabs(value(bucket.weights_of(i)[k])) + o.eta : 1;
-      const double x = t * value(bucket.grads[i].data[k]);
+      const double m = static_cast<double>(bucket.average[bucket.slots[i].start + k]);
+      const Followed along = followed(value(bucket.grads[i].data[k]), m, o);
+      const double x = t * along.direction, error = t * kFollows * along.size;
       sum += static_cast<long double>(x) * x;
+      spread += static_cast<long double>(2 * std::fabs(x)) * error;
     }
   }
+  if (slack) *slack = static_cast<double>(spread) * kRound<typename K::T> * 1.001;
   return static_cast<double>(sum);
 }
 
 template <typename T>
-void expect_sq_norm(double got, double want) {
+void expect_sq_norm(double got, double want, double slack = 0) {
   // Each term has 4 roundings and takes part in at most 16 additions in the compute type.
-  EXPECT(std::fabs(got - want) <= 20 * 2 * kRound<T> * want, "squared norm %.9g, expected %.9g",
-         got, want);
+  EXPECT(std::fabs(got - want) <= 20 * 2 * kRound<T> * want + slack,
+         "squared norm %.9g, expected %.9g", got, want);
 }
 
 // The climb whose number the runners give.
@@ -535,6 +596,8 @@ void expect_perturbed(Bucket<K>& bucket, const typename Bucket<K>::Copy& before,
       if (!bucket.has_grad(i)) {
         EXPECT(same_bits(saved, before.saved[slot.start + k]), "saved without a gradient");
         EXPECT(same_bits(now, old), "moved without a gradient");
+        EXPECT(same_bits(bucket.average[slot.start + k], before.average[slot.start + k]),
+               "an average without a gradient");
         continue;
       }
       const bool away = bucket.flags[i] & kPerturbed;
@@ -543,16 +606,27 @@ void expect_perturbed(Bucket<K>& bucket, const typename Bucket<K>::Copy& before,
       const auto kept = o.blends() ? bucket.grads[i].data[k] : before.kept[slot.start + k];
       EXPECT(same_bits(bucket.kept[slot.start + k], kept), "slot %zu, element %ld: kept", i,
              long(k));
+      const double grad = value(bucket.grads[i].data[k]);
+      const T average = bucket.average[slot.start + k], last = before.average[slot.start + k];
+      const Followed along = followed(grad, static_cast<double>(last), o);
+      if (o.averages() && std::isfinite(norm)) {  // though it need not move
+        EXPECT(std::fabs(average - along.average) <= kFollows * kRound<T> * along.size * 1.001,
+               "slot %zu, element %ld: average %.9g, expected %.9g", i, long(k), double(average),
+               along.average);
+      } else {
+        EXPECT(same_bits(average, last), "slot %zu, element %ld: another average", i, long(k));
+      }
       if (!moves) {
         EXPECT(same_bits(now, away ? as_weight<K>(w) : old), "moved with norm %g", norm);
         continue;
       }
       const double t = o.adaptive ? std::fabs(value(w)) + o.eta : 1;
-      const double climb =
-          (o.maximize ? -o.rho : o.rho) / norm * t * t * value(bucket.grads[i].data[k]);
+      const double scale = (o.maximize ? -o.rho : o.rho) / norm * t * t;
+      const double climb = scale * along.direction;
       // rho / norm, t, t * t, * g, * scale: 8 roundings of the climb, one of the sum, one stored.
       const double want = value(w) + climb;
-      const double bound = kRound<T> * (8 * std::fabs(climb) + 2 * std::fabs(want));
+      const double bound = kRound<T> * (8 * std::fabs(climb) + 2 * std::fabs(want) +
+                                        kFollows * std::fabs(scale) * along.size);
       if constexpr (sizeof(W) == 2) {
         EXPECT(is_chosen(now, want, bound, slot.start + k),
                "slot %zu, element %ld: %.9g is not the neighbour of %.9g to be chosen", i, long(k),
@@ -729,6 +803,28 @@ void run_sums(R& runner, Bucket<K>& bucket, const Options& options) {
   }
 }
 
+// Climbs along an average: what they reduce, where they go, and the averages they leave.
+template <typename K, typename R>
+void run_averages(R& runner, const std::vector<int64_t>& sizes, const Options& options) {
+  using T = typename K::T;
+  constexpr double kInf = std::numeric_limits<double>::infinity();
+  for (AscentId ascent : {AscentId::kFriendlySam, AscentId::kVassoSam}) {
+    Options o = options;
+    o.ascent = ascent;
+    for (double total : {9.0, 0.0, kInf, std::nan("")}) {
+      Bucket<K> bucket(sizes, 2);
+      const auto before = bucket.copy();
+      if (total > 0 && total < kInf) {
+        double slack = 0;
+        const double want = sq_norm_of(bucket, o, false, &slack);
+        expect_sq_norm<T>(runner.reduce(bucket, o, o.norm())[0], want, slack);
+      }
+      runner.ascend_(bucket, o, total);
+      expect_perturbed(bucket, before, o, total);
+    }
+  }
+}
+
 // Runner<K>: kDirects, whether it leaves directions; reduce(bucket, options, SumsId, earlier) ->
 // vector of double, ascend_(bucket, options, total), update_(bucket, options, skip) -> sum of the
 // squares of the momentum, restore_(bucket, options).
@@ -738,6 +834,9 @@ void run_all(const std::vector<int64_t>& sizes) {
   using T = typename K::T;
   Runner<K> runner;
   const std::vector<Options> all = all_options();
+  Options blended = all[3];  // adaptive, and with a loss scale
+  blended.alpha = 0.3;
+  for (const Options& options : {all[0], blended}) run_averages<K>(runner, sizes, options);
   for (const Options& options : all) {
     if (options.looks && !Runner<K>::kDirects) continue;
     {

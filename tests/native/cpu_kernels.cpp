@@ -47,7 +47,7 @@ class Runner {
     Problem p = problem(bucket, o, true);
     p.earlier = earlier;
     p.kept = bucket.kept;
-    if (id == SumsId::kPNormMax || id == SumsId::kPNormSum) p.hyper = hyper_->p_norm;
+    p.hyper = hyper_->of(id);
     const int64_t spans = num_spans(p.size);
     std::vector<Term> partials(Like::kCount * spans, Term(NAN)), again = partials;
     const auto kernel = kernels().reduce[static_cast<int>(id)][compute_of(K::types())];
@@ -66,7 +66,7 @@ class Runner {
 
   void ascend_(cases::Bucket<K>& bucket, const Options& o, double total) {
     const Problem p = problem(bucket, o, true);
-    const auto kernel = kernels().ascend_[0][compute_of(K::types())];
+    const auto kernel = kernels().ascend_[static_cast<int>(o.ascent)][compute_of(K::types())];
     parallel(num_spans(p.size), kMaxThreads,
              [&](int64_t begin, int64_t end) { kernel(p, &total, kNumber, begin, end); });
   }
@@ -101,6 +101,7 @@ class Runner {
     p.types = K::types();
     p.saved = bucket.saved;
     p.kept = o.blends() ? bucket.kept : nullptr;
+    p.average = o.averages() ? bucket.average : nullptr;
     p.direction = o.looks ? bucket.direction : nullptr;
     p.numbers = kNumbers;
     p.blend_hyper = hyper_->of_blend(o);
@@ -112,7 +113,7 @@ class Runner {
     p.slots = bucket.slots.data();
     p.grads = bucket.addresses.data();
     p.flags = flags_.data();
-    p.hyper = ascent ? hyper_->ascent : hyper_->of(o.rule);
+    p.hyper = ascent ? hyper_->of(o.norm()) : hyper_->of(o.rule);
     p.decay = o.follows ? hyper_->decay : nullptr;
     p.num_slots = static_cast<int64_t>(bucket.slots.size());
     p.size = bucket.size;

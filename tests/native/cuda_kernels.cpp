@@ -34,7 +34,7 @@ class Runner {
           DeviceProblem p = problem(bucket, o, true);
           p.earlier = earlier;
           p.kept = bucket.kept;
-          if (id == SumsId::kPNormMax || id == SumsId::kPNormSum) p.hyper = hyper_->p_norm;
+          p.hyper = hyper_->of(id);
           int number = 0;
           launch(blocks, order, [&] {
             number = 0;
@@ -60,7 +60,16 @@ class Runner {
       // From where a CUDA graph reads it, and as an argument: the same bits.
       const int64_t number = kNumber, *at = blocks % 2 ? &number : nullptr;
       const int64_t given = at ? kNumber + 1 : kNumber;
-      launch(blocks, order, [&] { ascend_kernel<Sam, S>(p, &total, &climbed, at, given); });
+      launch(blocks, order, [&] {
+        switch (o.ascent) {
+          case AscentId::kFriendlySam:
+            return ascend_kernel<FriendlySam, S>(p, &total, &climbed, at, given);
+          case AscentId::kVassoSam:
+            return ascend_kernel<VassoSam, S>(p, &total, &climbed, at, given);
+          default:
+            return ascend_kernel<Sam, S>(p, &total, &climbed, at, given);
+        }
+      });
       EXPECT(climbed == kNumber, "the climb's number is %ld", long(climbed));
       return 0.0;
     });
@@ -149,6 +158,7 @@ class Runner {
     }
     std::copy(copy.saved.begin(), copy.saved.end(), bucket.saved);
     std::copy(copy.kept.begin(), copy.kept.end(), bucket.kept);
+    std::copy(copy.average.begin(), copy.average.end(), bucket.average);
     std::copy(copy.direction.begin(), copy.direction.end(), bucket.direction);
     for (int k = 0; k < 3; ++k) {
       std::copy(copy.states[k].begin(), copy.states[k].end(), bucket.states[k]);
@@ -166,6 +176,8 @@ class Runner {
     }
     EXPECT(same(a.saved, b.saved), "saved differs");
     EXPECT(same(a.kept, b.kept), "kept differs");
+    EXPECT(!std::memcmp(a.average.data(), b.average.data(), a.average.size() * sizeof(T)),
+           "the average differs");
     EXPECT(!std::memcmp(a.direction.data(), b.direction.data(), a.direction.size() * sizeof(T)),
            "the direction differs");
     for (int k = 0; k < 3; ++k) EXPECT(same(a.states[k], b.states[k]), "state %d differs", k);
@@ -188,6 +200,7 @@ class Runner {
     DeviceProblem p = {};
     p.saved = bucket.saved;
     p.kept = o.blends() ? bucket.kept : nullptr;
+    p.average = o.averages() ? bucket.average : nullptr;
     p.direction = o.looks ? bucket.direction : nullptr;
     p.numbers = kNumbers;
     p.blend_hyper = hyper_->of_blend(o);
@@ -201,7 +214,7 @@ class Runner {
     p.chunks = chunks_.data();
     p.grads = bucket.addresses.data();
     p.flags = flags_.data();
-    p.hyper = ascent ? hyper_->ascent : hyper_->of(o.rule);
+    p.hyper = ascent ? hyper_->of(o.norm()) : hyper_->of(o.rule);
     p.decay = o.follows ? hyper_->decay : nullptr;
     p.num_slots = static_cast<int>(bucket.slots.size());
     p.num_chunks = static_cast<int>(chunks_.size());

@@ -46,17 +46,14 @@ def _tables(bucket: Bucket) -> _Native:
     return tables
 
 
-def _serves(
-    bucket: Bucket, kept: Kept | None = None, *, averages: bool = False, directs: bool = False
-) -> bool:
+def _serves(bucket: Bucket, kept: Kept | None = None, *, directs: bool = False) -> bool:
     """Whether there are kernels for these dtypes; torch does the others: right, and slower.
 
-    ``averages``: whether a climb is along an average; ``directs``: whether an update is to leave a
-    direction.
+    ``directs``: whether an update is to leave a direction.
     """
     if bucket.device.type == "cpu":
         return True
-    if averages or (directs and bucket.dtype != torch.float32):
+    if directs and bucket.dtype != torch.float32:
         return False
     return bucket.is_uniform and (kept is None or kept.flat.dtype == bucket.dtype)
 
@@ -70,12 +67,12 @@ class NativeBackend(Backend):
         """As ``Backend.stays``."""
         return _serves(bucket)
 
-    def bakes_in(self, bucket: Bucket, ascent: Ascent, blend: Blend | None) -> str | None:
+    def bakes_in(self, bucket: Bucket, blend: Blend | None) -> str | None:
         """As ``Backend.bakes_in``."""
         directs = blend is not None and blend.reuse is not None
-        if _serves(bucket, averages=ascent.average is not None, directs=directs):
+        if _serves(bucket, directs=directs):
             return None
-        return super().bakes_in(bucket, ascent, blend)
+        return super().bakes_in(bucket, blend)
 
     def reduce(
         self,
@@ -88,7 +85,7 @@ class NativeBackend(Backend):
         kept: Kept | None = None,
     ) -> Tensor:
         """As ``Backend.reduce``, in one launch."""
-        if not _serves(bucket, kept, averages=sums.average is not None):
+        if not _serves(bucket, kept):
             return super().reduce(bucket, sums, grads, groups, earlier, unscale, kept)
         tables = _tables(bucket)
         bits = {row: READS_PARAM * sums.reads_param(groups[row]) for row in bucket.rows}
@@ -120,7 +117,7 @@ class NativeBackend(Backend):
         unscale: float = 1.0,
     ) -> None:
         """As ``Backend.ascend_``, in one launch."""
-        if not _serves(bucket, averages=ascent.average is not None):
+        if not _serves(bucket):
             return super().ascend_(bucket, ascent, grads, groups, total, number, kept, unscale)
         tables = _tables(bucket)
         torch.ops.fused_sam.ascend_.default(

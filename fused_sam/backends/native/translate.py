@@ -24,7 +24,7 @@ from ...text import Text
 MAX_STATES = 3
 """States that the operation ``update_`` takes."""
 
-TABLES = 8
+TABLES = 9
 """Goes up with every change of the operations' arguments or of the tables that they read."""
 
 _OPERATORS: dict[type[ast.AST], str] = {

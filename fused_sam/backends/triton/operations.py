@@ -161,7 +161,7 @@ class TritonBackend(Backend):
         """As ``Backend.stays``."""
         return True
 
-    def bakes_in(self, bucket: Bucket, ascent: Ascent, blend: Blend | None) -> str | None:
+    def bakes_in(self, bucket: Bucket, blend: Blend | None) -> str | None:
         """As ``Backend.bakes_in``."""
         return None
 
