@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,10 @@ class Checkpointing(Following):
     def restore(self) -> None:
         """Return."""
 
+    @abstractmethod
+    def _refuse_written(self) -> None:
+        """Raise if the way back to w would undo what somebody has written."""
+
     def state_dict(self) -> dict[str, Any]:
         """As the base optimizer's, with the ascent options in the groups; each loads the other's.
 
@@ -46,7 +51,8 @@ class Checkpointing(Following):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of FusedSAM, of the base optimizer's class, or of davda54/sam.
 
-        Ascent options that it lacks stay as they are.
+        Ascent options that it lacks stay as they are; those that it has replace the constructor's,
+        as its learning rate does. With a warning if that makes it another ascent or blend.
 
         Raises:
             RuntimeError: the weights are perturbed.
@@ -90,6 +96,7 @@ class Checkpointing(Following):
             raise
         self._facts.missed = missed
         self._facts.engine.layout.members.adopt(*members)
+        _warn_of_others(kept, base.param_groups)
         if self._facts.captures.have_seen(self._facts.engine.layout):
             with working():
                 self._load_into_graphs(known)
@@ -195,6 +202,7 @@ class Checkpointing(Following):
         facts = self._facts
         comes_and_goes = facts.attached.model is not None and self._follows() is not None
         if comes_and_goes and facts.perturbed and not facts.between:
+            self._refuse_written()
             self.restore()
         self._refuse_perturbed(what)
 
@@ -203,6 +211,24 @@ class Checkpointing(Following):
             raise RuntimeError(
                 f"{what} while the weights are perturbed would take w + epsilon for w; "
                 f"call second_step() or restore() first; with ascent=MSAM() optimizer.eval()"
+            )
+
+
+def _warn_of_others(
+    before: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """Warn if a checkpoint has made another method of the optimizer than it was."""
+    for name in ("ascent", "blend"):
+        pairs = [(old[name], new[name]) for old, new in zip(before, groups, strict=True)]
+        changed = dict.fromkeys(pair for pair in pairs if pair[0] != pair[1])
+        if changed:
+            old, new = next(iter(changed))
+            warnings.warn(
+                f"the checkpoint has {name}={new!r}, which replaces this optimizer's {name}="
+                f"{old!r}; to keep all options of now, learning rates among them, load its state "
+                f"alone: optimizer.load_state_dict({{'state': checkpoint['state'], "
+                f"'param_groups': optimizer.state_dict()['param_groups']}})",
+                stacklevel=3,
             )
 
 

@@ -32,10 +32,13 @@ class OnePass(Climb):
         two are not needed: see ``attach``.
 
         Raises:
-            RuntimeError: a step is half done.
+            RuntimeError: a step is half done; or somebody has written to the weights ahead of w,
+                which the way back would undo: ``restore()`` goes back all the same. Writes to
+                ``p.data`` are not noticed.
         """
         if self._follows() is not None:
             self._refuse_away("eval()")
+            self._refuse_written()
             self.restore()
             self._facts.training = False
 
@@ -64,6 +67,7 @@ class OnePass(Climb):
             self._leave(ascent)
         elif not training and not torch.is_grad_enabled():
             # Else it may be trained in evaluation mode: then who trains it says so.
+            self._refuse_written()
             self.restore()
 
     @contextmanager
@@ -177,9 +181,10 @@ class OnePass(Climb):
         facts = self._facts
         if facts.perturbed and facts.versions != facts.writes():
             raise RuntimeError(
-                "weights were written to while they were ahead of w, and the step would undo "
+                "weights were written to while they were ahead of w, and the way back would undo "
                 "it: call optimizer.eval() before model.load_state_dict() or whatever writes "
-                "to them, and optimizer.train() afterwards"
+                "to them, and optimizer.train() afterwards; now optimizer.restore() goes back to "
+                "w, without what was written"
             )
 
     def _check_ahead(self) -> None:
@@ -197,9 +202,10 @@ class OnePass(Climb):
         if not facts.training or any([name in entry for entry in self.state.values()]):
             raise RuntimeError(
                 "the weights are at w, and MSAM takes its gradients ahead of it: call "
-                "optimizer.train() before the forward, after optimizer.eval() and after loading a "
-                "checkpoint. With an attached model it is needed only after optimizer.eval(), and "
-                "where another module than that one runs, or runs in evaluation mode"
+                "optimizer.train() before the forward, after optimizer.eval(), after loading a "
+                "checkpoint, and after wrapping an optimizer that has stepped. With an attached "
+                "model it is needed only after optimizer.eval(), and where another module than "
+                "that one runs, or runs in evaluation mode"
             )
 
 

@@ -86,6 +86,8 @@ def _check_period(name: str, value: Any) -> None:
 
 
 def _check_member(name: str, value: Any) -> None:
+    if isinstance(value, type):
+        raise TypeError(f"{name} must be an instance: {value.__name__}(...), got the class {value}")
     if value is not None and not isinstance(value, str):
         raise TypeError(
             f"{name} must be one of fused_sam.{name}s, the name of one, or None, got {value!r}"

@@ -147,6 +147,7 @@ class Passes(Checkpointing):
         if ascent not in ("global", "local"):
             raise ValueError(f"ascent={ascent!r} is not known; choose 'global' or 'local'")
         self._refuse_away("accumulate()")
+        each = ascent == "local" and self._each_climbs()
         if self._facts.attached.model is None:
             raise RuntimeError(
                 "accumulate() does not know whose running statistics to leave alone in the second "
@@ -167,10 +168,10 @@ class Passes(Checkpointing):
         sync: list[NoSync] = [quiet] * (len(batches) - 1) + [nullcontext]
         try:
             with torch.enable_grad():
-                if ascent == "global" or not self._each_climbs():
-                    returned = self._accumulate_global(batches, run, sync)
-                else:
+                if each:
                     returned = self._accumulate_local(batches, run, sync, quiet)
+                else:
+                    returned = self._accumulate_global(batches, run, sync)
             self._facts.losses = losses
             self.step()
         except BaseException:

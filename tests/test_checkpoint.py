@@ -10,6 +10,7 @@ from oracle import assert_same_bits, inject, params_of, same_bits
 from torch import nn
 
 from fused_sam import FusedSAM
+from fused_sam.blends import LookSAM
 
 SGD, ADAM, ADAMW, RMSPROP = (
     torch.optim.SGD,
@@ -252,6 +253,27 @@ def test_checkpoint_with_the_wrong_groups_changes_nothing(backend):
     for i, entry in before["state"].items():
         for name, value in entry.items():
             assert_same_bits(after["state"][i][name], value)
+
+
+def test_a_checkpoint_of_another_member_is_told_of(backend):
+    """Guards against a run that is resumed with another method than its script says."""
+    params = list(make_model().parameters())
+    sam = FusedSAM(params, SGD, lr=0.1, momentum=0.9, backend=backend)
+    inject({p: torch.ones_like(p) for p in params})
+    sam.first_step()
+    sam.second_step()
+    saved = sam.state_dict()
+    opt = FusedSAM(make_model().parameters(), SGD, lr=0.2, blend=LookSAM(5), backend=backend)
+    own = {"state": saved["state"], "param_groups": opt.state_dict()["param_groups"]}
+    with pytest.warns(UserWarning, match=r"blend=None, which replaces .*blend='looksam'.*alone"):
+        opt.load_state_dict(saved)
+    assert opt.param_groups[0]["blend"] is None
+    opt.load_state_dict({**own, "param_groups": saved["param_groups"]})  # it is SAM already
+    opt = FusedSAM(make_model().parameters(), SGD, lr=0.2, blend=LookSAM(5), backend=backend)
+    opt.load_state_dict(own)
+    assert opt.param_groups[0]["blend"] == "looksam"
+    assert opt.param_groups[0]["lr"] == 0.2
+    assert len(opt.state) == len(params)
 
 
 def test_load_state_dict_does_not_change_its_argument(backend):

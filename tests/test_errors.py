@@ -6,7 +6,7 @@ from oracle import assert_same_bits, inject, params_of
 from torch import nn
 
 from fused_sam import FusedSAM
-from fused_sam.ascents import PNorm
+from fused_sam.ascents import MSAM, PNorm
 from fused_sam.backends import resolve
 
 SGD = torch.optim.SGD
@@ -64,6 +64,7 @@ BAD_ARGUMENTS = {
     "adaptive str": (dict(adaptive="no"), TypeError, "adaptive .*True or False.*'no'"),
     "ascent unknown": (dict(ascent="up"), ValueError, r"ascent='up' .*\['sam'.*\], or None"),
     "ascent number": (dict(ascent=1), TypeError, "ascent .*name.*None.*1"),
+    "ascent class": (dict(ascent=MSAM), TypeError, r"ascent .*an instance: MSAM\(\.\.\.\)"),
     "unknown keyword": (dict(momentun=0.9), TypeError, "'momentun'.*SGD.*rho.*momentum"),
     "keyword of another": (dict(betas=(0.9, 0.9)), TypeError, "'betas'.*SGD"),
     "unknown backend": (dict(backend="cuda"), ValueError, "'cuda'.*'auto'.*'reference'"),

@@ -257,6 +257,7 @@ def test_what_is_written_ahead_of_w_is_not_lost_silently(backend):
     give(params, surface.gradient(params, 1, 0))
     with pytest.raises(RuntimeError, match=r"optimizer\.eval\(\) before model\.load_state_dict"):
         opt.step()
+    opt.restore()
     opt.eval()
     with torch.no_grad():
         params[1].fill_(2.0)
@@ -640,6 +641,8 @@ def test_what_makes_no_sense_is_refused(base, options, match):
 def test_accumulate_takes_one_pass_and_no_local_ascents(backend):
     """Guards that the error of ``ascent="local"`` tells the reason, before anything runs."""
     opt, params = make(backend=backend)
+    with pytest.raises(ValueError, match=r"climbs once in a step.*ascent='global'"):
+        opt.accumulate([0, 1], pytest.fail, ascent="local")  # not that no model is attached
     model = nn.ParameterList(params)
     opt.attach(model)
     twin, others = make(backend=backend)

@@ -133,6 +133,40 @@ def test_what_is_written_ahead_of_w_is_noticed_though_parameters_come():
         opt.second_step()
 
 
+def evaluate(model, opt):
+    model.eval()
+    with torch.no_grad():
+        model(X)
+
+
+BACK = {
+    "eval": (False, lambda model, opt: opt.eval()),
+    "an evaluation": (True, evaluate),
+    "saving the model": (True, lambda model, opt: model.state_dict()),
+    "saving": (True, lambda model, opt: opt.state_dict()),
+}
+
+
+@pytest.mark.parametrize(("attached", "go_back"), BACK.values(), ids=BACK)
+def test_no_way_back_to_w_undoes_what_was_written_ahead_of_it(attached, go_back):
+    """Guards the weights of a model that is loaded ahead of w, and evaluated then."""
+    model, opt = make(ascent=MSAM())
+    if attached:
+        opt.attach(model)
+    train(model, opt, 2)
+    model(X)
+    assert opt.is_perturbed
+    with torch.no_grad():
+        model[0].weight.fill_(2)
+    with pytest.raises(RuntimeError, match=r"written to while.*optimizer\.restore\(\) goes back"):
+        go_back(model, opt)
+    assert (model[0].weight == 2).all()
+    opt.restore()
+    assert (model[0].weight != 2).all()
+    model.train()
+    go_back(model, opt)
+
+
 def test_another_ascent_does_not_climb_from_ahead_of_w():
     model, opt = make(ascent=MSAM())
     train(model, opt, 2)
