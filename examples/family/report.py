@@ -5,12 +5,13 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from .figure import save
 from .methods import LATE, LOOK, METHODS, MOMENTUM
 from .rows import Row, Rows
 from .summary import Block, Interval, Result, blocks
-from .tasks import BATCH_SIZE, TASKS
+from .tasks import BATCH_SIZE, TASKS, Task
 from .training import DIRECTIONS, DISTANCE, LOOKS, RADIUS, SHARPNESS_IMAGES
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -207,13 +208,13 @@ _METHOD = """\
   float32. Epochs: {epochs}; twice as many where the method says so.
 - **Tuning**, for each method on each of the training sets below: {settings}. A method's own
   settings take turns on these pairs in a Latin square: each of their values meets each learning
-  rate once, and each decay. The best ({finalists}) are tried again with a second seed. What counts
-  is accuracy on the rightly labelled validation images after the last epoch. The seeds are not
-  those that are reported. A * marks a value at the end of its range: a better one may lie beyond.
-  The digits' ranges were widened once, because the best settings lay at their ends. By then the
-  test results of the first ranges for 300 digits had been seen.
-- **Own settings** tried (CIFAR-10: the first three): {own}. Late-phase SAM climbs in the last
-  {late} % of the steps, LookSAM in every {look}th step, with its default alpha.
+  rate once, and each decay. What counts is accuracy on the rightly labelled validation images after
+  the last epoch. The seeds are not those that are reported. A * marks a value at the end of its
+  range: a better one may lie beyond. The ranges of 100 and 300 digits were widened once, because
+  the best settings lay at their ends. By then the test results of the first ranges for 300 digits
+  had been seen.
+- **Own settings** tried (the first three where there are nine pairs): {own}. Late-phase SAM climbs
+  in the last {late} % of the steps, LookSAM in every {look}th step, with its default alpha.
 - **Best epoch**: that with the highest validation accuracy of {looks} looked at. The test images
   are read once, after training: with the last weights, and with the best epoch's. Tuning never
   reads them.
@@ -234,17 +235,19 @@ _METHOD = """\
 
 
 def _method() -> str:
-    kinds = [next(task for task in TASKS if task.cifar == cifar) for cifar in (False, True)]
+    kinds: dict[Any, list[Task]] = {}
+    for task in TASKS:
+        kinds.setdefault((task.lrs, task.decays, task.finalists), []).append(task)
     text = _METHOD.format(
         batch=BATCH_SIZE,
         momentum=MOMENTUM,
         epochs=", ".join(f"{task.epochs} ({task.name})" for task in TASKS),
         settings="; ".join(
-            f"{len(task.lrs) * len(task.decays)} settings on {task.name.split('-')[0]}, "
-            f"learning rates {_list(task.lrs)}, each with weight decays {_list(task.decays)}"
-            for task in kinds
+            f"{len(lrs) * len(decays)} settings on {' and '.join(task.name for task in tasks)}, "
+            f"learning rates {_list(lrs)}, each with weight decays {_list(decays)}, "
+            f"and the best {finalists} again with a second seed"
+            for (lrs, decays, finalists), tasks in kinds.items()
         ),
-        finalists=", ".join(f"{task.finalists} on {task.name.split('-')[0]}" for task in kinds),
         own="; ".join(
             f"{method.name}: "
             + " and ".join(f"{name} {_list(values)}" for name, values in method.tuned.items())

@@ -88,9 +88,8 @@ def _digits_network() -> nn.Module:
     return make_model(int(torch.initial_seed()))
 
 
-def _digits(images: int, epochs: int) -> Task:
-    lrs, decays = (0.0005, 0.002, 0.01, 0.05, 0.2), (5e-4, 5e-3, 5e-2, 2e-1, 5e-1)
-    return Task(f"digits-{images}", images, _digits_network, epochs, lrs, decays, 5, 10)
+_FINE_GRID = (0.0005, 0.002, 0.01, 0.05, 0.2), (5e-4, 5e-3, 5e-2, 2e-1, 5e-1)
+_COARSE_GRID = (0.002, 0.02, 0.2), (1e-3, 1e-2, 1e-1)
 
 
 def _resnet8() -> nn.Module:
@@ -104,10 +103,10 @@ def _resnet18() -> nn.Module:
 _CIFAR_GRID = (0.03, 0.1, 0.3), (5e-4, 2e-3, 1e-2)
 
 TASKS = (
-    _digits(300, 40),
-    _digits(100, 60),
-    Task("cifar-1000", 1000, _resnet8, 50, *_CIFAR_GRID, 3, 5, cifar=True),
-    _digits(1000, 30),
+    Task("digits-300", 300, _digits_network, 40, *_FINE_GRID, 5, 10),
+    Task("digits-100", 100, _digits_network, 60, *_FINE_GRID, 5, 10),
+    Task("cifar-1000", 1000, _resnet8, 50, *_CIFAR_GRID, 3, 3, cifar=True),
+    Task("digits-1000", 1000, _digits_network, 20, *_COARSE_GRID, 3, 10),
     Task("cifar-40000", 40_000, _resnet18, 100, *_CIFAR_GRID, 3, 3, cifar=True, cuda=True),
 )
 """In the order in which they run."""
