@@ -28,8 +28,8 @@ class Checkpointing(Following):
         """Return."""
 
     @abstractmethod
-    def _refuse_written(self) -> None:
-        """Raise if the way back to w would undo what somebody has written."""
+    def _go_back(self) -> None:
+        """Return to w, unless that would undo what somebody has written."""
 
     def state_dict(self) -> dict[str, Any]:
         """As the base optimizer's, with the ascent options in the groups; each loads the other's.
@@ -202,8 +202,7 @@ class Checkpointing(Following):
         facts = self._facts
         comes_and_goes = facts.attached.model is not None and self._follows() is not None
         if comes_and_goes and facts.perturbed and not facts.between:
-            self._refuse_written()
-            self.restore()
+            self._go_back()
         self._refuse_perturbed(what)
 
     def _refuse_perturbed(self, what: str) -> None:
@@ -220,9 +219,8 @@ def _warn_of_others(
     """Warn if a checkpoint has made another method of the optimizer than it was."""
     for name in ("ascent", "blend"):
         pairs = [(old[name], new[name]) for old, new in zip(before, groups, strict=True)]
-        changed = dict.fromkeys(pair for pair in pairs if pair[0] != pair[1])
-        if changed:
-            old, new = next(iter(changed))
+        old, new = next((pair for pair in pairs if pair[0] != pair[1]), (None, None))
+        if old != new:
             warnings.warn(
                 f"the checkpoint has {name}={new!r}, which replaces this optimizer's {name}="
                 f"{old!r}; to keep all options of now, learning rates among them, load its state "

@@ -38,8 +38,7 @@ class OnePass(Climb):
         """
         if self._follows() is not None:
             self._refuse_away("eval()")
-            self._refuse_written()
-            self.restore()
+            self._go_back()
             self._facts.training = False
 
     def train(self) -> None:
@@ -67,8 +66,7 @@ class OnePass(Climb):
             self._leave(ascent)
         elif not training and not torch.is_grad_enabled():
             # Else it may be trained in evaluation mode: then who trains it says so.
-            self._refuse_written()
-            self.restore()
+            self._go_back()
 
     @contextmanager
     def _staying(self) -> Iterator[None]:
@@ -175,6 +173,11 @@ class OnePass(Climb):
             self.restore()
             raise
         facts.versions = facts.writes()
+
+    def _go_back(self) -> None:
+        """Return to w, unless that would undo what somebody has written."""
+        self._refuse_written()
+        self.restore()
 
     def _refuse_written(self) -> None:
         """Raise if weights were written to ahead of w: who returns from there would undo it."""
