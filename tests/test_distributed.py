@@ -1,6 +1,6 @@
 """Parameters that are spread over processes: two real ones, which talk by gloo on this machine."""
 
-import socket
+import tempfile
 
 import pytest
 import torch
@@ -14,15 +14,9 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has 
 SGD = torch.optim.SGD
 
 
-def _free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def _enter(rank, check, port):
+def _enter(rank, check, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     try:
         check(rank)
     finally:
@@ -31,7 +25,8 @@ def _enter(rank, check, port):
 
 def in_two_processes(check):
     """Run ``check(rank)`` in two processes; what one raises is raised here."""
-    mp.spawn(_enter, (check, _free_port()), nprocs=2)
+    with tempfile.TemporaryDirectory() as folder:  # a port found free may be taken by then
+        mp.spawn(_enter, (check, folder), nprocs=2)
 
 
 def _model():

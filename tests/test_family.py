@@ -152,7 +152,7 @@ def test_a_resumed_run_goes_on_as_the_first(name, way, backend):
         file = io.BytesIO()
         torch.save(opt.state_dict(), file)
         file.seek(0)
-        twin, others = make("sam", backend=backend)  # the checkpoint says which member it is
+        twin, others = make(name, backend=backend)
         for p, w in zip(others, params, strict=True):
             p.data.copy_(w.detach())
         twin.load_state_dict(torch.load(file))

@@ -442,8 +442,13 @@ class Training(RuleBasedStateMachine):
         for group, own in zip(self.opt.param_groups, groups, strict=True):
             group["params"][:] = own["params"]
         state = self.through_a_file()
+        climbs = [{} if group["ascent"] else {"ascent": None} for group in groups]
         params = [[self.like(p) for p in group["params"]] for group in groups]
-        opt = FusedSAM([{"params": ps} for ps in params], self.base, **self.options)
+        opt = FusedSAM(
+            [{"params": ps, **own} for ps, own in zip(params, climbs, strict=True)],
+            self.base,
+            **self.options,
+        )
         opt.load_state_dict(state)
         self.go_on(opt)
 
