@@ -715,7 +715,9 @@ class Textbook:
                 self.weights[p] = w.clone()
             shown = opt.state.get(p, {})
             if p in self.masters and p in stepped and found_inf:
-                self.masters[p] = self.home(p).float()  # it has looked at the weights
+                # Backends look at weights that somebody has written now, or when they take them.
+                if not same_bits(shown["master_weight"], self.masters[p]):
+                    self.masters[p] = self.home(p).float()
             elif p in self.masters and p in stepped:
                 master = shown["master_weight"]
                 assert master.dtype == torch.float32

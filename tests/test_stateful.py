@@ -182,6 +182,7 @@ class Training(RuleBasedStateMachine):
     @before
     @rule()
     @precondition(lambda self: not self.averages)
+    @precondition(lambda self: any(p.requires_grad for p in params_of(self.opt)))
     def step_with_closure(self):
         """Zero gradients: no perturbation, and no more than momentum and decay."""
         climbs = self.textbook.climbs(self.textbook.number)
