@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,7 @@ MEMBERS = (
 
 
 class Trainee:
-    """A network that a member trains; notes the time of each turn, by the clock and of the CPU."""
+    """A network that a member trains; notes the time of a step in each turn."""
 
     def __init__(self, member: Member, network: nn.Module) -> None:
         self.member, self.network = member, network
@@ -76,7 +75,6 @@ class Trainee:
             more = {"rho": 0.05, **member.options}
             self.optimizer = FusedSAM(network.parameters(), cls, model=network, **more, **options)
         self.wall: list[float] = []
-        self.cpu: list[float] = []
 
     def turn(self, images: Tensor, labels: Tensor) -> None:
         """K steps."""
@@ -91,9 +89,7 @@ class Trainee:
             for _ in range(K):
                 self.optimizer.step(closure)
 
-        start = time.process_time()
         self.wall.append(timed(images.device, steps) / K)
-        self.cpu.append((time.process_time() - start) / K)
 
 
 def measure(
@@ -102,7 +98,7 @@ def measure(
     """Turns of all members, round by round, another one first in each; after one to warm up.
 
     Returns:
-        For each member its name, passes, and seconds of a step in each round, by both clocks.
+        For each member its name, passes, and the seconds of a step in each round.
     """
     trainees = []
     for member in MEMBERS:
@@ -117,41 +113,47 @@ def measure(
             "name": t.member.name,
             "passes": t.member.passes,
             "wall": [float(f"{s:.4g}") for s in t.wall[1:]],
-            "cpu": [float(f"{s:.4g}") for s in t.cpu[1:]],
         }
         for t in trainees
     ]
 
 
-def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+def table(batches: Sequence[dict[str, Any]]) -> list[str]:
     """Each member's step in units of SGD's: medians of the rounds' ratios, p20 and p80."""
-    lines = [
-        "| step of | passes | time, times SGD's | CPU time, times SGD's |",
-        "| --- | ---: | ---: | ---: |",
-    ]
-    for row in rows[1:]:
-        cells = [ratio(row[clock], rows[0][clock]) for clock in ("wall", "cpu")]
+    heads = "".join(f" {found['batch']} images |" for found in batches)
+    lines = [f"| times SGD's step | passes |{heads}", "| --- | ---: |" + " ---: |" * len(batches)]
+    for rows in zip(*(found["members"] for found in batches), strict=True):
+        pairs = zip(rows, batches, strict=True)
+        cells = [ratio(row["wall"], found["members"][0]["wall"]) for row, found in pairs]
         texts = [f"{s.median:.2f} ({s.p20:.2f}–{s.p80:.2f})" for s in cells]
-        lines.append(f"| {row['name']} | {row['passes']:g} | {' | '.join(texts)} |")
-    return lines
+        lines.append(f"| {rows[0]['name']} | {rows[0]['passes']:g} | {' | '.join(texts)} |")
+    return lines[:2] + lines[3:]
+
+
+def _listed(values: Iterable[object]) -> str:
+    return " and ".join(map(str, values))
 
 
 def page(results: dict[str, Any]) -> str:
     """The section of docs/family.md."""
     info, found = results["machine_info"], entries(results, "family")["test_family"]
-    rows, before, after = found["members"], info["load_before"], found["load_after"]
+    batches, before, after = found["batches"], info["load_before"], found["load_after"]
+    walls = [batch["members"][0]["wall"] for batch in batches]
+    sizes = _listed(batch["batch"] for batch in batches)
+    rounds = _listed(map(len, walls))
+    steps = _listed(f"{1e3 * spread(wall).median:.0f}" for wall in walls)
     text = (
         f"{info['cpu']}, {info['threads']} threads, torch {info['versions']['torch']}, commit "
-        f"`{info['commit']}`, {info['date'][:10]}: {found['network']} on {found['batch']} images "
+        f"`{info['commit']}`, {info['date'][:10]}: {found['network']} on batches of {sizes} images "
         f"of {found['pixels']}×{found['pixels']}, float32, SGD with momentum and weight decay. "
         f"Whole training steps, forward and backward included, {K} in a turn, all in one process, "
-        f"turn by turn; median of {len(rows[0]['wall'])} rounds, 20th and 80th percentile. SGD's "
-        f"step took {1e3 * spread(rows[0]['wall']).median:.0f} ms, in torch's fused form. The "
-        f"machine's load was {before:g} before and {after:g} after: other work than this is in "
-        "both, and in the spread. `python -m bench --suite suite_family` measures again."
+        f"turn by turn; median of {rounds} rounds, 20th and 80th percentile. SGD's step took "
+        f"{steps} ms, in torch's fused form. The smaller the batch, the more an optimizer weighs. "
+        f"The machine's load was {before:g} before and {after:g} after: other work than this is in "
+        "the spread. `python -m bench --suite suite_family` measures again."
     )
     lines = textwrap.wrap(text, 100)
-    return "\n".join(["", *lines, "", *table(rows), ""])
+    return "\n".join(["", *lines, "", *table(batches), ""])
 
 
 def main(path: str) -> None:

@@ -215,11 +215,17 @@ def test_the_family_is_compared_with_sgd_round_by_round():
     images, labels = torch.randn(2, 3, 8, 8), torch.arange(2)
     rows = family.measure(lambda: models.small_image_resnet((4,), 1), images, labels, rounds=1)
     assert [row["name"] for row in rows] == [member.name for member in family.MEMBERS]
-    assert all(len(row["wall"]) == len(row["cpu"]) == 1 for row in rows)
-    sgd = {"name": "SGD", "passes": 1, "wall": [1.0, 2.0, 4.0], "cpu": [1.0, 1.0, 1.0]}
-    other = {"name": "SAM", "passes": 2, "wall": [2.0, 4.0, 12.0], "cpu": [2.0, 2.5, 3.0]}
-    lines = family.table([sgd, other])
-    assert lines[2:] == ["| SAM | 2 | 2.00 (2.00–2.60) | 2.50 (2.20–2.80) |"]
+    assert all(len(row["wall"]) == 1 for row in rows)
+
+    def found(batch, sgd, sam):
+        members = [("SGD", 1, sgd), ("SAM", 2, sam)]
+        rows = [dict(zip(("name", "passes", "wall"), row, strict=True)) for row in members]
+        return {"batch": batch, "members": rows}
+
+    small, large = found(8, [1.0, 2.0, 4.0], [2.0, 4.0, 12.0]), found(32, [2.0], [5.0])
+    lines = family.table([small, large])
+    assert lines[0] == "| times SGD's step | passes | 8 images | 32 images |"
+    assert lines[2:] == ["| SAM | 2 | 2.00 (2.00–2.60) | 2.50 (2.50–2.50) |"]
 
 
 # ------------------------------------------------------------------------------------ bench/gpu.sh
