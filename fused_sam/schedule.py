@@ -23,7 +23,7 @@ STEP = "sam_step"
 
 
 MEAN, VARIANCE = "sam_mean", "sam_variance"
-"""AE-SAM's running averages. They begin at the values of the authors' code."""
+"""AE-SAM's running averages."""
 
 
 def check_when(value: Any) -> None:
@@ -126,7 +126,8 @@ class Every(When):
 class From(When):
     """Steps from this one on climb: late-phase SAM (Zhou et al. 2024, arXiv 2410.10373).
 
-    The authors find that a few epochs of SAM at the end do nearly as much as SAM throughout.
+    The authors find that a few epochs of SAM at the end do nearly as much as SAM throughout. They
+    begin those with a new optimizer; here the base optimizer's momentum goes on.
 
     Args:
         start: the first step that climbs, an integer >= 0.
@@ -202,12 +203,13 @@ class AESAM(When):
         mean      <- decay * mean + (1 - decay) * ||g||**2
         deviation <- sqrt(decay * deviation**2 + (1 - decay) * (||g||**2 - mean)**2)
 
-    The host waits for one number in each step. A norm that is not finite changes neither average,
-    and its step does not climb.
+    so that more and more steps climb. The paper numbers the two the other way round: its lambda_2
+    = 1 is where c begins. The host waits for one number in each step. A norm that is not finite
+    changes neither average, and its step does not climb.
 
     Args:
         total_steps: the length of the training, an integer >= 1; c stays at ``lambda2`` after it.
-        lambda1, lambda2: the first and the last c, finite.
+        lambda1, lambda2: the first and the last c, finite, lambda1 >= lambda2.
         decay: of the averages, in [0, 1).
 
     Raises:
@@ -228,6 +230,12 @@ class AESAM(When):
             _check_number(name, getattr(self, name))
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {self.decay!r}")
+        if self.lambda1 < self.lambda2:
+            raise ValueError(
+                f"lambda1 must be >= lambda2, got {self.lambda1!r} and {self.lambda2!r}: c falls "
+                f"from lambda1 to lambda2, which the paper numbers the other way round; exchange "
+                f"them"
+            )
 
     def decide(self, group: Mapping[str, Any], sq_norm: Callable[[], float]) -> Decision:
         """Whether the squared norm is large among those of the steps before."""

@@ -339,6 +339,7 @@ def test_local_ascents_obey_and_aesam_cannot_judge_them():
         (lambda: AESAM(0), ValueError, "total_steps must be >= 1"),
         (lambda: AESAM(9, decay=1.0), ValueError, r"decay must be in \[0, 1\)"),
         (lambda: AESAM(9, lambda1="x"), TypeError, "lambda1 must be a number"),
+        (lambda: AESAM(9, lambda1=-1.0, lambda2=1.0), ValueError, "got -1.0 and 1.0.*exchange"),
         (lambda: FusedSAM(start(), lr=0.1, when=3), TypeError, r"such as Every\(5\).*got 3"),
     ],
 )

@@ -1,5 +1,6 @@
 """USAM, SAM without its norm (Andriushchenko & Flammarion, ICML 2022): epsilon = rho * g.
 
+The authors' training script puts epsilon back into the ball of radius rho; the paper does not.
 For groups that are adaptive epsilon = rho * T**2 * g, with ASAM's T. The climb grows with the
 gradient, and with a loss scale: ``first_step(scaler=scaler)`` tells it.
 """

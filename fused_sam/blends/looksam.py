@@ -4,8 +4,8 @@
     between:          one pass, and it steps with g + alpha * ||g|| / ||d|| * d
 
 d is the part of g' across g, which changes slowly. Norms and products are over all parameters that
-climb. Public code for PyTorch (github.com/rollovd/LookSAM, which is not the authors') takes them
-for each tensor by itself; algorithm 1 of the paper has the whole gradient.
+climb, as in algorithm 1 of the paper. No code of the authors is known. Of others' PyTorch code
+github.com/Leminhbinh0209/LookSAM does so, too; github.com/rollovd/LookSAM has those of each tensor.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ With weight = gamma / (1 - gamma), so that gamma = 0 is the base optimizer:
     decoupled:  the base optimizer steps with g; then w -= lr * weight * (g' - g)
     coupled:    the base optimizer steps with v = weight * g' + (1 - weight) * g
 
-The coupled form is SAM for gamma = 1/2. Of both gradients the authors' runs clip the norms first.
+The coupled form is SAM for gamma = 1/2. The authors' code can clip the norms of both gradients.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class WSAM(Choice):
 
     Attributes:
         gamma: in [0, 1); the authors take 0.5 to 0.95. 0 is the base optimizer's step.
-        max_norm: g and g' are clipped to this L2 norm, each by itself, before anything else: the
-            authors take 1. None: they are not.
+        max_norm: g and g' are clipped to this L2 norm, each by itself, before anything else. None:
+            they are not, as by default in the authors' code today; an older one took 1.
 
     Raises:
         TypeError, ValueError: an option cannot be used.
