@@ -544,7 +544,8 @@ MUTANTS = [
            "torch.zeros((), dtype=torch.float64", "torch.zeros((), dtype=torch.float32",
            table("reference", "looksam")),
     Mutant("cpu-looksam-steps-with-the-direction", "csrc/cpu/kernels_impl.h",
-           "if (!direction) grad = mixed;", "grad = mixed;", table("native", "looksam")),
+           "        } else {\n          grad = mixed;\n        }",
+           "        }\n        grad = mixed;", table("native", "looksam")),
     Mutant("triton-keeps-no-direction", "fused_sam/backends/triton/kernels.py",
            "_store(direction + at + offs, mixed, mask)", "pass", table("triton", "looksam")),
     # ---- ahead of w
@@ -552,7 +553,7 @@ MUTANTS = [
            'return -self._group[name] if name == "rho" else self._group[name]',
            "return self._group[name]", MSAM),
     Mutant("msam-returns-by-the-new-rho", "fused_sam/onepass.py",
-           "            self.restore()\n            self._facts.training = False",
+           "            self._go_back()\n            self._facts.training = False",
            "            if self._facts.perturbed:\n"
            "                length = self.grad_norm.item()\n"
            "                self._facts.forget_climb()\n"

@@ -28,7 +28,6 @@ from fused_sam.blends import GSAM, WSAM, CoupledWSAM, LookSAM
 from fused_sam.schedule import Always, Every, Probability
 
 SETTINGS = settings(
-    max_examples=45,
     stateful_step_count=40,
     derandomize=True,
     deadline=None,
@@ -492,9 +491,10 @@ class Training(RuleBasedStateMachine):
                 assert name == "step" or value.shape == p.shape
 
 
-def test_any_sequence(backend):
+@pytest.mark.parametrize("examples", [12, pytest.param(45, marks=pytest.mark.long)])
+def test_any_sequence(backend, examples):
     """Guards what no single test thinks of: see the module's docstring."""
     from hypothesis.stateful import run_state_machine_as_test
 
-    machine = type("Training", (Training,), {"backend": backend})
-    run_state_machine_as_test(machine, settings=SETTINGS)
+    machine = type(f"Training{examples}", (Training,), {"backend": backend})
+    run_state_machine_as_test(machine, settings=settings(SETTINGS, max_examples=examples))
