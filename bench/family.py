@@ -29,7 +29,7 @@ from .results import entries, load
 from .stats import ratio, spread
 
 K = 5
-"""Steps that are timed together: a whole period of the members that climb in every fifth."""
+"""Steps of a round: a whole period of the members that climb in every fifth."""
 NEVER = 10**9
 
 
@@ -64,7 +64,7 @@ MEMBERS = (
 
 
 class Trainee:
-    """A network that a member trains; notes the time of a step in each turn."""
+    """A network that a member trains, and the seconds of its steps."""
 
     def __init__(self, member: Member, network: nn.Module) -> None:
         self.member, self.network = member, network
@@ -74,10 +74,10 @@ class Trainee:
         else:
             more = {"rho": 0.05, **member.options}
             self.optimizer = FusedSAM(network.parameters(), cls, model=network, **more, **options)
-        self.wall: list[float] = []
+        self.seconds: list[float] = []
 
-    def turn(self, images: Tensor, labels: Tensor) -> None:
-        """K steps."""
+    def step(self, images: Tensor, labels: Tensor) -> float:
+        """A step; returns its seconds."""
 
         def closure() -> Tensor:
             self.optimizer.zero_grad()
@@ -85,34 +85,34 @@ class Trainee:
             loss.backward()
             return loss
 
-        def steps() -> None:
-            for _ in range(K):
-                self.optimizer.step(closure)
-
-        self.wall.append(timed(images.device, steps) / K)
+        return timed(images.device, lambda: self.optimizer.step(closure))
 
 
 def measure(
     make: Callable[[], nn.Module], images: Tensor, labels: Tensor, rounds: int
 ) -> list[dict[str, Any]]:
-    """Turns of all members, round by round, another one first in each; after one to warm up.
+    """K steps of all members in each round, one step of each in turn; after a round to warm up.
+
+    In turn, so that a time when the machine is slower is everybody's.
 
     Returns:
-        For each member its name, passes, and the seconds of a step in each round.
+        For each member its name, passes, and the seconds of a step, on average, in each round.
     """
     trainees = []
     for member in MEMBERS:
         torch.manual_seed(0)
         trainees.append(Trainee(member, make()))
-    for number in range(1 + rounds):
+    for number in range((1 + rounds) * K):
         first = number % len(trainees)
         for trainee in trainees[first:] + trainees[:first]:
-            trainee.turn(images, labels)
+            trainee.seconds.append(trainee.step(images, labels))
     return [
         {
             "name": t.member.name,
             "passes": t.member.passes,
-            "wall": [float(f"{s:.4g}") for s in t.wall[1:]],
+            "wall": [
+                float(f"{sum(t.seconds[i : i + K]) / K:.4g}") for i in range(K, len(t.seconds), K)
+            ],
         }
         for t in trainees
     ]
@@ -146,11 +146,11 @@ def page(results: dict[str, Any]) -> str:
         f"{info['cpu']}, {info['threads']} threads, torch {info['versions']['torch']}, commit "
         f"`{info['commit']}`, {info['date'][:10]}: {found['network']} on batches of {sizes} images "
         f"of {found['pixels']}×{found['pixels']}, float32, SGD with momentum and weight decay. "
-        f"Whole training steps, forward and backward included, {K} in a turn, all in one process, "
-        f"turn by turn; median of {rounds} rounds, 20th and 80th percentile. SGD's step took "
-        f"{steps} ms, in torch's fused form. The smaller the batch, the more an optimizer weighs. "
-        f"The machine's load was {before:g} before and {after:g} after: other work than this is in "
-        "the spread. `python -m bench --suite suite_family` measures again."
+        f"Whole training steps, forward and backward included, all members in one process, one "
+        f"step of each in turn; median of {rounds} rounds of {K} steps, 20th and 80th percentile. "
+        f"SGD's step took {steps} ms, in torch's fused form. The smaller the batch, the more an "
+        f"optimizer weighs. The machine's load was {before:g} before and {after:g} after: other "
+        "work than this is in the spread. `python -m bench --suite suite_family` measures again."
     )
     lines = textwrap.wrap(text, 100)
     return "\n".join(["", *lines, "", *table(batches), ""])

@@ -8,7 +8,7 @@ from bench.family import measure
 from bench.models import MODULES
 
 # device: (network, pixels, {images in a batch: rounds})
-CASES = {"cpu": ("ResNet-18", 64, {8: 12, 32: 6}), "cuda": ("ResNet-18", 224, {32: 12, 256: 12})}
+CASES = {"cpu": ("ResNet-18", 64, {8: 16, 32: 6}), "cuda": ("ResNet-18", 224, {32: 12, 256: 12})}
 
 
 def test_family(benchmark, device, quick):
