@@ -42,14 +42,24 @@ LONG = {"test_codegen", "test_cuda_library", "test_injection", "test_native_kern
 """Modules that take as long as all others together: ``make test-long``."""
 
 MANY_TIMES = {"test_injection", "test_stateful"}
-"""Modules that run the same lines thousands of times. Counting them would double their time, and
-the others run them too."""
+"""Modules that run the same lines thousands of times."""
+
+
+def _counts(item):
+    """Whether coverage is counted, which doubles the time of Python: others run the lines, too.
+
+    Those of Triton's kernels test_triton runs.
+    """
+    interpreted = (
+        getattr(item, "callspec", None) and item.callspec.params.get("backend") == "triton"
+    )
+    return not interpreted and item.module.__name__ not in MANY_TIMES
 
 
 @pytest.hookimpl(tryfirst=True)  # or pytest-xdist has looked for its groups already
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.module.__name__ in MANY_TIMES:
+        if not _counts(item):
             item.add_marker("no_cover")
         if item.module.__name__ in LONG:
             item.add_marker("long")

@@ -491,7 +491,7 @@ class Training(RuleBasedStateMachine):
                 assert name == "step" or value.shape == p.shape
 
 
-@pytest.mark.parametrize("examples", [12, pytest.param(45, marks=pytest.mark.long)])
+@pytest.mark.parametrize("examples", [45, pytest.param(400, marks=pytest.mark.long)])
 def test_any_sequence(backend, examples):
     """Guards what no single test thinks of: see the module's docstring."""
     from hypothesis.stateful import run_state_machine_as_test
