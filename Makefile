@@ -42,7 +42,7 @@ demo: $(VENV)/.demo ## train with SGD and with SAM on real data, print a table, 
 test: $(VENV)/.dev ## run the tests; fails under 95 % coverage by lines and branches
 	$(PYTEST) -m "not long" --cov $(ARGS)
 
-test-long: $(VENV)/.dev ## the rest: machine code, sanitizers, an exception at every line
+test-long: $(VENV)/.dev ## the rest: machine code, sanitizers, an exception at every line, long sequences
 	$(PYTEST) -m long $(ARGS)
 
 test-frameworks: $(FRAMEWORKS_VENV)/.ready ## test the adapters with the real Lightning, transformers, ...; CPU

@@ -122,12 +122,13 @@ def table(batches: Sequence[dict[str, Any]]) -> list[str]:
     """Each member's step in units of SGD's: medians of the rounds' ratios, p20 and p80."""
     heads = "".join(f" {found['batch']} images |" for found in batches)
     lines = [f"| times SGD's step | passes |{heads}", "| --- | ---: |" + " ---: |" * len(batches)]
-    for rows in zip(*(found["members"] for found in batches), strict=True):
+    _, *others = zip(*(found["members"] for found in batches), strict=True)  # the first is SGD
+    for rows in others:
         pairs = zip(rows, batches, strict=True)
         cells = [ratio(row["wall"], found["members"][0]["wall"]) for row, found in pairs]
         texts = [f"{s.median:.2f} ({s.p20:.2f}–{s.p80:.2f})" for s in cells]
         lines.append(f"| {rows[0]['name']} | {rows[0]['passes']:g} | {' | '.join(texts)} |")
-    return lines[:2] + lines[3:]
+    return lines
 
 
 def _listed(values: Iterable[object]) -> str:

@@ -203,9 +203,9 @@ class AESAM(When):
         mean      <- decay * mean + (1 - decay) * ||g||**2
         deviation <- sqrt(decay * deviation**2 + (1 - decay) * (||g||**2 - mean)**2)
 
-    so that more and more steps climb. The paper numbers the two the other way round: its lambda_2
-    = 1 is where c begins. The host waits for one number in each step. A norm that is not finite
-    changes neither average, and its step does not climb.
+    As c falls, more steps climb. The paper numbers its two ends the other way round: there lambda_2
+    is where c begins. The host waits for one number in each step. A norm that is not finite changes
+    neither average, and its step does not climb.
 
     Args:
         total_steps: the length of the training, an integer >= 1; c stays at ``lambda2`` after it.

@@ -139,6 +139,7 @@ def test_checkpoints_hold_plain_data_and_resume_to_the_bit(backend):
     for p, w in zip(params_of(other), saved["w"], strict=True):
         p.requires_grad_().data.copy_(w)
     other.load_state_dict(saved["opt"])
+    assert other.param_groups[0]["blend"] == "gsam"
     assert other.param_groups[0]["blend_alpha"] == 0.4
     assert other.param_groups[1]["lr"] == 0.02
     for one in (opt, other):
